@@ -1,0 +1,314 @@
+"""What a sweep, a trial and a model are, as frozen dataclasses with a JSON round trip.
+
+``SweepSpec`` is what a user writes; a plan expands it into ``TrialSpec`` objects; a family draws a ``ModelSpec``
+from a trial's seed. Every seed is a hash of what it is for, so that a trial keeps its numbers whatever else is
+in the sweep (trials can be added to a cell, and cells to a sweep, without changing those that exist).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cape.errors import SpecError, did_you_mean
+
+T = TypeVar("T", bound="JsonConfig")
+
+TASKS = ("classification", "regression", "sequence", "multilabel")
+LAYOUTS = ("vector", "rows", "image", "tokens")
+PRECISIONS = ("float32", "tf32", "bf16")
+PREPROCESSING = ("standard", "reference")
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def stable_hash(value: Any, length: int = 16) -> str:
+    """Return ``length`` hex digits of the BLAKE2b hash of a value's canonical JSON."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=32).hexdigest()[:length]
+
+
+def derive_seed(*parts: Any) -> int:
+    """Return a 63-bit seed that depends on all ``parts`` (JSON values) and on nothing else."""
+    digest = hashlib.blake2b(canonical_json(list(parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class JsonConfig:
+    """Base of the configuration classes: strict ``from_dict`` and a lossless ``to_dict``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values (tuples become lists)."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return the configuration as JSON text."""
+        if indent is None:
+            return canonical_json(self.to_dict())
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        """Build the configuration from plain JSON values.
+
+        Raises:
+            SpecError: an unknown or missing key, or a value of the wrong type.
+        """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{cls.__name__} must be a JSON object, not {type(data).__name__}.")
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise SpecError(f"Unknown key '{key}' in {cls.__name__}.{did_you_mean(key, known)}")
+        for name, f in known.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in data:
+                raise SpecError(f"{cls.__name__} needs the key '{name}'.")
+        return cls(**{k: _coerce(v, hints[k], f"{cls.__name__}.{k}") for k, v in data.items()})
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        """Build the configuration from JSON text; raises ``SpecError`` where it is not valid."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"{cls.__name__} is not valid JSON: {error}.") from error
+        return cls.from_dict(data)
+
+    def replace(self: T, **changes: Any) -> T:
+        """Return a copy with some fields changed (and checked again)."""
+        return dataclasses.replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, JsonConfig):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Turn a plain JSON value into what a type hint asks for, or raise ``SpecError``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SpecError(f"{where} must be a list, not {value!r}.")
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise SpecError(f"{where} must be an object, not {value!r}.")
+        return {str(k): _coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, JsonConfig):
+        return value if isinstance(value, hint) else hint.from_dict(value)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SpecError(f"{where} must be a number, not {value!r}.")
+        return float(value)
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SpecError(f"{where} must be a whole number, not {value!r}.")
+        return value
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise SpecError(f"{where} must be {hint.__name__}, not {value!r}.")
+    return value
+
+
+def check_lr(lr: float) -> float:
+    """Return a learning rate that is positive and finite, or raise ``SpecError``."""
+    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
+        raise SpecError(f"The learning rate must be a positive number, not {lr!r}.")
+    return float(lr)
+
+
+def check_epsilon(epsilon: float) -> float:
+    """Return an ε strictly between 0 and 1, or raise ``SpecError``."""
+    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0.0 < epsilon < 1.0:
+        raise SpecError(f"ε must lie strictly between 0 and 1, not {epsilon!r}.")
+    return float(epsilon)
+
+
+def check_epsilons(epsilons: typing.Iterable[float]) -> tuple[float, ...]:
+    """Return distinct ε in descending order (the order in which a trajectory crosses them)."""
+    if isinstance(epsilons, (int, float)):
+        epsilons = (epsilons,)
+    values = tuple(sorted({check_epsilon(e) for e in epsilons}, reverse=True))
+    if not values:
+        raise SpecError("At least one ε is needed.")
+    return values
+
+
+def _check_positive_int(value: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{what} must be a whole number of at least 1, not {value!r}.")
+    return value
+
+
+def _check_choice(value: str, choices: tuple[str, ...], what: str) -> str:
+    if value not in choices:
+        raise SpecError(f"Unknown {what} '{value}'.{did_you_mean(value, choices)}")
+    return value
+
+
+@dataclass(frozen=True)
+class StoppingRule(JsonConfig):
+    """When a trajectory ends (paper §4; design: plateau exit, cap, divergence).
+
+    Attributes:
+        max_steps: cap on the number of optimizer updates.
+        plateau_window: number of most recent losses over which the relative gain is taken.
+        plateau_tolerance: the trajectory is a plateau when (first - last) / first over the window is below it.
+    """
+
+    max_steps: int = 5000
+    plateau_window: int = 200
+    plateau_tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_positive_int(self.max_steps, "max_steps")
+        if self.plateau_window < 2:
+            raise SpecError(f"plateau_window must be at least 2, not {self.plateau_window!r}.")
+        if not (math.isfinite(self.plateau_tolerance) and self.plateau_tolerance >= 0):
+            raise SpecError(f"plateau_tolerance must be zero or more, not {self.plateau_tolerance!r}.")
+
+
+@dataclass(frozen=True)
+class ModelSpec(JsonConfig):
+    """One model drawn from a family: enough to build it anywhere.
+
+    Attributes:
+        family: registered family name.
+        architecture: name within the family, e.g. ``"resnet"``.
+        layout: what the model takes: ``vector`` [B, d], ``rows`` [B, T, d], ``image`` [B, C, H, W] or
+            ``tokens`` [B, T] int64.
+        input_shape: shape of one sample, without the batch dimension.
+        outputs: units of the head (classes, labels, vocabulary or 1).
+        task: one of ``TASKS``.
+        options: the family's own choices (depth, width, ...), JSON values.
+    """
+
+    family: str
+    architecture: str
+    layout: str
+    input_shape: tuple[int, ...]
+    outputs: int
+    task: str = "classification"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_choice(self.task, TASKS, "task")
+        _check_choice(self.layout, LAYOUTS, "layout")
+        _check_positive_int(self.outputs, "outputs")
+
+
+@dataclass(frozen=True)
+class TrialSpec(JsonConfig):
+    """One trial: one model, one dataset, one probe batch, one learning rate, one seed.
+
+    The model is drawn from ``seed`` by the family unless ``model`` names one. ``task`` overrides the dataset's own.
+    """
+
+    family: str
+    dataset: str
+    batch_size: int
+    lr: float
+    epsilons: tuple[float, ...] = (0.20, 0.15, 0.10)
+    seed: int = 0
+    replicate: int = 0
+    task: str | None = None
+    precision: str = "float32"
+    preprocess: str = "standard"
+    stopping: StoppingRule = field(default_factory=StoppingRule)
+    model: ModelSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive_int(self.batch_size, "batch_size")
+        object.__setattr__(self, "lr", check_lr(self.lr))
+        object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
+        _check_choice(self.precision, PRECISIONS, "precision")
+        _check_choice(self.preprocess, PREPROCESSING, "preprocess")
+        if self.task is not None:
+            _check_choice(self.task, TASKS, "task")
+
+    @property
+    def trial_id(self) -> str:
+        """16 hex digits that name the trial by its content."""
+        return stable_hash(self.to_dict())
+
+    @property
+    def cell(self) -> tuple[str, str, int, float]:
+        """(family, dataset, batch size, lr): trials that share it form a cell."""
+        return (self.family, self.dataset, self.batch_size, self.lr)
+
+    def seed_for(self, purpose: str) -> int:
+        """Return the seed of one purpose (``model``, ``init``, ``batch``, ``train``), independent of the others."""
+        return derive_seed(self.seed, purpose)
+
+
+@dataclass(frozen=True)
+class SweepSpec(JsonConfig):
+    """A sweep: the grid of cells and how many trials each holds (paper §5.1).
+
+    Trials number ``len(families) * len(datasets) * len(batch_sizes) * len(lrs) * trials_per_cell``;
+    rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
+    """
+
+    name: str = "sweep"
+    families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
+    datasets: tuple[str, ...] = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    batch_sizes: tuple[int, ...] = (32, 64, 128)
+    epsilons: tuple[float, ...] = (0.20, 0.15, 0.10)
+    trials_per_cell: int = 100
+    trials_by_family: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+    task: str | None = None
+    precision: str = "float32"
+    preprocess: str = "standard"
+    stopping: StoppingRule = field(default_factory=StoppingRule)
+
+    def __post_init__(self) -> None:
+        for what in ("families", "datasets", "lrs", "batch_sizes"):
+            values = tuple(getattr(self, what))
+            if not values:
+                raise SpecError(f"{what} must not be empty.")
+            if len(set(values)) != len(values):
+                raise SpecError(f"{what} names a value twice: {list(values)}.")
+            object.__setattr__(self, what, values)
+        object.__setattr__(self, "lrs", tuple(check_lr(lr) for lr in self.lrs))
+        object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
+        for b in self.batch_sizes:
+            _check_positive_int(b, "batch_sizes")
+        _check_positive_int(self.trials_per_cell, "trials_per_cell")
+        for family, count in self.trials_by_family.items():
+            if family not in self.families:
+                raise SpecError(f"trials_by_family names '{family}', which is not among the families.")
+            _check_positive_int(count, f"trials_by_family.{family}")
+        _check_choice(self.precision, PRECISIONS, "precision")
+        _check_choice(self.preprocess, PREPROCESSING, "preprocess")
+        if self.task is not None:
+            _check_choice(self.task, TASKS, "task")
+
+    @property
+    def spec_hash(self) -> str:
+        """16 hex digits that name the sweep by its content."""
+        return stable_hash(self.to_dict())

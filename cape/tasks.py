@@ -1,0 +1,190 @@
+"""Tasks: which head a dataset needs, which loss trains it, and which logit τ looks at.
+
+| task | outputs | targets | loss |
+|---|---|---|---|
+| classification | [B, C] | [B] int64 | cross-entropy |
+| regression | [B, 1] | [B] float | ½·squared error |
+| sequence | [B, T, V] | [B, T] int64 | token-wise cross-entropy, mean over positions |
+| multilabel | [B, L] | [B, L] float in {0, 1} | binary cross-entropy, mean over labels |
+
+A loss is anything that gives one number per sample; a scalar (mean) loss is read as "the loss of a batch of one".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cape.config import TASKS
+from cape.errors import ModelError, SpecError, did_you_mean
+
+LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+TASK_LOSS = {
+    "classification": "cross_entropy",
+    "regression": "half_mse",
+    "sequence": "sequence_cross_entropy",
+    "multilabel": "binary_cross_entropy",
+}
+assert tuple(TASK_LOSS) == TASKS
+
+IGNORE_INDEX = -100
+
+
+def _mean_per_sample(values: Tensor) -> Tensor:
+    return values if values.dim() == 1 else values.flatten(1).mean(1)
+
+
+def _class_dim_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return _mean_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
+
+
+def _sequence_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return _mean_per_sample(F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
+
+
+def _match(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return float targets in the shape of the outputs ([B] targets serve [B, 1] outputs)."""
+    return targets.to(outputs.dtype).reshape(outputs.shape)
+
+
+def _half_mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return _mean_per_sample(0.5 * (outputs - _match(outputs, targets)).square())
+
+
+def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return _mean_per_sample(
+        F.binary_cross_entropy_with_logits(outputs, _match(outputs, targets), reduction="none")
+    )
+
+
+_NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": _class_dim_cross_entropy,
+    "sequence_cross_entropy": _sequence_cross_entropy,
+    "half_mse": _half_mse,
+    "mse": _half_mse,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "bce": _binary_cross_entropy,
+    "one_hot_mse": _half_mse,
+}
+_MULTILABEL = {"binary_cross_entropy", "bce", "one_hot_mse"}
+
+
+class Loss:
+    """A loss in the two forms that CAPE needs: one number per sample, and the mean that training minimizes.
+
+    Args:
+        loss: a name (``cross_entropy``, ``sequence_cross_entropy``, ``half_mse`` or ``mse``,
+            ``binary_cross_entropy`` or ``bce``, ``one_hot_mse``), an ``nn.Module``, or any callable
+            ``(outputs, targets) -> [B] or [B, ...] or scalar``.
+
+    Raises:
+        SpecError: an unknown name, or something that cannot be called.
+    """
+
+    def __init__(self, loss: LossLike) -> None:
+        if isinstance(loss, str):
+            if loss not in _NAMED:
+                raise SpecError(f"Unknown loss '{loss}'.{did_you_mean(loss, _NAMED)}")
+            self.name = loss
+            self._named: Callable[[Tensor, Tensor], Tensor] | None = _NAMED[loss]
+            self._function: Callable[[Tensor, Tensor], Tensor] = _NAMED[loss]
+        elif callable(loss):
+            self.name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "custom")
+            self._named = None
+            self._function = loss
+        else:
+            raise SpecError(f"A loss is a name, an nn.Module or a callable, not {loss!r}.")
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each sample alone, [B], differentiable in ``outputs``."""
+        values = self._function(outputs, targets)
+        if values.dim() > 0 and values.shape[0] == outputs.shape[0]:
+            return _mean_per_sample(values)
+        if values.dim() > 0:
+            raise ModelError(
+                f"The loss '{self.name}' returned shape {tuple(values.shape)} for a batch of {outputs.shape[0]};"
+                " return one number per sample or a scalar."
+            )
+        if outputs.shape[0] == 1:
+            return values.reshape(1)
+        # A mean loss: each sample's loss is that of a batch of one. vmap where the callable allows it.
+        try:
+            return torch.func.vmap(lambda o, t: self._function(o[None], t[None]))(outputs, targets)
+        except (RuntimeError, ValueError, TypeError):  # data-dependent callables cannot be vmapped
+            rows = [self._function(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
+            return torch.stack(rows)
+
+    def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
+        values = self._function(outputs, targets)
+        return values if values.dim() == 0 else values.mean()
+
+    def target_logit(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the logit that τ looks at, one number per sample, [B], differentiable in ``outputs``.
+
+        Classification: the true class's logit. Sequences and dense outputs: the mean over positions of the true
+        classes' logits (ignored positions left out). Multi-label: the mean over the labels that are on (zero
+        where none is). Anything else: the mean of the outputs (a regression's scalar output itself).
+        """
+        if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1:
+            dim = self._class_dim(outputs, targets)
+            valid = targets != IGNORE_INDEX
+            logits = outputs.gather(dim, targets.where(valid, 0).long().unsqueeze(dim)).squeeze(dim)
+            logits, valid = logits.reshape(len(logits), -1), valid.reshape(len(logits), -1)
+            return (logits * valid).sum(1) / valid.sum(1).clamp(min=1)
+        flat = outputs.reshape(outputs.shape[0], -1)
+        if self._is_multilabel(outputs, targets):
+            on = _match(outputs, targets).reshape(flat.shape)
+            return (flat * on).sum(1) / on.sum(1).clamp(min=1)
+        return flat.mean(1)
+
+    def check(self, outputs: Any, targets: Tensor) -> None:
+        """Raise ``ModelError`` where outputs and targets cannot belong together, or an output is not finite."""
+        if not isinstance(outputs, Tensor):
+            raise ModelError(
+                f"The model returned {type(outputs).__name__}, not a tensor; wrap it so that it returns its logits."
+            )
+        if outputs.dim() == 0 or outputs.shape[0] != targets.shape[0]:
+            raise ModelError(
+                f"The model returned shape {tuple(outputs.shape)} for {targets.shape[0]} targets;"
+                " the first dimension must be the batch."
+            )
+        if not bool(torch.isfinite(outputs).all()):
+            raise ModelError("The model returned NaN or infinite outputs at initialization; check its inputs and weights.")
+        if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1 and targets.numel():
+            classes = outputs.shape[self._class_dim(outputs, targets)]
+            valid = targets[targets != IGNORE_INDEX]
+            low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
+            if low < 0 or high >= classes:
+                raise ModelError(
+                    f"Labels run from {low} to {high}, but the model has {classes} outputs; labels must lie in"
+                    f" 0..{classes - 1}."
+                )
+
+    def _class_dim(self, outputs: Tensor, targets: Tensor) -> int:
+        torch_layout = targets.shape == outputs.shape[:1] + outputs.shape[2:]
+        last_layout = targets.shape == outputs.shape[:-1]
+        if last_layout and (self.name == "sequence_cross_entropy" or not torch_layout):
+            return outputs.dim() - 1
+        if not torch_layout:
+            raise ModelError(
+                f"Targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(outputs.shape)}."
+            )
+        return 1
+
+    def _is_multilabel(self, outputs: Tensor, targets: Tensor) -> bool:
+        if self.name in _MULTILABEL or isinstance(self._function, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)):
+            return targets.numel() == outputs.numel()
+        return False
+
+
+def loss_for(task: str) -> Loss:
+    """Return the loss of a task; raises ``SpecError`` for an unknown one."""
+    if task not in TASK_LOSS:
+        raise SpecError(f"Unknown task '{task}'.{did_you_mean(task, TASK_LOSS)}")
+    return Loss(TASK_LOSS[task])
