@@ -1,0 +1,230 @@
+"""T* of one model on one batch: the plain definition, which every faster path must reproduce."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cape.config import PRECISIONS, StoppingRule, check_epsilon, check_epsilons, check_lr
+from cape.convergence.stopping import TrajectoryScan
+from cape.errors import ModelError, SpecError, did_you_mean
+from cape.state import Inputs, call, check_batch, preserved, trainable
+from cape.tasks import Loss, LossLike
+
+WEIGHT_DECAY = 1e-4
+BETAS = (0.9, 0.999)
+
+# step_seconds: the first updates allocate the optimizer's state and warm the caches; they are not timed. A trajectory
+# that ends sooner is continued (the model is put back anyway) until there is something to take a median of.
+_WARMUP_UPDATES = 2
+_TIMED_UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What happened to the loss of the probe batch.
+
+    Attributes:
+        t_star: for each ε asked for, the smallest number of updates t with L_t ≤ ε·L_0, or None (censored).
+        losses: L_0..L_stop, float64 [stopped_at + 1].
+        stop_reason: ``reached`` (the smallest ε was crossed), ``plateau``, ``cap`` or ``diverged``.
+        stopped_at: number of updates at which the trajectory ended.
+        seconds: wall time of the trajectory.
+        step_seconds: median wall time of one plain training step, warmed up, on this device.
+    """
+
+    t_star: Mapping[float, int | None]
+    losses: NDArray[np.float64] = field(repr=False)
+    stop_reason: str
+    stopped_at: int
+    seconds: float
+    step_seconds: float
+
+    @property
+    def l0(self) -> float:
+        """Loss of the batch before any update."""
+        return float(self.losses[0])
+
+    def reached(self, epsilon: float) -> bool:
+        """Return whether the loss fell to ε·L_0 before the trajectory ended (any ε, also one not asked for)."""
+        return bool((self.losses <= check_epsilon(epsilon) * self.l0).any())
+
+
+def measure(
+    model: nn.Module,
+    batch: tuple[Inputs, Tensor],
+    *,
+    loss: LossLike | Loss = "cross_entropy",
+    lr: float = 1e-3,
+    epsilons: Iterable[float] = (0.1, 0.15, 0.2),
+    stopping: StoppingRule | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    read_every: int | None = None,
+) -> Trajectory:
+    """Train a model on one batch until the smallest ε is reached, and put the model back as it was (Eq. 3).
+
+    AdamW (weight decay 1e-4, betas 0.9 and 0.999), always in train mode, always on the same batch, one forward pass
+    per update: the pass that gives L_t is the one that update t + 1 goes back through.
+
+    Args:
+        model: any module; trained on the device where its parameters are, then restored bit for bit.
+        batch: (inputs, targets); the inputs as the model takes them, the targets [B, ...].
+        loss: a name, an ``nn.Module`` or a callable ``(outputs, targets) -> per-sample or mean loss``.
+        lr: learning rate.
+        epsilons: fractions of L_0 whose crossings are recorded; the trajectory runs to the smallest.
+        stopping: cap, plateau exit; the design's values where None.
+        seed: seeds dropout and whatever else the model draws; the caller's RNG is left as it was.
+        precision: ``float32``, ``tf32`` (matrix products and convolutions on CUDA; elsewhere the same as float32)
+            or ``bf16`` (autocast; parameters and loss stay float32).
+        read_every: how many losses to leave on the device between two looks of the host; the result does not depend
+            on it. None: every one on a CPU, where looking is free, and 4 to 32, growing, elsewhere.
+
+    Raises:
+        SpecError: an argument out of range.
+        ModelError: an empty batch, labels out of range, a model without trainable parameters, or a loss that is zero
+            or negative at the start (a fraction of it means nothing).
+    """
+    check_lr(lr)
+    epsilons = check_epsilons(epsilons)
+    if precision not in PRECISIONS:
+        raise SpecError(f"Unknown precision '{precision}'.{did_you_mean(precision, PRECISIONS)}")
+    if read_every is not None and read_every < 1:
+        raise SpecError(f"read_every must be at least 1, not {read_every!r}.")
+    x, y, _ = check_batch(batch)
+    parameters = list(trainable(model).values())
+    device = parameters[0].device
+    criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
+    with (
+        preserved(model, seed, parameters=True),
+        _precision(precision, device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision)
+        seconds, step_seconds = _follow(run, scan, read_every)
+    assert scan.stop_reason is not None and scan.stopped_at is not None
+    return Trajectory(
+        t_star=dict(scan.t_star),
+        losses=scan.losses,
+        stop_reason=scan.stop_reason,
+        stopped_at=scan.stopped_at,
+        seconds=seconds,
+        step_seconds=step_seconds,
+    )
+
+
+def move(inputs: Inputs, device: torch.device) -> Inputs:
+    """Return the inputs with every tensor on ``device``."""
+
+    def put(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Mapping):
+        return {k: put(v) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(put(v) for v in inputs)
+    return put(inputs)
+
+
+class _Run:
+    """A model in training: the loss at hand has a graph, through which the next update goes back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Inputs,
+        y: Tensor,
+        criterion: Loss,
+        parameters: list[nn.Parameter],
+        lr: float,
+        precision: str,
+    ) -> None:
+        self.model, self.x, self.y, self.criterion = model.train(), x, y, criterion
+        self.device = parameters[0].device
+        self._autocast = precision == "bf16"
+        for p in model.parameters():
+            p.grad = None  # the caller's gradients are put back by `preserved`
+        # Measured on CPU, MLPs of width 128 to 1024, B = 32: fused 1.3-1.6 times as fast a step as foreach.
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused)
+        self.loss = self._forward(check=True)
+
+    def _forward(self, check: bool = False) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
+            outputs = call(self.model, self.x)
+        if self._autocast and isinstance(outputs, Tensor):
+            outputs = outputs.float()
+        if check:  # shapes and labels; a NaN is no error here, it is a trajectory that diverged at step 0
+            self.criterion.check(outputs.detach().nan_to_num() if isinstance(outputs, Tensor) else outputs, self.y)
+        return self.criterion.mean(outputs, self.y)
+
+    def update(self) -> Tensor:
+        """Make one update and return the loss after it, detached, on the device."""
+        self.loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.loss = self._forward()
+        return self.loss.detach()
+
+
+def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[float, float]:
+    """Train until the rule ends the trajectory; return (seconds, seconds of one warmed-up step)."""
+    began = time.perf_counter()
+    l0 = float(run.loss.detach())
+    if l0 <= 0.0:
+        raise ModelError(
+            f"The loss is {l0:g} before any update, so that no fraction of it can be aimed at;"
+            " use a loss that starts above zero."
+        )
+    ended = scan.feed(l0)
+    updates = 0
+    timed: list[float] = []
+    seconds = time.perf_counter() - began
+    # float64 holds every loss exactly, whatever the model's dtype.
+    buffer = torch.empty(read_every or 32, dtype=torch.float64, device=run.device)
+    while not ended or (scan.stop_reason != "diverged" and len(timed) < _TIMED_UPDATES):
+        chunk = read_every or (1 if run.device.type == "cpu" else min(32, max(4, updates // 4)))
+        start = time.perf_counter()
+        for i in range(chunk):
+            buffer[i] = run.update()
+        losses = buffer[:chunk].cpu().numpy()  # the one synchronization
+        stop = time.perf_counter()
+        if updates >= _WARMUP_UPDATES:
+            timed += [(stop - start) / chunk] * chunk
+        updates += chunk
+        if not ended:
+            ended = scan.feed(losses)
+            seconds = stop - began
+    return seconds, float(np.median(timed)) if timed else float("nan")
+
+
+@contextmanager
+def _precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Fix what CUDA may do to float32 products, and ask cuDNN for deterministic kernels, inside the block."""
+    if device.type != "cuda":
+        yield
+        return
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    holders: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+    before = [h.fp32_precision for h in holders]
+    cudnn: Any = torch.backends.cudnn
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    try:
+        for h in holders:
+            h.fp32_precision = wanted
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        for h, value in zip(holders, before, strict=True):
+            h.fp32_precision = value
+        cudnn.deterministic, cudnn.benchmark = flags
