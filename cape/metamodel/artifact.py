@@ -1,0 +1,201 @@
+"""The fitted meta-regressor as an object and as a directory: XGBoost UBJ, JSON, and nothing pickled.
+
+``card.json`` is for people: preset, features, data fingerprint, metrics on held-back trials, ranges, versions.
+``calibration.json`` holds the conformal scores and the domain statistics. Boosters are ``model.ubj`` (pooled),
+``model-FAMILY.ubj`` and ``reach.ubj``; the card lists each file with its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cape.errors import SpecError, StoreError
+from cape.metamodel.domain import Domain
+from cape.metamodel.intervals import Conformal, bounds
+from cape.metamodel.reach import Reach
+from cape.metamodel.regressors import POOLED, Preset, predict_log, xgboost
+from cape.metamodel.rows import Rows, as_rows
+
+if TYPE_CHECKING:
+    import xgboost as xgb
+
+FORMAT = 1
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A meta-regressor: predicts T* of rows, with intervals, p_reach and a domain check.
+
+    Attributes:
+        preset: what it was fitted with (after selection).
+        families: families whose codes the boosters know.
+        boosters: by family, and ``"pooled"``.
+        conformal: interval calibration, empty where fitted without.
+        domain: domain statistics, None where fitted without calibration.
+        reach: p_reach, None where fitted without calibration.
+        card: facts for people and programs, JSON values.
+    """
+
+    preset: Preset
+    families: tuple[str, ...]
+    boosters: Mapping[str, xgb.Booster]
+    conformal: Conformal
+    domain: Domain | None
+    reach: Reach | None
+    card: Mapping[str, Any]
+
+    def predict_log(self, rows: Any) -> np.ndarray:
+        """Return log T*, float64 [n], of a table or ``Rows``."""
+        rows = as_rows(rows)
+        x = rows.matrix(self.preset.features, self.families)
+        return predict_log(dict(self.boosters), x, rows["family"], self.preset.features)
+
+    def predict(self, rows: Any) -> np.ndarray:
+        """Return T* in steps, float64 [n]."""
+        return np.exp(self.predict_log(rows))
+
+    def interval(self, rows: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Return (low, high) in steps, each [n]; infinite where calibration trials are too few for the level."""
+        rows = as_rows(rows)
+        pairs = [
+            bounds(t, self.conformal.half_width(f, level)[0])
+            for t, f in zip(self.predict(rows), rows["family"], strict=True)
+        ]
+        low, high = zip(*pairs, strict=True) if pairs else ((), ())
+        return np.array(low), np.array(high)
+
+    def p_reach(self, rows: Any) -> np.ndarray:
+        """Return the probability of crossing ε at all, [n]; NaN where the model was fitted without it."""
+        rows = as_rows(rows)
+        if self.reach is None:
+            return np.full(len(rows), np.nan)
+        return self.reach.probability(rows, self.preset.features, self.families)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the model directory (each file atomically, the card last) and return it.
+
+        Raises:
+            StoreError: the directory holds something that is not a meta-regressor.
+        """
+        out = check_out(directory)
+        out.mkdir(parents=True, exist_ok=True)
+        files = {_file(name): bytes(b.save_raw("ubj")) for name, b in self.boosters.items()}
+        if self.reach is not None and self.reach.booster is not None:
+            files["reach.ubj"] = bytes(self.reach.booster.save_raw("ubj"))
+        calibration = {
+            "conformal": self.conformal.to_dict(),
+            "domain": self.domain.to_dict() if self.domain else None,
+            "reach": self.reach.to_dict() if self.reach else None,
+        }
+        files["calibration.json"] = json.dumps(calibration, allow_nan=False).encode()
+        card = {
+            **self.card,
+            "format": FORMAT,
+            "preset": self.preset.to_dict(),
+            "families": list(self.families),
+            "boosters": sorted(self.boosters),
+            "files": {n: hashlib.blake2b(d, digest_size=16).hexdigest() for n, d in sorted(files.items())},
+        }
+        for stale in [*out.glob("model*.ubj"), *out.glob("reach.ubj")]:
+            if stale.name not in files:
+                stale.unlink()
+        for name, data in files.items():
+            _write(out / name, data)
+        _write(out / "card.json", json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode())
+        return out
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> MetaModel:
+        """Read a model directory.
+
+        Raises:
+            StoreError: no card, a missing or altered file, or a newer format.
+        """
+        path = Path(directory)
+        if not (path / "card.json").is_file():
+            raise StoreError(f"There is no meta-regressor in {path}; run `cape fit META_DIR --out {path}` to make one.")
+        try:
+            card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+            if card["format"] > FORMAT:
+                raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
+            files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
+            preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
+            boosters = {name: _booster(files[_file(name)]) for name in card["boosters"]}
+            boosters[POOLED]  # every preset has one
+            conformal = Conformal.from_dict(calibration["conformal"])
+            domain = Domain.from_dict(calibration["domain"]) if calibration["domain"] else None
+            reach = None
+            if calibration["reach"]:
+                raw = files.get("reach.ubj")
+                reach = Reach(calibration["reach"]["rates"], _booster(raw) if raw else None)
+            families = tuple(card["families"])
+        except (KeyError, TypeError, ValueError, SpecError) as error:  # whatever an altered card can lead to
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"The meta-regressor in {path} is damaged ({error}); run `cape fit` again.") from error
+        return cls(preset, families, boosters, conformal, domain, reach, card)
+
+
+def check_out(directory: str | os.PathLike[str]) -> Path:
+    """Return the directory as a path, or raise ``StoreError`` where it holds anything but a meta-regressor."""
+    out = Path(directory)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "card.json").is_file())):
+        raise StoreError(f"{out} exists and holds no meta-regressor; name an empty or new directory to write one.")
+    return out
+
+
+def default_model() -> MetaModel:
+    """Return the meta-regressor that ships with CAPE, or raise ``StoreError`` where this build has none."""
+    if not (WEIGHTS / "card.json").is_file():
+        raise StoreError(
+            "This build of CAPE ships no meta-regressor; run `cape sweep` and `cape fit` to make one and pass its"
+            " directory as meta_model (or --model)."
+        )
+    return MetaModel.load(WEIGHTS)
+
+
+def resolve(meta_model: MetaModel | str | os.PathLike[str] | None) -> MetaModel:
+    """Return a meta-regressor from itself, from its directory, or the default one."""
+    if meta_model is None:
+        return default_model()
+    return meta_model if isinstance(meta_model, MetaModel) else MetaModel.load(meta_model)
+
+
+def _file(name: str) -> str:
+    return "model.ubj" if name == POOLED else f"model-{name}.ubj"
+
+
+def _booster(data: bytes) -> xgb.Booster:
+    xgb = xgboost()
+    try:
+        return xgb.Booster(model_file=bytearray(data))
+    except xgb.core.XGBoostError as error:
+        raise ValueError(f"XGBoost cannot read a booster: {str(error).splitlines()[0]}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read(path: Path, digest: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read") from error
+    if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
+        raise ValueError(f"{path.name} was changed")
+    return data

@@ -1,0 +1,156 @@
+"""Is a model inside what the meta-regressor was fitted on?
+
+Two checks. Ranges: lr, N, ε, batch size and parameter count outside those of the training rows, each with its own
+sentence. Distance: Mahalanobis distance of the standardized features to the row's family, flagged above the distance that
+a share ``FALSE_ALARM`` of held-back trials exceeds. A missing feature adds nothing to the distance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cape.metamodel.intervals import conformal_quantile
+from cape.metamodel.rows import Rows
+
+FALSE_ALARM = 0.02
+RIDGE = 0.05
+"""Added to the correlation matrix: features that never vary, or vary together, must not make every point far."""
+
+RANGED = (
+    ("log_lr", "The learning rate {value:g}", "{low:g} to {high:g}"),
+    ("log_n", "The training set size {value:.0f}", "{low:.0f} to {high:.0f}"),
+    ("log_epsilon", "The target ε = {value:g}", "{low:g} to {high:g}"),
+    ("log_b", "The batch size {value:.0f}", "{low:.0f} to {high:.0f}"),
+    ("log_p", "The parameter count {value:.3g}", "{low:.3g} to {high:.3g}"),
+)
+
+
+@dataclass(frozen=True)
+class FamilyStatistics:
+    """Mean [k], scale [k] and inverse of the regularized correlation matrix [k, k] of a family's features."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    precision: np.ndarray
+    threshold: float
+
+    def distance(self, x: np.ndarray) -> np.ndarray:
+        """Return the root mean squared Mahalanobis distance [n] of rows [n, k]; NaN entries count as the mean."""
+        z = np.nan_to_num((x - self.mean) / self.scale, nan=0.0)
+        return np.sqrt(np.einsum("ni,ij,nj->n", z, self.precision, z) / max(1, z.shape[1]))
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Statistics of the training rows.
+
+    Attributes:
+        features: numeric features that the distance looks at.
+        families: statistics by family.
+        ranges: smallest and largest value by feature of ``RANGED``, over all rows and by family (natural logs).
+    """
+
+    features: tuple[str, ...]
+    families: Mapping[str, FamilyStatistics]
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+
+    @classmethod
+    def fit(cls, fitted: Rows, held_back: Rows, features: Sequence[str]) -> Domain:
+        """Take statistics from the fitted rows and thresholds from held-back ones (fitted ones where there are few)."""
+        names = tuple(f for f in features if f != "family")
+        families = {}
+        for family in fitted.families:
+            rows = fitted.take(fitted["family"] == family)
+            x = rows.matrix(names)
+            statistics = _statistics(x)
+            new = held_back.take(held_back["family"] == family)
+            distances = statistics.distance(new.matrix(names)) if len(new) else np.empty(0)
+            threshold = conformal_quantile(distances, 1 - FALSE_ALARM, len(np.unique(new.trials)))
+            if math.isinf(threshold):
+                threshold = float(np.max(np.concatenate([distances, statistics.distance(x)])))
+            families[family] = FamilyStatistics(statistics.mean, statistics.scale, statistics.precision, threshold)
+        ranges = {}
+        for family in ("", *fitted.families):
+            every = [r if not family else r.take(r["family"] == family) for r in (fitted, held_back)]
+            ranges[family] = {
+                name: (float(np.nanmin(v)), float(np.nanmax(v)))
+                for name, *_ in RANGED
+                if np.isfinite(v := np.concatenate([r[name] for r in every])).any()
+            }
+        return cls(names, families, ranges)
+
+    def check(self, row: Rows) -> tuple[bool, list[str], float]:
+        """Return (inside, warnings, distance over threshold) for one row."""
+        warnings = []
+        family = row["family"][0]
+        known = family in self.families
+        if not known:
+            what = f"The family '{family}' is" if family else "The model's family is unknown, so it is"
+            warnings.append(
+                f"{what} not among those that the meta-regressor was fitted on ({', '.join(self.families)});"
+                " expect errors larger than the interval says."
+            )
+        ranges = self.ranges.get(family if known else "", {})
+        for name, subject, span in RANGED:
+            value = float(row[name][0])
+            if name not in ranges or not math.isfinite(value):
+                continue
+            low, high = ranges[name]
+            if not low - 1e-4 <= value <= high + 1e-4:
+                text = subject.format(value=math.exp(value))
+                limits = span.format(low=math.exp(low), high=math.exp(high))
+                warnings.append(f"{text} is outside {limits}, the range that the meta-regressor was fitted on.")
+        x = row.matrix(self.features)
+        candidates = [self.families[family]] if known else list(self.families.values())
+        ratio = min((float(s.distance(x)[0]) / max(s.threshold, 1e-9) for s in candidates), default=math.inf)
+        if ratio > 1.0:
+            warnings.append(
+                f"The probe features are {ratio:.1f} times as far from the training models as the domain check allows;"
+                " treat the prediction as a guess."
+            )
+        return not warnings, warnings, ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "features": list(self.features),
+            "families": {
+                k: {
+                    "mean": s.mean.tolist(),
+                    "scale": s.scale.tolist(),
+                    "precision": s.precision.tolist(),
+                    "threshold": s.threshold,
+                }
+                for k, s in self.families.items()
+            },
+            "ranges": {k: {n: list(v) for n, v in r.items()} for k, r in self.ranges.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Domain:
+        """Read what ``to_dict`` wrote."""
+        families = {
+            k: FamilyStatistics(
+                np.asarray(s["mean"]), np.asarray(s["scale"]), np.asarray(s["precision"]), float(s["threshold"])
+            )
+            for k, s in data["families"].items()
+        }
+        ranges = {k: {n: (float(v[0]), float(v[1])) for n, v in r.items()} for k, r in data["ranges"].items()}
+        return cls(tuple(data["features"]), families, ranges)
+
+
+def _statistics(x: np.ndarray) -> FamilyStatistics:
+    seen = np.isfinite(x).any(axis=0)
+    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    mean[seen] = np.nanmean(x[:, seen], axis=0)
+    scale[seen] = np.nanstd(x[:, seen], axis=0)
+    # A feature that never varied (a single N, say) is measured on a unit log scale rather than on none.
+    scale[scale < 1e-6] = 1.0
+    z = np.nan_to_num((x - mean) / scale, nan=0.0)
+    correlation = z.T @ z / max(1, len(z)) + RIDGE * np.eye(x.shape[1])
+    return FamilyStatistics(mean, scale, np.linalg.inv(correlation), math.inf)

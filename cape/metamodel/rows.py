@@ -1,0 +1,172 @@
+"""Rows of a meta-dataset as numpy columns, and the matrix that a regressor sees."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cape.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
+STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
+OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
+PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")
+CAP = 5000.0
+"""T* of a censored trial in paper mode (design §3)."""
+
+TEXT = ("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "stop_reason")
+NUMERIC = (
+    *("batch_size", "lr", "epsilon", "seed", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
+    *(f for f in PRODUCT_FEATURES if f != "family"),
+    "log_tau_full",
+)
+REQUIRED = ("family", "dataset", "batch_size", "lr", "epsilon", "t_star", *PAPER_FEATURES)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as columns: text columns are object arrays, numbers float64 with NaN for null, all of one length.
+
+    Attributes:
+        columns: by name, those of ``TEXT`` and ``NUMERIC`` (all-null where the table has none), ``converged``
+            (bool), and ``losses`` (object array of float32 arrays or None) where the table has it.
+    """
+
+    columns: Mapping[str, np.ndarray]
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Rows:
+        """Read a meta-dataset's table; raises ``DataError`` where a column that every row needs is absent."""
+        have = set(table.column_names)
+        missing = [c for c in REQUIRED if c not in have]
+        if missing:
+            raise DataError(f"The meta-dataset lacks the column '{missing[0]}'; is it one that `cape sweep` wrote?")
+        n = table.num_rows
+        columns: dict[str, np.ndarray] = {}
+        for name in TEXT:
+            values = table.column(name).to_pylist() if name in have else [None] * n
+            columns[name] = np.array(values, dtype=object)
+        for name in NUMERIC:
+            columns[name] = _floats(table.column(name)) if name in have else np.full(n, np.nan)
+        if np.isnan(columns["log_epsilon"]).any():
+            columns["log_epsilon"] = np.log(columns["epsilon"])
+        if "trial_id" not in have:
+            columns["trial_id"] = np.array([f"row{i}" for i in range(n)], dtype=object)
+        reached = np.isfinite(columns["t_star"])
+        if "converged" in have:
+            reached &= np.array([v is True for v in table.column("converged").to_pylist()], dtype=bool)
+        columns["converged"] = reached
+        if "losses" in have:
+            losses = np.empty(n, dtype=object)
+            for i, value in enumerate(table.column("losses").to_pylist()):
+                losses[i] = None if value is None else np.asarray(value, dtype=np.float32)
+            columns["losses"] = losses
+        return cls(columns)
+
+    def __len__(self) -> int:
+        return len(self.columns["t_star"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def take(self, index: np.ndarray) -> Rows:
+        """Return the rows of a boolean mask or an index array."""
+        return Rows({k: v[index] for k, v in self.columns.items()})
+
+    @property
+    def reached(self) -> np.ndarray:
+        """Bool [n]: the row's ε was crossed, so that ``t_star`` is known."""
+        return self.columns["converged"]
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Bool [n]: the trial raised an error and says nothing about T*."""
+        return self.columns["stop_reason"] == "failed"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the families present, sorted."""
+        return tuple(sorted({str(f) for f in self["family"] if f is not None}))
+
+    @property
+    def trials(self) -> np.ndarray:
+        """Int [n]: a number per trial; the rows of one trial share it."""
+        return np.unique(self["trial_id"].astype(str), return_inverse=True)[1]
+
+    def keys(self, *names: str) -> np.ndarray:
+        """Object [n]: one tuple per row of the named columns (``cell`` is family, dataset, batch size, lr)."""
+        out = np.empty(len(self), dtype=object)
+        for i, key in enumerate(zip(*(self[n] for n in names), strict=True)):
+            out[i] = key
+        return out
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Object [n]: the cell (family, dataset, batch size, lr) of each row."""
+        return self.keys("family", "dataset", "batch_size", "lr")
+
+    def target(self, censored: str) -> np.ndarray:
+        """Return T* in steps, [n]; NaN where the row is not to be fitted on.
+
+        Args:
+            censored: ``"cap"`` regresses an uncrossed ε as 5,000 (paper mode); ``"exclude"`` leaves it to p_reach.
+        """
+        t = np.where(self.reached, self["t_star"], CAP if censored == "cap" else np.nan)
+        return np.where(self.failed, np.nan, t)
+
+    def matrix(self, features: Sequence[str], families: Sequence[str] = ()) -> np.ndarray:
+        """Return float64 [n, len(features)]; missing or non-finite values are NaN, ``family`` is a code."""
+        out = np.empty((len(self), len(features)))
+        for j, name in enumerate(features):
+            out[:, j] = family_codes(self["family"], families) if name == "family" else self[name]
+        out[~np.isfinite(out)] = np.nan
+        return out
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of (trial, ε, T*) of every row, whatever their order."""
+        lines = sorted(f"{t}|{e!r}|{s!r}" for t, e, s in zip(self["trial_id"], self["epsilon"], self["t_star"], strict=True))
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def as_rows(data: Any) -> Rows:
+    """Return ``Rows`` from ``Rows`` or a ``pyarrow.Table``."""
+    return data if isinstance(data, Rows) else Rows.from_table(data)
+
+
+def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: float) -> Rows:
+    """Return one row for prediction from ``Features.as_dict()``; a feature that is None becomes NaN."""
+    columns: dict[str, np.ndarray] = {name: np.full(1, np.nan) for name in NUMERIC}
+    columns.update({name: np.array([None], dtype=object) for name in TEXT})
+    for name, value in features.items():
+        if name in columns and value is not None:
+            columns[name] = np.array([float(value)])
+    columns["family"] = np.array([family], dtype=object)
+    columns["epsilon"] = np.array([float(epsilon)])
+    columns["log_epsilon"] = np.log(columns["epsilon"])
+    columns["lr"] = np.exp(columns["log_lr"])
+    columns["batch_size"] = np.exp(columns["log_b"])
+    columns["converged"] = np.zeros(1, dtype=bool)
+    return Rows(columns)
+
+
+def family_codes(names: np.ndarray, families: Sequence[str]) -> np.ndarray:
+    """Return float [n]: the index of each name among ``families``, NaN for one that is not there."""
+    index = {name: float(i) for i, name in enumerate(families)}
+    return np.array([index.get(name, np.nan) for name in names])
+
+
+def _floats(column: Any) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_null(column.type):
+        return np.full(len(column), np.nan)
+    values = pc.cast(column, pa.float64()).to_numpy()
+    return np.array(values, dtype=np.float64)

@@ -1,0 +1,157 @@
+"""The Ray half of fitting: one Ray Train run that fits the boosters, and selection folds as Ray tasks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cape.errors import DependencyError, SpecError, StoreError
+from cape.metamodel.regressors import Design, Preset, train_boosters, xgboost
+
+if TYPE_CHECKING:
+    import xgboost as xgb
+
+
+@contextmanager
+def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[tuple[Any, Any]]:
+    """Yield (trainer, mapper) for ``fit_table`` over a running or a quiet local Ray.
+
+    Args:
+        directory: model directory; Ray Train's storage is a hidden folder beside it, removed at the end, because
+            every node of a cluster must see it.
+    """
+    try:
+        import ray
+        import ray.train.xgboost  # noqa: F401  (absent where ray came without its train extra)
+    except ImportError as error:
+        raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
+    mine = not ray.is_initialized()
+    if mine:
+        _start(ray, address, workers)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
+    try:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus <= workers:
+            # Ray Data needs a CPU of its own: with none free, Train waits for data forever.
+            raise SpecError(
+                f"{workers} workers need at least {workers + 1} CPUs and Ray has {cpus}; use fewer workers or more CPUs."
+            )
+        yield (
+            lambda data, preset: train_with_ray(data, preset, workers, storage),
+            lambda function, arguments: _map_tasks(function, arguments),
+        )
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+        if mine:
+            ray.shutdown()
+
+
+def _start(ray: Any, address: str | None, workers: int) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
+    if address is not None:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError) as error:
+            raise SpecError(f"There is no Ray cluster at '{address}'; start one or leave the address out.") from error
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(workers + 1, os.cpu_count() or 1),
+        include_dashboard=False,
+        **options,
+    )
+
+
+def _map_tasks(function: Callable[..., list[float]], arguments: Iterable[tuple[Any, ...]]) -> list[list[float]]:
+    """Run calls as Ray tasks of one thread each; a large argument that repeats is stored once."""
+    import ray
+
+    held: dict[int, Any] = {}
+    task = ray.remote(num_cpus=1)(_one_thread)
+    calls = []
+    for first, *rest in arguments:
+        reference = held.setdefault(id(first), ray.put(first)) if id(first) not in held else held[id(first)]
+        calls.append(task.remote(function, reference, *rest))
+    return ray.get(calls)
+
+
+def _one_thread(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
+    return function(*arguments, threads=1)
+
+
+def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) -> dict[str, xgb.Booster]:
+    """Fit the boosters of a preset in one Ray Train run and return them.
+
+    Every worker receives all rows and fits on every ``workers``-th (Ray Data's own split would drop a remainder). Each
+    reports once, at the end: a report costs about two seconds.
+    """
+    import ray.data
+    import ray.train
+    from ray.train.xgboost import XGBoostTrainer
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = gpus >= workers and _cuda()
+    trainer = XGBoostTrainer(
+        _worker,
+        train_loop_config={"preset": preset.to_dict(), "families": list(data.families)},
+        datasets={"rows": ray.data.from_arrow(_table(data))},
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(name="fit", storage_path=str(storage)),
+    )
+    result = trainer.fit()
+    if result.error is not None or result.checkpoint is None:
+        raise StoreError(f"Ray Train did not return a model: {result.error}.")
+    with result.checkpoint.as_directory() as folder:
+        return {p.stem: xgboost().Booster(model_file=p) for p in sorted(Path(folder).glob("*.ubj"))}
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: read, fit with the others, report once."""
+    import pyarrow as pa
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    shard = ray.train.get_dataset_shard("rows")
+    table = pa.concat_tables(shard.iter_batches(batch_format="pyarrow", batch_size=None)).sort_by("index")
+    preset, families = Preset.from_dict(config["preset"]), tuple(config["families"])
+    columns = [table.column(f"x{j}").to_numpy() for j in range(len(preset.features))]
+    x = np.stack(columns, axis=1)
+    y, weight, codes = (table.column(n).to_numpy() for n in ("y", "weight", "code"))
+    # XGBoost would silently fall back to the CPU: ask torch whether this worker really has a GPU.
+    use_gpu = bool(ray.get_gpu_ids()) and _cuda()
+    threads = 0 if world == 1 else 1
+    data = Design(x, y, weight, codes, families)
+    boosters = train_boosters(data, preset, "cuda" if use_gpu else "cpu", threads, rank, world)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            for name, booster in boosters.items():
+                booster.save_model(Path(folder) / f"{name}.ubj")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"rows": len(y), "boosters": len(boosters), "workers": world}, checkpoint=checkpoint)
+
+
+def _table(data: Design) -> Any:
+    import pyarrow as pa
+
+    columns = {f"x{j}": data.x[:, j] for j in range(data.x.shape[1])}
+    columns |= {"y": data.y, "weight": data.weight, "code": data.codes, "index": np.arange(len(data.y))}
+    # NaN stays NaN (not null), so that the matrix comes back bit for bit.
+    return pa.table({k: pa.array(v, from_pandas=False) for k, v in columns.items()})
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
