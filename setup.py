@@ -45,9 +45,11 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = _tool("cmake"), _tool("ninja")
+        # pip calls the same interpreter by another name (python3.11): settle on one, or every tool rebuilds all.
+        python = Path(sys.prefix) / "bin" / "python"
         settings = {
             "CMAKE_MAKE_PROGRAM": ninja,
-            "Python_EXECUTABLE": sys.executable,
+            "Python_EXECUTABLE": str(python if python.exists() else sys.executable),
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CAPE_CUDA": os.environ.get("CAPE_CUDA", "auto"),
             "CAPE_CUDA_ARCHS": os.environ.get("CAPE_CUDA_ARCHS", "90"),
