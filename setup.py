@@ -15,10 +15,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 
 
 def _tool(name: str) -> str:
@@ -42,7 +43,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build = BUILD
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = _tool("cmake"), _tool("ninja")
         # pip calls the same interpreter by another name (python3.11): settle on one, or every tool rebuilds all.
@@ -76,7 +77,23 @@ class CMakeBuild(build_ext):
     @staticmethod
     def _call(command: list[str]) -> None:
         if subprocess.run(command, cwd=ROOT).returncode:
-            raise SystemExit(f"cape: error: the native build failed; the lines above say why ({Path(command[0]).name}).")
+            raise SystemExit("cape: error: the native build failed; the lines above say why.")
 
 
-setup(ext_modules=[Extension("cape._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class BuildDir(Command):
+    """Print where CMake builds (``ctest --test-dir`` wants to know)."""
+
+    user_options: list[tuple[str, str, str]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        print(BUILD)
+
+
+setup(
+    ext_modules=[Extension("cape._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_dir": BuildDir},
+)

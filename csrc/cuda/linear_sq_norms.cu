@@ -1,4 +1,5 @@
-// CUDA kernels of cape::linear_sq_norms and cape::sq_norms: launches on the current stream; see the .cuh for the bodies.
+// CUDA kernels of cape::linear_sq_norms and cape::sq_norms: launches on the current stream; see the .cuh for the
+// bodies.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -8,8 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cape/linear_sq_norms.cuh>
 #include <cape/linear_sq_norms.h>
+#include <cape/linear_sq_norms.cuh>
 
 namespace {
 
@@ -23,8 +24,8 @@ unsigned grid(int64_t batch, int64_t tiles) {
 
 Tensor finish(const Tensor& partials, int64_t batch, int64_t tiles, cudaStream_t stream) {
   Tensor out = at::empty({batch}, partials.options());
-  cape::cuda::sum_partials<<<grid(batch, 1), cape::cuda::kThreads, 0, stream>>>(
-      partials.const_data_ptr<double>(), tiles, out.mutable_data_ptr<double>());
+  cape::cuda::sum_partials<<<grid(batch, 1), cape::cuda::kThreads, 0, stream>>>(partials.const_data_ptr<double>(),
+                                                                                tiles, out.mutable_data_ptr<double>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }

@@ -15,7 +15,8 @@ void expect(bool ok, const char* what, int64_t t, int64_t d, int64_t p, double g
   std::printf("FAIL %s T=%ld d=%ld p=%ld: got %.17g, want %.17g\n", what, long(t), long(d), long(p), got, want);
 }
 
-double definition(const cape::MatrixView<double>& a, const cape::MatrixView<double>& g, int64_t t, int64_t d, int64_t p) {
+double definition(const cape::MatrixView<double>& a, const cape::MatrixView<double>& g, int64_t t, int64_t d,
+                  int64_t p) {
   double total = 0.0;
   for (int64_t i = 0; i < d; ++i) {
     for (int64_t j = 0; j < p; ++j) {
@@ -37,8 +38,7 @@ void compare(int64_t t, int64_t d, int64_t p, bool transposed, double tolerance)
   const std::vector<scalar> a(a64.begin(), a64.end()), g(g64.begin(), g64.end());
   const int64_t ar = transposed ? 1 : d, ac = transposed ? t : 1;
   const int64_t gr = transposed ? 1 : p, gc = transposed ? t : 1;
-  const double want =
-      definition({a64.data(), ar, ac}, {g64.data(), gr, gc}, t, d, p);
+  const double want = definition({a64.data(), ar, ac}, {g64.data(), gr, gc}, t, d, p);
   const cape::MatrixView<scalar> av{a.data(), ar, ac}, gv{g.data(), gr, gc};
   std::vector<scalar> scratch;
   const double direct = cape::linear_sq_norm_direct(av, gv, t, d, p, scratch);

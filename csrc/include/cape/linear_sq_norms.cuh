@@ -8,9 +8,9 @@
 
 namespace cape::cuda {
 
-constexpr int kTile = 32;     // output tile of both forms: kTile x kTile
-constexpr int kDepth = 16;    // slice of the contracted dimension held in shared memory
-constexpr int kThreads = 256; // each thread owns kTile * kTile / kThreads = 4 outputs
+constexpr int kTile = 32;      // output tile of both forms: kTile x kTile
+constexpr int kDepth = 16;     // slice of the contracted dimension held in shared memory
+constexpr int kThreads = 256;  // each thread owns kTile * kTile / kThreads = 4 outputs
 constexpr int kOwned = kTile * kTile / kThreads;
 
 // A strided batch of matrices [B, rows, cols] that is only read.
@@ -50,10 +50,10 @@ __device__ void multiply_tile(const BatchView<scalar>& x, const BatchView<scalar
       // Neighbouring threads read neighbouring columns of the matrices.
       const int k = contract_rows ? e / kTile : e % kDepth, i = contract_rows ? e % kTile : e / kDepth;
       const bool in_depth = k0 + k < depth;
-      xs[k][i] = in_depth && i0 + i < rows ? (contract_rows ? x.at(b, k0 + k, i0 + i) : x.at(b, i0 + i, k0 + k))
-                                           : scalar(0);
-      ys[k][i] = in_depth && j0 + i < cols ? (contract_rows ? y.at(b, k0 + k, j0 + i) : y.at(b, j0 + i, k0 + k))
-                                           : scalar(0);
+      xs[k][i] =
+          in_depth && i0 + i < rows ? (contract_rows ? x.at(b, k0 + k, i0 + i) : x.at(b, i0 + i, k0 + k)) : scalar(0);
+      ys[k][i] =
+          in_depth && j0 + i < cols ? (contract_rows ? y.at(b, k0 + k, j0 + i) : y.at(b, j0 + i, k0 + k)) : scalar(0);
     }
     __syncthreads();
     for (int k = 0; k < kDepth; ++k) {
@@ -66,8 +66,8 @@ __device__ void multiply_tile(const BatchView<scalar>& x, const BatchView<scalar
 // Direct form: block (b, tile) squares one kTile x kTile tile of A_b^T G_b. tiles = ceil(d / kTile) * ceil(p / kTile).
 template <typename scalar>
 __global__ void __launch_bounds__(kThreads)
-linear_direct(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d, int64_t p, int64_t tiles,
-              double* __restrict__ partials) {
+    linear_direct(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d, int64_t p, int64_t tiles,
+                  double* __restrict__ partials) {
   const int64_t b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t across = (p + kTile - 1) / kTile;
   scalar acc[kOwned] = {};
@@ -81,9 +81,8 @@ linear_direct(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d, in
 // Gram form: block (b, tile) multiplies one tile of A_b A_b^T with that of G_b G_b^T. Only tiles on and below the
 // diagonal exist; those below count twice. tiles = n (n + 1) / 2 with n = ceil(t / kTile).
 template <typename scalar>
-__global__ void __launch_bounds__(kThreads)
-linear_gram(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d, int64_t p, int64_t tiles,
-            double* __restrict__ partials) {
+__global__ void __launch_bounds__(kThreads) linear_gram(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d,
+                                                        int64_t p, int64_t tiles, double* __restrict__ partials) {
   const int64_t b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   int64_t i = int64_t((sqrt(8.0 * double(tile) + 1.0) - 1.0) / 2.0);
   while ((i + 1) * (i + 2) / 2 <= tile) ++i;  // the square root may be off by one
@@ -103,8 +102,8 @@ constexpr int64_t kSlice = 16 * kThreads;
 
 template <typename scalar>
 __global__ void __launch_bounds__(kThreads)
-squares(const scalar* __restrict__ x, int64_t row_stride, int64_t col_stride, int64_t n, int64_t slices,
-        double* __restrict__ partials) {
+    squares(const scalar* __restrict__ x, int64_t row_stride, int64_t col_stride, int64_t n, int64_t slices,
+            double* __restrict__ partials) {
   const int64_t b = blockIdx.x / slices, begin = (blockIdx.x % slices) * kSlice;
   const int64_t end = begin + kSlice < n ? begin + kSlice : n;
   double sum = 0.0;
@@ -118,7 +117,7 @@ squares(const scalar* __restrict__ x, int64_t row_stride, int64_t col_stride, in
 
 // out[b] = max(0, sum of partials[b, :]): one block per sample, fixed order.
 __global__ void __launch_bounds__(kThreads)
-sum_partials(const double* __restrict__ partials, int64_t tiles, double* __restrict__ out) {
+    sum_partials(const double* __restrict__ partials, int64_t tiles, double* __restrict__ out) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < tiles; i += kThreads) sum += partials[int64_t(blockIdx.x) * tiles + i];
   sum = block_sum(sum);
