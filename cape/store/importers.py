@@ -1,0 +1,140 @@
+"""Read the authors' published meta-datasets (CSV) into ours."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from cape.config import check_epsilon, stable_hash
+from cape.errors import CapeError, DataError, SpecError
+from cape.store.schema import ROW_SCHEMA
+from cape.store.writer import write_shard
+
+IMPORTED = "imported"  # the sweep_hash of rows that no sweep of ours made
+
+_FEATURES = {
+    "logP": "log_p",
+    "logB": "log_b",
+    "logG2": "log_g2",
+    "logTau": "log_tau",
+    "logLR": "log_lr",
+    "logN": "log_n",
+    "logInitLoss": "log_l0",
+}
+_REQUIRED = ("dataset", "learning_rate", "batch_size", "epsilon", "logP", "logG2", "logTau", "logN", "T_star")
+_HANDLED = {*_REQUIRED, *_FEATURES, "converged", "censored_reason", "logFinalLoss", "architecture", "family"}
+_DATASETS = {"fashionmnist": "fashion_mnist", "californiahousing": "california_housing"}
+
+
+def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
+    """Add the rows of a published CSV to a meta-dataset.
+
+    The CSV counts T* from 1 (updates + 1): 1 is subtracted. Each of its rows was trained on its own and becomes a
+    trial of its own. Columns that we do not know are kept under their names. Importing a file twice adds nothing.
+
+    Args:
+        csv: file with a header line.
+        family: family of every row of the file.
+        out: folder of the meta-dataset; made where it does not exist.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: no such file, not a CSV, a column missing, or a value that cannot be (the message names the line).
+        StoreError: ``out`` cannot be written to.
+    """
+    path = Path(csv)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
+        raise SpecError(f"A family's name is made of letters, digits, '-' and '_', not {family!r}.")
+    table, digest = _read(path)
+    missing = [name for name in _REQUIRED if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it is not a CAPE meta-dataset.")
+    if table.num_rows == 0:
+        raise DataError(f"{path} holds no rows.")
+    replicates: Counter[tuple[Any, ...]] = Counter()
+    rows = []
+    for i, record in enumerate(table.to_pylist()):
+        try:
+            row = _row(record, family)
+        except (CapeError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{path}, line {i + 2}: {error}") from error
+        cell = (row["architecture"], row["dataset"], row["batch_size"], row["lr"], row["epsilon"])
+        row["replicate"] = replicates[cell]
+        replicates[cell] += 1
+        row["trial_id"] = stable_hash(["import", family, digest, i])
+        rows.append(row)
+    write_shard(rows, out)
+    return len(rows)
+
+
+def _read(path: Path) -> tuple[pa.Table, str]:
+    """Return the CSV as a table and the hash of its content."""
+    try:
+        content = path.read_bytes()
+        return pa_csv.read_csv(pa.BufferReader(content)), hashlib.blake2b(content, digest_size=16).hexdigest()
+    except FileNotFoundError as error:
+        raise DataError(f"There is no file {path}.") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
+    steps = record["T_star"]
+    converged = bool(record.get("converged", True))
+    if converged and (steps is None or steps != int(steps) or steps < 1):
+        raise DataError(f"T_star must be a whole number of at least 1, not {steps!r}.")
+    epsilon = check_epsilon(record["epsilon"])
+    batch_size, lr = int(record["batch_size"]), float(record["learning_rate"])
+    l0, final = (_exp(record.get(name)) for name in ("logInitLoss", "logFinalLoss"))
+    row: dict[str, Any] = {name: value for name, value in record.items() if name not in _HANDLED}
+    for name in [n for n in row if n in ROW_SCHEMA.names]:
+        row[f"csv_{name}"] = row.pop(name)  # not ours, whatever it is: it does not take our column's place
+    row.update({ours: record.get(theirs) for theirs, ours in _FEATURES.items()})
+    return {
+        **row,
+        "sweep_hash": IMPORTED,
+        "family": family,
+        "architecture": record.get("architecture"),
+        "dataset": _dataset(record["dataset"]),
+        "task": "classification",
+        "batch_size": batch_size,
+        "lr": lr,
+        "epsilon": epsilon,
+        "log_b": row["log_b"] if row["log_b"] is not None else math.log(batch_size),
+        "log_lr": row["log_lr"] if row["log_lr"] is not None else math.log(lr),
+        "log_epsilon": math.log(epsilon),
+        "t_star": int(steps) - 1 if converged else None,
+        "converged": converged,
+        "stop_reason": None if converged else _reason(record.get("censored_reason")),
+        "stopped_at": int(steps) - 1 if steps is not None else None,
+        "l0": l0,
+        "final_loss": final,
+    }
+
+
+def _exp(value: float | None) -> float | None:
+    return None if value is None else math.exp(value)
+
+
+def _dataset(name: Any) -> str:
+    """Return our name of a dataset: ``FashionMNIST`` is ``fashion_mnist``."""
+    plain = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+    return _DATASETS.get(plain.replace("_", ""), plain)
+
+
+def _reason(text: Any) -> str:
+    """Return our word for why a published trial was cut short."""
+    said = str(text or "").lower()
+    if "plateau" in said:
+        return "plateau"
+    return "diverged" if "nan" in said or "div" in said else "cap"

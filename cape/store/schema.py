@@ -1,0 +1,70 @@
+"""What a row holds, where a meta-dataset keeps it, and how its files are named.
+
+A meta-dataset is a folder::
+
+    META_DIR/_spec.json                                  the sweep that fills it (absent where rows were imported)
+    META_DIR/family=mlp/dataset=mnist/<hash>.parquet     one chunk of trials each
+
+``family`` and ``dataset`` are in the path and not in the files, as hive readers expect; names that begin with ``_``
+or ``.`` are ignored by Arrow, pandas, Polars and DuckDB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+
+from cape.probing.features import FEATURE_NAMES
+
+SCHEMA_VERSION = 1
+SPEC_FILE = "_spec.json"
+PARTITION_COLUMNS = ("family", "dataset")
+
+# Files with this prefix hold columns beyond ROW_SCHEMA; a reader opens only these to learn what they are called.
+EXTRA_PREFIX = "extra-"
+
+# How many losses of a trajectory, L_0 first, a row keeps.
+KEPT_LOSSES = 64
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("trial_id", pa.string(), nullable=False),
+        pa.field("sweep_hash", pa.string()),
+        pa.field("family", pa.string(), nullable=False),
+        pa.field("architecture", pa.string()),
+        pa.field("model", pa.string()),  # ModelSpec as JSON
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("task", pa.string()),
+        pa.field("batch_size", pa.int32()),
+        pa.field("lr", pa.float64()),
+        pa.field("epsilon", pa.float64()),
+        pa.field("seed", pa.int64()),
+        pa.field("replicate", pa.int32()),
+        pa.field("precision", pa.string()),
+        pa.field("preprocess", pa.string()),
+        *(pa.field(name, pa.float64()) for name in FEATURE_NAMES),
+        pa.field("log_epsilon", pa.float64()),
+        pa.field("t_star", pa.int32()),  # updates until L_t <= epsilon * L_0; null where censored or failed
+        pa.field("converged", pa.bool_()),
+        pa.field("stop_reason", pa.string()),  # null where converged; plateau, cap, diverged, failed
+        pa.field("stopped_at", pa.int32()),  # updates at which the trajectory ended
+        pa.field("l0", pa.float64()),
+        pa.field("final_loss", pa.float64()),
+        pa.field("losses", pa.list_(pa.float32())),  # L_0..L_63, fewer where the trajectory was shorter
+        pa.field("probe_seconds", pa.float64()),
+        pa.field("truth_seconds", pa.float64()),
+        pa.field("step_seconds", pa.float64()),  # one plain training step, warmed up, on `device`
+        pa.field("device", pa.string()),
+        pa.field("error", pa.string()),
+    ],
+    metadata={"cape_schema_version": str(SCHEMA_VERSION)},
+)
+
+PARTITION_SCHEMA = pa.schema([ROW_SCHEMA.field(name) for name in PARTITION_COLUMNS])
+
+
+def partition_dir(meta_dir: Path, family: str, dataset: str) -> Path:
+    """Return the folder of one (family, dataset); a dataset that is a file path is escaped into one name."""
+    return meta_dir / f"family={quote(family, safe='')}" / f"dataset={quote(dataset, safe='')}"
