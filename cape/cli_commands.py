@@ -1,0 +1,289 @@
+"""The commands of ``cape.cli``, each named as on the command line; every one takes the parsed arguments.
+
+They check what is cheap to check, call the public function, and print. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cape.config import SweepSpec, check_epsilon, check_epsilons, check_lr
+from cape.errors import CapeError, DependencyError, SpecError, StoreError, did_you_mean
+
+if TYPE_CHECKING:
+    from cape.predict import Prediction
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """``cape sweep SPEC.json|PRESET --out DIR``."""
+    spec = read_spec(args.spec)
+    if args.workers is not None and args.workers < 1:
+        raise SpecError(f"--workers must be at least 1, not {args.workers}.")
+    if args.gpus_per_worker is not None and args.gpus_per_worker < 0:
+        raise SpecError(f"--gpus-per-worker must be zero or more, not {args.gpus_per_worker:g}.")
+    options: dict[str, Any] = {"resume": args.resume, "data_root": args.data_root, "progress": not args.quiet}
+    if args.inline:
+        from cape.sweep.inline import run_inline
+
+        result = run_inline(spec, args.out, **options)
+    else:
+        from cape.sweep.driver import run_sweep
+
+        result = run_sweep(
+            spec,
+            args.out,
+            address=args.address,
+            workers=args.workers,
+            gpus_per_worker=args.gpus_per_worker,
+            **options,
+        )
+    print(result)
+
+
+def read_spec(name: str) -> SweepSpec:
+    """Return the spec of a preset's name or of a JSON file; raises ``SpecError`` where there is neither."""
+    from cape.sweep.plan import PRESETS
+
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.suffix != ".json" and not path.is_file():
+        raise SpecError(f"'{name}' is neither a preset nor a JSON file.{did_you_mean(name, PRESETS)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"There is no file {name}; a preset is one of {', '.join(sorted(PRESETS))}.") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{name} is not a text file.") from error
+    return SweepSpec.from_json(text)
+
+
+def fit(args: argparse.Namespace) -> None:
+    """``cape fit META_DIR --out MODEL_DIR``."""
+    from cape.metamodel.fit import fit as fit_model
+
+    model = fit_model(
+        args.meta_dir, args.out, preset=args.preset, workers=args.workers, seed=args.seed, address=args.address
+    )
+    data = model.card["data"]
+    print(f"Fitted '{model.preset.name}' on {data['rows']} rows of {data['trials']} trials; written to {args.out}")
+    for family, scores in model.card["metrics"]["held_back"].items():
+        print(f"  {family:<12} {scores['rows']:>6} held-back rows, MAE {scores['mae']:.2f} steps")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``cape evaluate META_DIR --protocol P --out REPORT_DIR``."""
+    from cape.evaluation import evaluate as run_protocol
+
+    print(run_protocol(args.meta_dir, args.protocol, args.out, **({"test": args.test} if args.test else {})))
+
+
+def report(args: argparse.Namespace) -> None:
+    """``cape report META_DIR --out FILE.html``."""
+    from cape.evaluation import report as write_report
+
+    print(write_report(args.meta_dir, args.out))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """``cape predict module.path:callable --data DATASET``."""
+    from cape.cli_model import load_model, load_setting
+    from cape.metamodel.artifact import resolve
+    from cape.metamodel.intervals import check_level
+    from cape.predict import predict as predict_one
+
+    check_lr(args.lr), check_epsilon(args.epsilon), check_level(args.level)
+    meta_model = resolve(args.meta_model)
+    setting = load_setting(args)
+    model = load_model(args.model, args.kwargs, args.seed, setting)
+    prediction = predict_one(
+        model,
+        setting.batch,
+        loss=setting.loss,
+        lr=args.lr,
+        dataset_size=setting.dataset_size,
+        epsilon=args.epsilon,
+        meta_model=meta_model,
+    )
+    if args.json:
+        _print_json({"model": args.model, "data": setting.dataset.name, **prediction.to_dict()})
+    else:
+        print(f"{args.model} on {setting.dataset.name}: batch {args.batch_size}, lr {args.lr:g}, ε {args.epsilon:g}")
+        for label, value in _prediction_lines(prediction, args):
+            print(f"  {label:<22} {value}")
+
+
+def _prediction_lines(p: Prediction, args: argparse.Namespace) -> list[tuple[str, str]]:
+    low, high = p.interval(args.level)
+    lines = [
+        ("steps", f"{p.steps:.1f}"),
+        (f"{100 * args.level:g} % interval", f"{low:.1f} to {high:.1f}"),
+        ("epochs", f"{p.epochs:.3g}"),
+        ("time on this machine", f"{p.time():.3g} s"),
+    ]
+    if args.usd_per_hour is not None:
+        lines.append(("cost", f"{p.cost(usd_per_hour=args.usd_per_hour):.3g} USD"))
+    lines += [("chance to get there", f"{100 * p.p_reach:.0f} %"), ("like the corpus", "yes" if p.in_domain else "no")]
+    return lines + [("warning", text) for text in p.warnings]
+
+
+def rank(args: argparse.Namespace) -> None:
+    """``cape rank A B ... --data DATASET --lr 1e-3 2e-3``: every model at every learning rate."""
+    from cape.cli_model import load_model, load_setting
+    from cape.metamodel.artifact import resolve
+    from cape.predict import rank as rank_all
+
+    check_epsilon(args.epsilon)
+    for lr in args.lr:
+        check_lr(lr)
+    meta_model = resolve(args.meta_model)
+    setting = load_setting(args)
+    candidates = [
+        (f"{path} lr={lr:g}" if len(args.lr) > 1 else path, model, setting.batch, lr)
+        for path in args.model
+        for model in [load_model(path, args.kwargs, args.seed, setting)]
+        for lr in args.lr
+    ]
+    table = rank_all(
+        candidates,
+        loss=setting.loss,
+        dataset_size=setting.dataset_size,
+        epsilon=args.epsilon,
+        meta_model=meta_model,
+    )
+    if args.json:
+        _print_json(table.to_dict())
+    else:
+        print(table)
+
+
+def probe(args: argparse.Namespace) -> None:
+    """``cape probe module.path:callable --data DATASET``."""
+    from cape.cli_model import load_model, load_setting
+    from cape.probing import probe as probe_model
+
+    check_lr(args.lr)
+    setting = load_setting(args)
+    model = load_model(args.model, args.kwargs, args.seed, setting)
+    features = probe_model(model, setting.batch, loss=setting.loss, lr=args.lr, dataset_size=setting.dataset_size)
+    values = features.as_dict()
+    if args.json:
+        _print_json(values)
+    else:
+        for name, value in values.items():
+            print(f"{name:<16} {'not computed' if value is None else format(value, '.6g')}")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """``cape measure module.path:callable --data DATASET``."""
+    from cape.cli_model import load_model, load_setting
+    from cape.config import StoppingRule
+    from cape.convergence import measure as measure_model
+
+    check_lr(args.lr)
+    epsilons = check_epsilons(args.epsilon)
+    stopping = StoppingRule(max_steps=args.max_steps)
+    setting = load_setting(args)
+    model = load_model(args.model, args.kwargs, args.seed, setting)
+    found = measure_model(
+        model, setting.batch, loss=setting.loss, lr=args.lr, epsilons=epsilons, stopping=stopping, seed=args.seed
+    )
+    if args.json:
+        _print_json(
+            {
+                "t_star": {f"{e:g}": found.t_star[e] for e in epsilons},
+                "stop_reason": found.stop_reason,
+                "stopped_at": found.stopped_at,
+                "losses": [float(v) for v in found.losses],
+                "seconds": found.seconds,
+                "step_seconds": found.step_seconds,
+            }
+        )
+        return
+    for e in epsilons:
+        steps = found.t_star[e]
+        print(f"ε {e:<6g} {'not reached' if steps is None else f'{steps} steps'}")
+    print(
+        f"stopped: {found.stop_reason} after {found.stopped_at} steps, {found.seconds:.2f} s,"
+        f" loss {found.losses[0]:.4g} to {found.losses[-1]:.4g}"
+    )
+
+
+def data(args: argparse.Namespace) -> None:
+    """``cape data``: the registered datasets and where each is found."""
+    from cape import datasets
+
+    root = datasets.data_root(args.data_root)
+    print(f"data root: {root or 'none (set CAPE_DATA, or give --data-root); torchvision downloads into ~/.cache/cape'}")
+    for name in datasets.names():
+        try:
+            found = datasets.load(name, data_root=args.data_root)
+        except CapeError as error:
+            print(f"  {name:<20} not here: {error}")
+        else:
+            layouts = ", ".join(found.layouts)
+            print(f"  {name:<20} {found.task:<15} {found.outputs:>5} outputs  N {found.full_train_size:>6}  {layouts}")
+
+
+def import_csv(args: argparse.Namespace) -> None:
+    """``cape import-csv FILE.csv --family cnn --out META_DIR``."""
+    from cape.store.importers import import_csv as import_file
+
+    rows = import_file(args.csv, args.family, args.out)
+    print(f"Imported {rows} rows of {args.csv} into {args.out}")
+
+
+def info(args: argparse.Namespace) -> None:
+    """``cape info``: versions, the native extension, devices, data root, weights."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    import cape
+    from cape import datasets
+    from cape.metamodel.artifact import default_model
+
+    print(f"cape {cape.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for name in ("torch", "torchvision", "ray", "xgboost", "pyarrow", "numpy", "scikit-learn"):
+        try:
+            print(f"  {name:<14} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {name:<14} not installed")
+    print(f"  {'native':<14} {_native()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"  {'devices':<14} {', '.join([f'cpu ({torch.get_num_threads()} threads)', *devices])}")
+    print(f"  {'data root':<14} {datasets.data_root(args.data_root) or 'none'}")
+    try:
+        card = default_model().card
+    except (StoreError, DependencyError) as error:
+        print(f"  {'weights':<14} {error}")
+    else:
+        print(f"  {'weights':<14} {card['name']}, {card['data']['rows']} rows of {', '.join(card['data']['datasets'])}")
+
+
+def _native() -> str:
+    try:
+        from cape import _C
+    except ImportError as error:
+        return f"missing, the slower torch twins are used ({error})"
+    built = _C.build_info()
+    cuda = f"CUDA {built['cuda_archs']} ({built['cuda_compiler']})" if built["cuda"] else "CPU only"
+    return f"{cuda}, {built['compiler']}, for torch {built['torch']}"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that strict JSON can hold: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
