@@ -79,14 +79,14 @@ def evaluate(args: argparse.Namespace) -> None:
     """``cape evaluate META_DIR --protocol P --out REPORT_DIR``."""
     from cape.evaluation import evaluate as run_protocol
 
-    print(run_protocol(args.meta_dir, args.protocol, args.out, **({"test": args.test} if args.test else {})))
+    print(run_protocol(args.meta_dir, args.protocol, args.out, test_dir=args.test).markdown())
 
 
 def report(args: argparse.Namespace) -> None:
     """``cape report META_DIR --out FILE.html``."""
     from cape.evaluation import report as write_report
 
-    print(write_report(args.meta_dir, args.out))
+    print(f"Wrote {write_report(args.meta_dir, args.out)}")
 
 
 def predict(args: argparse.Namespace) -> None:
