@@ -91,7 +91,8 @@ def _fill(rows: list[Row], trial: TrialSpec, device: torch.device, data_root: st
     for row in rows:
         row.update(described)
     model = build_model(trial, spec).to(device)
-    x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=trial.preprocess)
+    preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
+    x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
     batch = (x.to(device), y.to(device))
     loss = TASK_LOSS[dataset.task]
 
@@ -133,7 +134,7 @@ def _truth(trajectory: Trajectory, epsilon: float) -> Row:
 def draw_model(trial: TrialSpec, dataset: datasets.Dataset) -> ModelSpec:
     """Return the model that a trial's seed draws from its family."""
     rng = np.random.default_rng(trial.seed_for("model"))
-    return families.get(trial.family).sample(rng, dataset)
+    return families.get(trial.family).sample(rng, dataset, reference=trial.preprocess == "reference")
 
 
 def build_model(trial: TrialSpec, spec: ModelSpec) -> nn.Module:

@@ -102,11 +102,16 @@ def count_rows(meta_dir: str | Path, filter: pc.Expression | None = None) -> int
         raise _unreadable(meta_dir, error) from error
 
 
-def done_trials(meta_dir: str | Path, family: str | None = None, dataset: str | None = None) -> set[str]:
-    """Return the ids of the trials whose rows are committed, of one (family, dataset) or of all."""
+def done_trials(
+    meta_dir: str | Path, family: str | None = None, dataset: str | None = None, prefix: str = ""
+) -> set[str]:
+    """Return the ids of the trials whose rows are committed: all, or those of one (family, dataset).
+
+    ``prefix`` narrows the search to the files that ``write_shard`` wrote with that prefix.
+    """
     if family is not None and dataset is not None:
         folder = partition_dir(Path(meta_dir), family, dataset)
-        files = [p for p in folder.glob("*.parquet") if p.name[0] not in "._"]
+        files = [p for p in folder.glob(f"{prefix}*.parquet") if p.name[0] not in "._"]
     else:
         files = list_files(meta_dir)
     done: set[str] = set()

@@ -23,11 +23,16 @@ from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, SPEC_
 _ABANDONED_AFTER_S = 3600.0
 
 
-def write_shard(rows: Iterable[Mapping[str, Any]], meta_dir: str | Path) -> list[Path]:
+def write_shard(rows: Iterable[Mapping[str, Any]], meta_dir: str | Path, *, prefix: str = "") -> list[Path]:
     """Write rows as one Parquet file for each (family, dataset) among them, atomically.
 
     The name of a file is the hash of the trials in it: the same trials written twice are one file. Columns that are
     not in ``ROW_SCHEMA`` are kept. All rows of a trial must come in one call.
+
+    Args:
+        rows: mappings with at least ``trial_id``, ``family`` and ``dataset``.
+        meta_dir: folder of the meta-dataset.
+        prefix: beginning of the files' names, by which they can be found again without opening any other.
 
     Returns:
         The files written.
@@ -43,6 +48,7 @@ def write_shard(rows: Iterable[Mapping[str, Any]], meta_dir: str | Path) -> list
         schema, extra = _schema_of(group)
         table = pa.Table.from_pylist(group, schema=schema)
         name = stable_hash(sorted({row["trial_id"] for row in group})) + ".parquet"
+        name = f"{prefix}-{name}" if prefix else name
         path = partition_dir(Path(meta_dir), family, dataset) / (EXTRA_PREFIX + name if extra else name)
         _write_atomically(table, path)
         paths.append(path)

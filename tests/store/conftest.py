@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cape.probing.features import FEATURE_NAMES
 
 from cape.config import TrialSpec
+from cape.probing.features import FEATURE_NAMES
 
 
 def _make_rows(count: int, family: str = "mlp", dataset: str = "digits", first_seed: int = 0) -> list[dict[str, Any]]:
