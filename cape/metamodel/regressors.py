@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 
 from cape.config import JsonConfig
 from cape.errors import DataError, DependencyError, SpecError, did_you_mean
-from cape.metamodel.rows import PAPER_FEATURES, PRODUCT_FEATURES, Rows, as_rows, family_codes
+from cape.metamodel.rows import PAPER_FEATURES, PRODUCT_FEATURES, STATIC_FEATURES, Rows, as_rows, family_codes
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -73,6 +73,7 @@ PRESETS: dict[str, Preset] = {
     for p in (
         Preset("paper", per_family=True),
         Preset("paper_pooled"),
+        Preset("static", features=STATIC_FEATURES, per_family=True),
         Preset("paper_appendix", trees=500, depth=6, per_family=True),
         Preset(
             "product",
