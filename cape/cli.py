@@ -155,12 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        hint = (
-            f" What is written is kept; `cape sweep ... --out {arguments.out} --resume` goes on."
-            if (arguments.run == "sweep")
-            else ""
-        )
-        return _fail(f"interrupted.{hint}", EXIT_INTERRUPTED)
+        return _fail("interrupted.", EXIT_INTERRUPTED)  # a sweep has said how to resume by now
     except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR

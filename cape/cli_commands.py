@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cape.config import SweepSpec, check_epsilon, check_epsilons, check_lr
-from cape.errors import CapeError, DependencyError, SpecError, StoreError, did_you_mean
+from cape.config import check_epsilon, check_epsilons, check_lr
+from cape.errors import CapeError, DependencyError, StoreError
 
 if TYPE_CHECKING:
     from cape.predict import Prediction
@@ -20,11 +19,10 @@ if TYPE_CHECKING:
 
 def sweep(args: argparse.Namespace) -> None:
     """``cape sweep SPEC.json|PRESET --out DIR``."""
-    spec = read_spec(args.spec)
-    if args.workers is not None and args.workers < 1:
-        raise SpecError(f"--workers must be at least 1, not {args.workers}.")
-    if args.gpus_per_worker is not None and args.gpus_per_worker < 0:
-        raise SpecError(f"--gpus-per-worker must be zero or more, not {args.gpus_per_worker:g}.")
+    from cape import datasets
+    from cape.sweep.plan import read_spec
+
+    spec = read_spec(args.spec, datasets.data_root(args.data_root))
     options: dict[str, Any] = {"resume": args.resume, "data_root": args.data_root, "progress": not args.quiet}
     if args.inline:
         from cape.sweep.inline import run_inline
@@ -42,24 +40,6 @@ def sweep(args: argparse.Namespace) -> None:
             **options,
         )
     print(result)
-
-
-def read_spec(name: str) -> SweepSpec:
-    """Return the spec of a preset's name or of a JSON file; raises ``SpecError`` where there is neither."""
-    from cape.sweep.plan import PRESETS
-
-    if name in PRESETS:
-        return PRESETS[name]
-    path = Path(name)
-    if path.suffix != ".json" and not path.is_file():
-        raise SpecError(f"'{name}' is neither a preset nor a JSON file.{did_you_mean(name, PRESETS)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise SpecError(f"There is no file {name}; a preset is one of {', '.join(sorted(PRESETS))}.") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{name} is not a text file.") from error
-    return SweepSpec.from_json(text)
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -216,17 +196,22 @@ def measure(args: argparse.Namespace) -> None:
 def data(args: argparse.Namespace) -> None:
     """``cape data``: the registered datasets and where each is found."""
     from cape import datasets
+    from cape.datasets.known import KNOWN
 
     root = datasets.data_root(args.data_root)
-    print(f"data root: {root or 'none (set CAPE_DATA, or give --data-root); torchvision downloads into ~/.cache/cape'}")
+    print(f"data root: {root or 'none (set CAPE_DATA, or give --data-root)'}")
     for name in datasets.names():
+        known = KNOWN.get(name.removesuffix("_chars"))
+        if root is None and known is not None:  # loading it here would start a download
+            print(f"  {name:<20} {'downloaded on first use' if known.torchvision else 'needs a data root'}")
+            continue
         try:
-            found = datasets.load(name, data_root=args.data_root)
+            found = datasets.load(name, data_root=root)
         except CapeError as error:
             print(f"  {name:<20} not here: {error}")
         else:
             layouts = ", ".join(found.layouts)
-            print(f"  {name:<20} {found.task:<15} {found.outputs:>5} outputs  N {found.full_train_size:>6}  {layouts}")
+            print(f"  {name:<20} {found.task:<15} {found.outputs:>4} outputs  N {found.full_train_size:>6}  {layouts}")
 
 
 def import_csv(args: argparse.Namespace) -> None:

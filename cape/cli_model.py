@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cape.datasets import Dataset
 
-LAYOUT_ORDER = ("image", "tokens", "rows", "vector")
+LAYOUT_ORDER = ("image", "tokens", "vector", "rows")
 
 
 @dataclass(frozen=True)
