@@ -31,6 +31,8 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
     saved_params = [(p, p.detach().clone()) for p in params] if parameters else []
     cuda = sorted({t.device.index for t in [*params, *model.buffers()] if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
+        for p in params:
+            p.grad = None  # a backward inside the block must not add to the caller's gradients
         if seed is not None:
             torch.random.default_generator.manual_seed(seed)
             for index in cuda:

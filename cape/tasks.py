@@ -44,7 +44,9 @@ def _class_dim_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sequence_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return _mean_per_sample(F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
+    return _mean_per_sample(
+        F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    )
 
 
 def _match(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -57,9 +59,7 @@ def _half_mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return _mean_per_sample(
-        F.binary_cross_entropy_with_logits(outputs, _match(outputs, targets), reduction="none")
-    )
+    return _mean_per_sample(F.binary_cross_entropy_with_logits(outputs, _match(outputs, targets), reduction="none"))
 
 
 _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -155,7 +155,9 @@ class Loss:
                 " the first dimension must be the batch."
             )
         if not bool(torch.isfinite(outputs).all()):
-            raise ModelError("The model returned NaN or infinite outputs at initialization; check its inputs and weights.")
+            raise ModelError(
+                "The model returned NaN or infinite outputs at initialization; check its inputs and weights."
+            )
         if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1 and targets.numel():
             classes = outputs.shape[self._class_dim(outputs, targets)]
             valid = targets[targets != IGNORE_INDEX]

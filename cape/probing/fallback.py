@@ -1,0 +1,87 @@
+"""The exact way for parameters that interception cannot follow: per-sample vector-Jacobian products.
+
+``torch.func`` where the model allows it, else one sample at a time with ordinary autograd. Slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cape.probing import ops
+from cape.state import Inputs, call, slice_inputs
+
+
+def fallback_norms(
+    model: nn.Module,
+    x: Inputs,
+    cotangents: Sequence[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    batch_size: int,
+) -> Tensor:
+    """Return Σ over ``parameters`` of ‖∂⟨v_kb, f(x_b)⟩/∂θ‖² for each cotangent k and sample b, [K, B] float64."""
+    if batch_size > 1:
+        try:
+            return _vmapped(model, x, cotangents, parameters, batch_size)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            pass  # no batching rule, control flow on data, ...: the loop below says what is really wrong, if anything
+    return _looped(model, x, cotangents, parameters, batch_size)
+
+
+def _looped(
+    model: nn.Module, x: Inputs, cotangents: Sequence[Tensor], parameters: Mapping[str, nn.Parameter], batch_size: int
+) -> Tensor:
+    params = list(parameters.values())
+    result = torch.zeros(len(cotangents), batch_size, dtype=torch.float64, device=cotangents[0].device)
+    model.zero_grad(set_to_none=True)
+    for b in range(batch_size):
+        out = call(model, slice_inputs(x, slice(b, b + 1), batch_size))
+        if not out.requires_grad:
+            continue
+        for k, v in enumerate(cotangents):
+            last = k == len(cotangents) - 1
+            # backward() rather than grad(): re-entrant checkpoints know no other. The caller holds the gradients.
+            torch.autograd.backward(out, v[b : b + 1], retain_graph=not last)
+            for p in params:
+                if p.grad is not None:
+                    result[k, b] += p.grad.double().square().sum()
+            model.zero_grad(set_to_none=True)
+    return result
+
+
+def _vmapped(
+    model: nn.Module, x: Inputs, cotangents: Sequence[Tensor], parameters: Mapping[str, nn.Parameter], batch_size: int
+) -> Tensor:
+    held = {n: p.detach() for n, p in parameters.items()}
+    rest = {n: p.detach() for n, p in model.named_parameters() if n not in held}
+    buffers = dict(model.named_buffers())
+
+    def batched(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch_size
+
+    keyword = isinstance(x, Mapping)
+    names = list(x) if isinstance(x, Mapping) else []
+    values = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, (tuple, list)) else [x]
+    dims = [0 if batched(v) else None for v in values]
+
+    def of_one(vs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
+        one = [v.unsqueeze(0) if d == 0 else v for v, d in zip(inputs, dims, strict=True)]
+
+        def forward(ps: dict[str, Tensor]) -> Tensor:
+            state = {**rest, **buffers, **ps}
+            args, kwargs = ((), dict(zip(names, one, strict=True))) if keyword else (tuple(one), {})
+            return torch.func.functional_call(model, state, args, kwargs)
+
+        _, pull = torch.func.vjp(forward, held)
+        norms = []
+        for v in vs:
+            (grads,) = pull(v.unsqueeze(0))
+            norms.append(torch.stack([g.float().square().sum(dtype=torch.float64) for g in grads.values()]).sum())
+        return torch.stack(norms)
+
+    chunk = max(1, 4 * ops.MATERIALIZE_ELEMENTS // max(1, sum(p.numel() for p in held.values())))
+    run = torch.func.vmap(of_one, in_dims=(0, *dims), out_dims=1, chunk_size=min(chunk, batch_size))
+    return run(tuple(cotangents), *values)

@@ -1,0 +1,181 @@
+"""φ: from a model and one batch to the features of the meta-regressor (paper, Eq. 9 to 12; design, section 3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cape.config import check_lr
+from cape.errors import ModelError, SpecError
+from cape.probing.per_sample import all_norms
+from cape.state import Inputs, call, check_batch, preserved, trainable
+from cape.tasks import Loss, LossLike
+
+FEATURE_NAMES = (
+    "log_p",
+    "log_g2",
+    "log_tau",
+    "log_tau_full",
+    "log_n",
+    "log_lr",
+    "log_b",
+    "log_l0",
+    "log_first_step",
+    "log_grad_l1",
+    "log_grad_l2",
+    "line_1",
+    "line_4",
+)
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Features:
+    """The probe's result; natural logarithms throughout.
+
+    Attributes:
+        log_p: trainable parameters.
+        log_g2: mean over samples of ‖∇θ ℓ_b‖² (Eq. 10; batch norm in eval mode, dropout off).
+        log_tau: mean over samples of the squared gradient norm of the target logit.
+        log_tau_full: the same for the whole output Jacobian (Eq. 11); ``None`` unless asked for.
+        log_n: full training-set size.
+        log_lr: learning rate.
+        log_b: batch size.
+        log_l0: loss of the batch before any update, in train mode (the L_0 of T*).
+        log_first_step: log(lr·‖∇L‖₁ / L_0): the relative decrease that AdamW's first update promises.
+        log_grad_l1, log_grad_l2: ‖∇L‖₁ and ‖∇L‖₂ of the mean loss, in train mode.
+        line_1, line_4: log(L(θ - k·lr·sign ∇L) / L_0) for k = 1 and 4.
+    """
+
+    log_p: float
+    log_g2: float
+    log_tau: float
+    log_tau_full: float | None
+    log_n: float
+    log_lr: float
+    log_b: float
+    log_l0: float
+    log_first_step: float
+    log_grad_l1: float
+    log_grad_l2: float
+    line_1: float
+    line_4: float
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return the features by name, in the order of ``FEATURE_NAMES``."""
+        return asdict(self)
+
+
+def probe(
+    model: nn.Module,
+    batch: tuple[Inputs, Tensor],
+    *,
+    loss: LossLike = "cross_entropy",
+    lr: float,
+    dataset_size: int,
+    tau: str = "true_logit",
+    backend: str = "auto",
+) -> Features:
+    """Return the features of a model at initialization, from one batch and with no parameter update.
+
+    Costs one forward and two input-gradient backward passes (the norms), one ordinary forward and backward pass, and
+    two forward passes along the direction of AdamW's first update. The model, its buffers, modes and gradients and the
+    global RNG are left bit for bit as they were.
+
+    Args:
+        model: any ``nn.Module``.
+        batch: (inputs, targets) on the model's device.
+        loss: a name, an ``nn.Module`` or a callable.
+        lr: learning rate of AdamW.
+        dataset_size: number of samples in the *full* training set.
+        tau: ``true_logit``, or ``full`` or ``hutchinson`` to fill ``log_tau_full`` as well.
+        backend: ``auto``, ``native`` or ``torch`` operators.
+
+    Raises:
+        ModelError: the model or batch cannot be probed (see ``per_sample_norms``), or its loss is not positive.
+        SpecError: a bad lr or dataset size.
+    """
+    lr = check_lr(lr)
+    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
+        raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
+    _, _, batch_size = check_batch(batch)
+    criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    norms = all_norms(model, batch, loss=criterion, backend=backend)
+    full = None
+    if tau != "true_logit":
+        full = _log_mean(all_norms(model, batch, loss=criterion, tau=tau, backend=backend).tau)
+    line = first_step(model, batch, criterion, lr)
+    return Features(
+        log_p=math.log(sum(p.numel() for p in trainable(model).values())),
+        log_g2=_log_mean(norms.g2),
+        log_tau=_log_mean(norms.tau),
+        log_tau_full=full,
+        log_n=math.log(dataset_size),
+        log_lr=math.log(lr),
+        log_b=math.log(batch_size),
+        log_l0=_log(line.l0),
+        log_first_step=_log(lr * line.grad_l1 / line.l0),
+        log_grad_l1=_log(line.grad_l1),
+        log_grad_l2=_log(line.grad_l2),
+        line_1=_log(line.after_1 / line.l0),
+        line_4=_log(line.after_4 / line.l0),
+    )
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """What AdamW's first update is about to do: L_0, the gradient's norms, and the loss after 1 and 4 such steps."""
+
+    l0: float
+    grad_l1: float
+    grad_l2: float
+    after_1: float
+    after_4: float
+
+
+def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, lr: float) -> FirstStep:
+    """Look along -lr·sign(∇L) from the initialization, in train mode with one fixed dropout mask.
+
+    Raises:
+        ModelError: the loss is not positive and finite.
+    """
+    x, y, _ = check_batch(batch)
+    params = list(trainable(model).values())
+
+    def loss_now() -> Tensor:
+        torch.random.default_generator.manual_seed(0)
+        if y.is_cuda:
+            torch.cuda.manual_seed(0)
+        return criterion.mean(call(model, x), y)
+
+    with preserved(model, seed=0, parameters=True), torch.enable_grad():
+        model.train()
+        loss = loss_now()
+        l0 = loss.item()
+        if not (math.isfinite(l0) and l0 > 0):
+            raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        directions = [(p, g.sign()) for p, g in zip(params, grads, strict=True) if g is not None]
+        l1 = sum(float(g.abs().sum(dtype=torch.float64)) for g in grads if g is not None)
+        l2 = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
+        after = []
+        with torch.no_grad():
+            for k in (1, 3):  # cumulative: 1, then 4 steps
+                for p, direction in directions:
+                    p.add_(direction, alpha=-lr * k)
+                after.append(loss_now().item())
+    return FirstStep(l0, l1, l2, after[0], after[1])
+
+
+def _log(value: float) -> float:
+    """Natural logarithm; a zero becomes the logarithm of the smallest number kept, an overflow stays finite."""
+    if math.isnan(value):
+        return 700.0  # the loss overflowed along the line: as bad as it gets
+    return math.log(min(max(value, _TINY), 1e300))
+
+
+def _log_mean(values: Tensor) -> float:
+    return _log(float(values.mean()))

@@ -1,0 +1,477 @@
+"""What each operator does with its parameters: one handler per way of using a weight.
+
+A handler receives the interceptor, the operator and its arguments, at least one of which is a parameter (or computed
+from parameters) and at least one of which is data. It returns the operator's result, or ``NotImplemented`` to leave
+the call attached to the autograd graph, where the fallback finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cape.probing.intercept import Handler, Interceptor, handles
+from cape.probing.layout import Layout
+from cape.probing.ops import ConvGeometry
+from cape.probing.uses import (
+    AffineUse,
+    BroadcastUse,
+    ConvUse,
+    EinsumUse,
+    EmbeddingUse,
+    LinearUse,
+    NormalizeFn,
+    Part,
+    Use,
+)
+
+
+def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
+    """Return the named arguments in order, from positions, keywords or defaults."""
+    values = dict(zip(names.split(), args, strict=False))
+    return [{**defaults, **values, **kwargs}.get(name) for name in names.split()]
+
+
+# ---- linear maps ---------------------------------------------------------------------------------------------------
+
+
+@handles(F.linear)
+def linear(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, w, b = _bind("input weight bias", args, kwargs)
+    if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() < 2 or w.dim() != 2:
+        return NotImplemented
+    return watched_linear(mode, "linear", x, x, w, b)
+
+
+def watched_linear(mode: Interceptor, kind: str, data: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b, with the batch layout taken from ``data`` (which has the leading dimensions of ``x``)."""
+
+    def make(layout: Layout) -> Use | None:
+        if layout.dim == x.dim() - 1:
+            return None
+        pairs = [(w, Part(x.detach())), (b, Part(None))]
+        live = [(t, part) for t, part in pairs if mode.of_parameters(t)]
+        return LinearUse([t for t, _ in live], [part for _, part in live], layout)
+
+    return mode.meet(kind, data, (w, b), lambda w, b: F.linear(x, w, b), make)
+
+
+@handles(torch.mm, torch.matmul, torch.bmm, Tensor.mm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+def matmul(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    return _matmul(mode, func, args[0], args[1])
+
+
+@handles(Tensor.__rmatmul__)
+def rmatmul(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return _matmul(mode, torch.matmul, args[1], args[0])
+
+
+def _matmul(mode: Interceptor, func: Any, a: Tensor, b: Tensor) -> Any:
+    if mode.is_data(a) and mode.is_data(b):
+        return NotImplemented
+    if mode.is_data(a) and b.dim() == 2:
+        return _right_product(mode, a, b, None, lambda w, _: func(a, w))
+    batch = "abcdefgh"[: max(a.dim(), b.dim()) - 2]
+    left = batch[len(batch) - a.dim() + 2 :] + "mk" if a.dim() > 1 else "k"
+    right = batch[len(batch) - b.dim() + 2 :] + "kn" if b.dim() > 1 else "k"
+    out = batch + ("m" if a.dim() > 1 else "") + ("n" if b.dim() > 1 else "")
+    if mode.is_data(a):
+        return _contract(mode, a, b, (left, right, out), lambda w: func(a, w))
+    return _contract(mode, b, a, (right, left, out), lambda w: func(w, b))
+
+
+def _right_product(mode: Interceptor, x: Tensor, w: Tensor, b: Tensor | None, run: Callable[..., Tensor]) -> Any:
+    """y = x W (+ b) with W [d, p]."""
+    if x.dim() < 2:
+        return NotImplemented
+
+    def make(layout: Layout) -> Use | None:
+        if layout.dim == x.dim() - 1:
+            return None
+        return LinearUse([w], [Part(x.detach(), transposed=True)], layout)
+
+    return mode.meet("product", x, (w, b), run, make)
+
+
+@handles(torch.addmm, Tensor.addmm)
+def addmm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3:
+        return NotImplemented
+    b, x, w = args
+    if not mode.is_data(x) or mode.is_data(w):
+        return NotImplemented
+    with mode:  # as two watched operators
+        return torch.mm(x, w) + b
+
+
+@handles(torch.einsum)
+def einsum(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return NotImplemented
+    first, second = operands
+    inputs, out = equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    if "..." in equation:
+        if "..." in left and "..." in right:
+            return NotImplemented
+        spread = first.dim() - len(left) + 3 if "..." in left else second.dim() - len(right) + 3
+        letters = "".join(c for c in "ZYXWVUTSRQPONMLK" if c not in equation)[:spread]
+        left, right, out = (s.replace("...", letters) for s in (left, right, out))
+    if mode.is_data(first) == mode.is_data(second):
+        return NotImplemented
+    if mode.is_data(first):
+        return _contract(
+            mode, first, second, (left, right, out), lambda w: torch.einsum(f"{left},{right}->{out}", first, w)
+        )
+    return _contract(
+        mode, second, first, (right, left, out), lambda w: torch.einsum(f"{left},{right}->{out}", w, second)
+    )
+
+
+def _contract(
+    mode: Interceptor, x: Tensor, w: Tensor, letters: tuple[str, str, str], run: Callable[[Tensor], Tensor]
+) -> Any:
+    xs, ws, ys = letters
+    if any(len(set(s)) != len(s) for s in letters) or len(xs) != x.dim() or len(ws) != w.dim():
+        return NotImplemented
+    sizes = dict(zip(xs, x.shape, strict=True))
+    if any(sizes.get(c, n) != n for c, n in zip(ws, w.shape, strict=True)) or any(c not in xs + ys for c in ws):
+        return NotImplemented
+
+    def make(layout: Layout) -> Use | None:
+        letter = xs[layout.dim]
+        if letter in ws or letter not in ys:
+            return None
+        return EinsumUse(w, x.detach(), letters, layout, ys.index(letter))
+
+    return mode.meet("contract", x, (w,), run, make)
+
+
+# ---- convolutions --------------------------------------------------------------------------------------------------
+
+
+def _tuple(value: Any, spatial: int) -> tuple[int, ...]:
+    return (int(value),) * spatial if isinstance(value, int) else tuple(int(v) for v in value) * (spatial // len(value))
+
+
+def _convolution(spatial: int, transposed: bool) -> Handler:
+    names = "input weight bias stride padding " + (
+        "output_padding groups dilation" if transposed else "dilation groups"
+    )
+
+    def handler(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        bound = dict(
+            zip(names.split(), _bind(names, args, kwargs, stride=1, padding=0, dilation=1, groups=1), strict=True)
+        )
+        x, w, b = bound["input"], bound["weight"], bound["bias"]
+        if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() != spatial + 2:
+            return NotImplemented
+        stride, dilation = _tuple(bound["stride"], spatial), _tuple(bound["dilation"], spatial)
+        kernel, padding, padded = tuple(w.shape[2:]), bound["padding"], x
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            padded = F.pad(x, [n for t in reversed(total) for n in (t // 2, t - t // 2)])
+            padding = 0
+        elif padding == "valid":
+            padding = 0
+        geometry = ConvGeometry(kernel, stride, _tuple(padding, spatial), dilation, int(bound["groups"]))
+        settings = {k: v for k, v in bound.items() if k not in ("input", "weight", "bias") and v is not None}
+
+        def make(layout: Layout) -> Use | None:
+            if layout.dim != 0:
+                return None
+            live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if mode.of_parameters(t)]
+            seen = padded.detach()
+            return ConvUse([t for t, _ in live], [k for _, k in live], seen, layout, geometry, transposed)
+
+        return mode.meet("convolution", x, (w, b), lambda w, b: func(x, w, b, **settings), make)
+
+    return handler
+
+
+for _spatial, _plain, _transposed in (
+    (1, torch.conv1d, torch.conv_transpose1d),
+    (2, torch.conv2d, torch.conv_transpose2d),
+    (3, torch.conv3d, torch.conv_transpose3d),
+):
+    handles(_plain)(_convolution(_spatial, False))
+    handles(_transposed)(_convolution(_spatial, True))
+
+
+# ---- normalization -------------------------------------------------------------------------------------------------
+
+
+def _affine(
+    mode: Interceptor,
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    aligned: Sequence[int],
+    normalize: NormalizeFn,
+    run: Callable[..., Tensor],
+) -> Any:
+    if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b):
+        return NotImplemented
+
+    def make(layout: Layout) -> Use | None:
+        if aligned[layout.dim] != 1:
+            return None
+        live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if mode.of_parameters(t)]
+        return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), normalize, aligned, layout)
+
+    return mode.meet(normalize.kind, x, (w, b), run, make)
+
+
+def _per_channel(x: Tensor) -> list[int]:
+    return [1, x.shape[1]] + [1] * (x.dim() - 2)
+
+
+@handles(F.batch_norm)
+def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, mean, var, w, b, training, momentum, eps = _bind(
+        "input running_mean running_var weight bias training momentum eps",
+        args, kwargs, training=False, momentum=0.1, eps=1e-5,
+    )  # fmt: skip
+    if training or mean is None or var is None:
+        return NotImplemented
+    normalize = NormalizeFn("batch_norm", running_mean=mean, running_var=var, training=False, eps=eps)
+    return _affine(
+        mode, x, w, b, _per_channel(x), normalize, lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps)
+    )
+
+
+@handles(F.instance_norm)
+def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, mean, var, w, b, use_input_stats, momentum, eps = _bind(
+        "input running_mean running_var weight bias use_input_stats momentum eps",
+        args, kwargs, use_input_stats=True, momentum=0.1, eps=1e-5,
+    )  # fmt: skip
+    stats = {} if use_input_stats else {"running_mean": mean, "running_var": var}
+    if use_input_stats and (mean is not None or var is not None):
+        return NotImplemented  # would update running statistics
+    normalize = NormalizeFn("instance_norm", use_input_stats=use_input_stats, eps=eps, **stats)
+    return _affine(
+        mode, x, w, b, _per_channel(x), normalize,
+        lambda w, b: F.instance_norm(x, mean, var, w, b, use_input_stats, momentum, eps),
+    )  # fmt: skip
+
+
+@handles(F.group_norm)
+def group_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, groups, w, b, eps = _bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
+    normalize = NormalizeFn("group_norm", num_groups=groups, eps=eps)
+    return _affine(mode, x, w, b, _per_channel(x), normalize, lambda w, b: F.group_norm(x, groups, w, b, eps))
+
+
+@handles(F.layer_norm)
+def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, shape, w, b, eps = _bind("input normalized_shape weight bias eps", args, kwargs, eps=1e-5)
+    aligned = [1] * (x.dim() - len(shape)) + list(shape)
+    normalize = NormalizeFn("layer_norm", normalized_shape=list(shape), eps=eps)
+    return _affine(mode, x, w, b, aligned, normalize, lambda w, b: F.layer_norm(x, shape, w, b, eps))
+
+
+@handles(F.rms_norm)
+def rms_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, shape, w, eps = _bind("input normalized_shape weight eps", args, kwargs)
+    aligned = [1] * (x.dim() - len(shape)) + list(shape)
+    normalize = NormalizeFn("rms_norm", normalized_shape=list(shape), eps=eps)
+    return _affine(mode, x, w, None, aligned, normalize, lambda w, _: F.rms_norm(x, shape, w, eps))
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _lookup(
+    mode: Interceptor, index: Tensor, w: Tensor, padding_idx: int | None, run: Callable[[Tensor], Tensor]
+) -> Any:
+    return mode.meet("lookup", index, (w,), run, lambda layout: EmbeddingUse(w, index.detach(), layout, padding_idx))
+
+
+@handles(F.embedding)
+def embedding(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    index, w, padding_idx, max_norm, _norm_type, by_frequency, _sparse = _bind(
+        "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs
+    )
+    if not mode.is_data(index) or mode.is_data(w) or max_norm is not None or by_frequency:
+        return NotImplemented
+    return _lookup(mode, index, w, padding_idx, lambda w: F.embedding(index, w, padding_idx))
+
+
+@handles(F.embedding_bag)
+def embedding_bag(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    index, w, offsets, max_norm, _norm, by_frequency, how, _sparse, weights, _last, padding_idx = _bind(
+        "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights"
+        " include_last_offset padding_idx",
+        args, kwargs, mode="mean",
+    )  # fmt: skip
+    plain = offsets is None and max_norm is None and not by_frequency and how in ("sum", "mean") and index.dim() == 2
+    if not plain or not mode.is_data(index) or mode.is_data(w) or (weights is not None and weights.requires_grad):
+        return NotImplemented
+    if padding_idx is not None and how == "mean":
+        return NotImplemented
+
+    def make(layout: Layout) -> Use | None:
+        if layout.dim != 0:
+            return None
+        scale = torch.full(index.shape, 1.0 / index.shape[1] if how == "mean" else 1.0, device=w.device)
+        if weights is not None:
+            scale = scale * weights.detach()
+        per_row = layout.rows(scale, 0).unsqueeze(-1)
+        return _BagUse(w, index.detach(), layout, padding_idx, per_row)
+
+    run = lambda w: F.embedding_bag(index, w, mode=how, per_sample_weights=weights, padding_idx=padding_idx)  # noqa: E731
+    return mode.meet("bag", index, (w,), run, make)
+
+
+class _BagUse(EmbeddingUse):
+    """An embedding bag over [N, T] indices: every row of a bag receives the bag's gradient."""
+
+    def _rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        bags = g.shape[0]
+        per_row = g.unsqueeze(1).expand(bags, self.index.numel() // bags, g.shape[-1])
+        return super()._rows(per_row)
+
+
+@handles(Tensor.__getitem__, torch.index_select, Tensor.index_select)
+def pick(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or mode.is_data(args[0]):
+        return NotImplemented
+    w, index = args[0], args[-1]
+    if len(args) == 3 and args[1] != 0:
+        return NotImplemented
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or not mode.is_data(index):
+        return NotImplemented
+    return _lookup(mode, index, w, None, lambda w: w[index])
+
+
+# ---- raw parameters ------------------------------------------------------------------------------------------------
+
+
+def _meet_raw(
+    mode: Interceptor, kind: str, p: Tensor, data: Tensor, shape: Sequence[int], along: int | None = None
+) -> Tensor:
+    """Return what takes the place of a raw parameter that broadcasts to ``shape``.
+
+    ``data`` has the batch's layout; ``along`` is a dimension that cannot be the batch (concatenation).
+    """
+    core = p
+    for d in range(p.dim()):
+        if p.stride(d) == 0 and p.shape[d] > 1:  # an expanded view: its core holds each number once
+            core = core.narrow(d, 0, 1)
+            mode._derive(core)
+    state, layout = mode.verdict(kind, data, (p,))
+    if state in ("scan", "again"):
+        return p.detach()
+    aligned = [1] * (len(shape) - core.dim()) + list(core.shape)
+    if layout is None or layout.dim >= len(shape) or layout.dim == along or aligned[layout.dim] != 1:
+        return p
+    if shape[layout.dim] != layout.outer * mode.batch_size * layout.inner:
+        return p
+    return mode.expand(core, shape, mode.register(BroadcastUse(core, aligned, layout)).arrive)
+
+
+_POINTWISE = [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "true_divide",
+    "multiply",
+    "divide",
+    "subtract",
+    "pow",
+    "maximum",
+    "minimum",
+    "where",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "atan2",
+    "logaddexp",
+    "fmod",
+    "remainder",
+]
+_DUNDER = [
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__rtruediv__",
+    "__pow__",
+    "__rpow__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "add_",
+    "sub_",
+    "mul_",
+    "div_",
+    "rsub",
+]
+
+
+@handles(
+    *(getattr(torch, n, None) for n in [*_POINTWISE, "rsub"]),
+    *(getattr(Tensor, n, None) for n in [*_POINTWISE, *_DUNDER]),
+)
+def pointwise(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if "out" in kwargs or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return NotImplemented
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    data = next(t for t in tensors if mode.is_data(t))
+    if data.dim() < len(shape):
+        data = data.expand(shape)
+    swapped = [_meet_raw(mode, "pointwise", a, data, shape) if mode.of_parameters(a) else a for a in args]
+    return func(*swapped, **kwargs)
+
+
+@handles(torch.prelu, F.prelu, Tensor.prelu)
+def prelu(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, w = _bind("input weight", args, kwargs)
+    if not mode.is_data(x) or mode.is_data(w):
+        return NotImplemented
+    with mode:  # as watched operators
+        slope = w.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else w
+        return torch.where(x >= 0, x, slope * x)
+
+
+@handles(torch.cat, torch.concat, torch.concatenate, torch.stack)
+def join(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    tensors, dim = _bind("tensors dim", args, kwargs, dim=0)
+    if dim is None or not isinstance(tensors, (list, tuple)) or "out" in kwargs:
+        return NotImplemented
+    data = next((t for t in tensors if mode.is_data(t) and t.dim() == tensors[0].dim()), None)
+    if data is None:
+        return NotImplemented
+    rank = data.dim() + (func is torch.stack)
+    along = None if func is torch.stack else dim % rank
+    swapped = [_meet_raw(mode, "join", t, data, t.shape, along) if mode.of_parameters(t) else t for t in tensors]
+    return func(swapped, dim)
+
+
+@handles(F.scaled_dot_product_attention)
+def attention_bias(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    q, k, v, mask, *rest = _bind("query key value attn_mask dropout_p is_causal scale enable_gqa", args, kwargs)
+    if not mode.of_parameters(mask) or not mode.is_data(q) or any(mode.of_parameters(t) for t in (q, k, v)):
+        return NotImplemented
+    shape = (*q.shape[:-1], k.shape[-2])
+    settings = {
+        n: r for n, r in zip(["dropout_p", "is_causal", "scale", "enable_gqa"], rest, strict=True) if r is not None
+    }
+    bias = _meet_raw(mode, "attention_bias", mask, q, shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **settings)

@@ -1,0 +1,246 @@
+"""Per-sample gradient norms of any model, without per-sample gradients.
+
+``per_sample_norms`` scans the model once for its batch layouts (two samples, two forward passes), then runs the
+unmodified forward over the batch with every parameter use intercepted, and one input-gradient backward pass per
+cotangent (loss, target logit). What interception cannot follow is computed by ``fallback_norms`` for those parameters
+alone, so that no model is refused and no number is wrong; only models whose samples influence each other are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cape.errors import ModelError, SpecError
+from cape.probing import handlers, ops, recurrent
+from cape.probing.assemble import group_norms, parameters_behind, plan
+from cape.probing.fallback import fallback_norms
+from cape.probing.intercept import Interceptor, Recorded, judge, opened
+from cape.probing.layout import interacts, two_samples
+from cape.state import Inputs, call, check_batch, preserved, slice_inputs, trainable
+from cape.tasks import Loss, LossLike
+
+TAUS = ("true_logit", "full", "hutchinson")
+_HANDLER_MODULES = (handlers, recurrent)  # importing them registers the handlers
+_CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What one pass over a batch gives.
+
+    Attributes:
+        g2: ‖∇θ ℓ_b‖² of each sample, [B] float64 (Eq. 10).
+        tau: squared gradient norm of the target logit, or of the whole output, of each sample, [B] float64 (Eq. 11).
+        losses: each sample's loss in eval mode, [B].
+        fallback: names of the parameters that interception could not follow.
+    """
+
+    g2: Tensor
+    tau: Tensor
+    losses: Tensor
+    fallback: tuple[str, ...]
+
+
+def per_sample_norms(
+    model: nn.Module,
+    batch: tuple[Inputs, Tensor],
+    *,
+    loss: LossLike = "cross_entropy",
+    tau: str = "true_logit",
+    probes: int = 8,
+    micro_batch: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return (g2, tau): per-sample squared gradient norms of the loss and of the model's output.
+
+    The model runs in eval mode (batch norm on its running statistics, dropout off); its parameters, buffers, modes,
+    gradients and the global RNG are left as they were.
+
+    Args:
+        model: any ``nn.Module`` whose outputs have the batch as first dimension.
+        batch: (inputs, targets); inputs are a tensor, a tuple (``model(*x)``) or a dict (``model(**x)``).
+        loss: a name, an ``nn.Module`` or a callable ``(outputs, targets) -> per-sample or mean loss``.
+        tau: ``true_logit`` (one backward pass), ``full`` (the whole output Jacobian, one backward pass per output), or
+            ``hutchinson`` (its unbiased estimate from ``probes`` random sign vectors).
+        probes: number of sign vectors for ``hutchinson``.
+        micro_batch: samples run at a time; chosen automatically where ``None``. Results do not depend on it.
+        backend: ``auto``, ``native`` or ``torch`` operators.
+
+    Returns:
+        Two float64 tensors of shape [B].
+
+    Raises:
+        ModelError: samples interact, outputs are not finite, labels are out of range, an empty batch.
+        SpecError: an unknown loss, tau or backend.
+    """
+    norms = all_norms(model, batch, loss=loss, tau=tau, probes=probes, micro_batch=micro_batch, backend=backend)
+    return norms.g2, norms.tau
+
+
+def all_norms(
+    model: nn.Module,
+    batch: tuple[Inputs, Tensor],
+    *,
+    loss: LossLike = "cross_entropy",
+    tau: str = "true_logit",
+    probes: int = 8,
+    micro_batch: int | None = None,
+    backend: str = "auto",
+) -> Norms:
+    """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
+    if tau not in TAUS:
+        raise SpecError(f"Unknown tau '{tau}'. Known: {', '.join(TAUS)}.")
+    x, y, batch_size = check_batch(batch)
+    criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    params = trainable(model)
+    with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
+        model.eval()
+        verdicts = _scan(model, x, batch_size, list(params.values())) if batch_size > 1 else None
+        step = micro_batch or _automatic_chunk(verdicts, y.device, batch_size)
+        engine = _Engine(model, params, criterion, tau, probes, verdicts)
+        parts = []
+        for lo in range(0, batch_size, step):
+            piece = slice(lo, min(lo + step, batch_size))
+            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece]))
+    return Norms(
+        torch.cat([p.g2 for p in parts]),
+        torch.cat([p.tau for p in parts]),
+        torch.cat([p.losses for p in parts]),
+        tuple(sorted({n for p in parts for n in p.fallback})),
+    )
+
+
+def _automatic_chunk(verdicts: list[Any] | None, device: torch.device, batch_size: int) -> int:
+    convolves = verdicts is not None and any(key[0] == "convolution" for key, _ in verdicts)
+    return min(batch_size, _CONVOLUTION_CHUNK) if convolves and device.type == "cpu" else batch_size
+
+
+def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter]) -> list[Any] | None:
+    """Return the layout of every use, in order; ``None`` where the inputs of two samples cannot be told apart."""
+    pair = two_samples(x, batch_size)
+    if pair is None:
+        return None
+    modes, outputs = [], []
+    for inputs in pair:
+        torch.random.default_generator.manual_seed(0)
+        mode = Interceptor(params, 2, None)
+        with mode:
+            out = call(model, mode.inputs(inputs))
+        modes.append(mode)
+        outputs.append(out)
+    if all(isinstance(out, Tensor) and out.dim() > 0 and out.shape[0] == 2 for out in outputs):
+        if interacts(outputs[0].detach(), outputs[1].detach()):
+            raise ModelError(
+                "The model's samples influence each other (changing one sample changes another's output), so there is"
+                " no per-sample gradient; a batch norm without running statistics does this: use running statistics"
+                " or another normalization."
+            )
+    return judge(modes[0].sightings, modes[1].sightings)
+
+
+class _Engine:
+    """Runs one piece of the batch: a forward pass and one backward pass per cotangent."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: dict[str, nn.Parameter],
+        criterion: Loss,
+        tau: str,
+        probes: int,
+        verdicts: list[Any] | None,
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.names = {id(p): n for n, p in params.items()}
+        self.criterion = criterion
+        self.tau = tau
+        self.probes = probes
+        self.verdicts = verdicts
+
+    def run(self, x: Inputs, y: Tensor) -> Norms:
+        size = int(y.shape[0])
+        if self.verdicts is None:
+            with torch.no_grad():
+                out = call(self.model, x)
+            losses, cotangents, weights = self._cotangents(out, y)
+            return self._norms(
+                losses, fallback_norms(self.model, x, cotangents, self.params, size), weights, tuple(self.params)
+            )
+        mode = Interceptor(list(self.params.values()), size, self.verdicts)
+        with mode:
+            out = call(self.model, mode.inputs(x))
+        losses, cotangents, weights = self._cotangents(out, y)
+        total, leaked = self._backward(mode, out, cotangents, size)
+        if leaked:
+            missing = {self.names[p]: self.params[self.names[p]] for p in leaked}
+            total = total + fallback_norms(self.model, x, cotangents, missing, size)
+        return self._norms(losses, total, weights, tuple(self.names[p] for p in leaked))
+
+    def _backward(
+        self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
+    ) -> tuple[Tensor, set[int]]:
+        """Return the norms of all intercepted parameters, [K, B], and the ids of those that slipped through."""
+        total = torch.zeros(len(cotangents), size, dtype=torch.float64, device=out.device)
+        if mode.mismatch:
+            return total, set(self.names)
+        escaped = parameters_behind([out], mode.parameters)
+        leaked = {id(p) for p in escaped}
+        if not out.requires_grad:
+            return total, leaked
+        work = plan(mode.uses, mode.parameters, leaked)
+        row = total[0]
+        backward = opened(torch.autograd.backward) or torch.autograd.backward
+
+        def consume(recorded: Recorded) -> None:
+            wanted = work.alone.get(id(recorded))
+            if wanted is not None and recorded.gradient is not None:
+                row.add_(recorded.use.norms(recorded.gradient, wanted))
+            if id(recorded) not in work.waits:
+                recorded.gradient = None
+
+        mode.on_gradient = consume
+        mode.in_backward = True
+        for k, v in enumerate(cotangents):
+            row = total[k]
+            with mode:  # stays active: a checkpoint recomputes its forward pass in here
+                backward(out, v, retain_graph=k < len(cotangents) - 1)
+            for p in escaped:
+                p.grad = None
+            for parameters, items in work.groups:
+                if parameters:
+                    row.add_(group_norms(parameters, items, size))
+            for recorded in mode.uses:
+                recorded.gradient = None
+        return total, leaked | mode.late
+
+    def _cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor], list[float]]:
+        """Return the losses [B], the cotangents (the loss's first) and the weights of the others in τ."""
+        self.criterion.check(out, y)
+        leaf = out.detach().requires_grad_()
+        losses = self.criterion.per_sample(leaf, y)
+        if not bool(torch.isfinite(losses).all()):
+            raise ModelError("The loss is NaN or infinite at initialization; check the targets and the loss function.")
+        (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
+        if self.tau == "true_logit":
+            (of_logit,) = torch.autograd.grad(self.criterion.target_logit(leaf, y).sum(), leaf)
+            return losses.detach(), [of_loss, of_logit], [1.0]
+        flat = leaf.detach().reshape(leaf.shape[0], -1)
+        if self.tau == "full":
+            units = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
+            others = [u.expand_as(flat).reshape(leaf.shape) for u in units]
+            return losses.detach(), [of_loss, *others], [1.0] * len(others)
+        generator = torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, flat.shape, generator=generator) * 2 - 1 for _ in range(self.probes)]
+        others = [s.to(flat).reshape(leaf.shape) for s in signs]
+        return losses.detach(), [of_loss, *others], [1.0 / self.probes] * self.probes
+
+    @staticmethod
+    def _norms(losses: Tensor, total: Tensor, weights: list[float], fallback: tuple[str, ...]) -> Norms:
+        scale = torch.tensor(weights, dtype=torch.float64, device=total.device).unsqueeze(1)
+        return Norms(total[0].clamp(min=0), (total[1:] * scale).sum(0).clamp(min=0), losses, fallback)

@@ -1,0 +1,61 @@
+"""The slow, obviously right way: one sample at a time, in float64, with ordinary autograd.
+
+Tests hold every other implementation against this one; the engine itself never calls it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cape.state import Inputs, call, check_batch, slice_inputs, trainable
+from cape.tasks import Loss, LossLike
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _to_double(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_to_double(v) for v in value)
+    return value
+
+
+def per_sample_norms_reference(
+    model: nn.Module, batch: tuple[Inputs, Tensor], *, loss: LossLike = "cross_entropy", tau: str = "true_logit"
+) -> tuple[Tensor, Tensor]:
+    """Return (g2, tau), each [B] float64: ‖∇θ ℓ_b‖² (Eq. 10) and the squared norm of τ's gradient (Eq. 11).
+
+    Args:
+        model: any module; it is copied, converted to float64 and put into eval mode.
+        batch: (inputs, targets).
+        loss: name, module or callable.
+        tau: ``true_logit`` or ``full`` (the whole output Jacobian, one backward pass per output).
+    """
+    x, y, batch_size = check_batch(batch)
+    clone = copy.deepcopy(model).double().eval()
+    criterion = Loss(loss)
+    params = list(trainable(clone).values())
+    x, y = _to_double(x), _to_double(y)
+    g2, traces = [], []
+    for b in range(batch_size):
+        xb, yb = slice_inputs(x, slice(b, b + 1), batch_size), y[b : b + 1]
+        out = call(clone, xb)
+        g2.append(_sq(criterion.per_sample(out, yb)[0], params))
+        if tau == "full":
+            traces.append(torch.stack([_sq(f, params) for f in out.reshape(-1)]).sum())
+        else:
+            traces.append(_sq(criterion.target_logit(out, yb)[0], params))
+    return torch.stack(g2), torch.stack(traces)
+
+
+def _sq(scalar: Tensor, params: list[nn.Parameter]) -> Tensor:
+    """Return the squared norm of a scalar's gradient in the parameters."""
+    for p in params:
+        p.grad = None
+    scalar.backward(retain_graph=True)
+    return torch.stack([p.grad.square().sum() for p in params if p.grad is not None]).sum()
