@@ -1,0 +1,130 @@
+"""Images as batches: normalization and the three layouts that an image comes in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIDE = 32
+LAYOUTS = ("vector", "rows", "image")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each channel, of pixels between 0 and 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Images(ABC):
+    """Labelled images of one size, gray [1, H, W] or colour [3, H, W].
+
+    Args:
+        labels: [n] int64, or [n, L] float32 (multi-label).
+        shape: (channels, height, width) of :meth:`pixels`.
+        standard: the published statistics; ``None`` computes them from up to 1,000 rows when first needed.
+        reference: the constants of the authors' code where they differ.
+        scale: the pixel value that stands for 1.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        shape: tuple[int, int, int],
+        standard: Statistics | None = None,
+        reference: Statistics | None = None,
+        scale: float = 255.0,
+    ) -> None:
+        self.labels = labels
+        self.shape = shape
+        self.scale = scale
+        self._standard = standard
+        self._reference = reference
+
+    @abstractmethod
+    def pixels(self, index: np.ndarray) -> np.ndarray:
+        """Return rows of raw pixels, uint8 [k, C, H, W]; raises ``DataError`` for one that cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sample_shape(self, layout: str) -> tuple[int, ...]:
+        channels, height, width = self.shape
+        return {
+            "vector": (channels * height * width,),
+            "rows": (height, channels * width),
+            "image": (3, SIDE, SIDE),
+        }[layout]
+
+    def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        # NumPy, not torch: arrays this small cost more to spread over threads than to compute.
+        x = self.pixels(index).astype(np.float32) / np.float32(self.scale)
+        statistics = self._statistics(layout, preprocess)
+        if statistics is not None:
+            mean, std = np.array([statistics.mean, statistics.std], dtype=np.float32)[:, :, None, None]
+            x = (x - mean) / std
+        return torch.from_numpy(_arrange(x, layout)), torch.from_numpy(self.labels[index])
+
+    def _statistics(self, layout: str, preprocess: str) -> Statistics | None:
+        if preprocess == "reference" and layout == "image":
+            return None
+        if preprocess != "standard" and self._reference is not None:
+            return self._reference
+        if self._standard is None:
+            index = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(np.int64)
+            values = self.pixels(index) / self.scale
+            mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+            std[std == 0] = 1.0  # a constant channel becomes zero, not NaN
+            self._standard = Statistics(tuple(mean.tolist()), tuple(std.tolist()))
+        return self._standard
+
+
+def _arrange(x: np.ndarray, layout: str) -> np.ndarray:
+    """Return images [B, C, H, W] in a layout, C-contiguous."""
+    batch, channels, height, width = x.shape
+    if layout == "vector":
+        return x.reshape(batch, -1)
+    if layout == "rows":  # a row of a colour image is its red, then its green, then its blue pixels
+        return x.transpose(0, 2, 1, 3).reshape(batch, height, channels * width)
+    if height != SIDE:
+        x = _bilinear(height) @ x
+    if width != SIDE:
+        x = x @ _bilinear(width).T
+    return np.ascontiguousarray(np.broadcast_to(x, (batch, 3, SIDE, SIDE)))
+
+
+@lru_cache(maxsize=16)
+def _bilinear(size: int) -> np.ndarray:
+    """Return the matrix [32, size] that resizes bilinearly (pixel centres at halves, edges repeated), float32."""
+    at = np.clip((np.arange(SIDE) + 0.5) * size / SIDE - 0.5, 0, size - 1)
+    left = np.minimum(at.astype(np.int64), size - 1)
+    right, share = np.minimum(left + 1, size - 1), at - left
+    matrix = np.zeros((SIDE, size), dtype=np.float32)
+    np.add.at(matrix, (np.arange(SIDE), left), 1 - share)
+    np.add.at(matrix, (np.arange(SIDE), right), share)
+    return matrix
+
+
+class ArrayImages(Images):
+    """Images held in memory, uint8 [n, C, H, W]; see :class:`Images`."""
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        standard: Statistics | None = None,
+        reference: Statistics | None = None,
+        scale: float = 255.0,
+    ) -> None:
+        _, channels, height, width = pixels.shape
+        super().__init__(labels, (channels, height, width), standard, reference, scale)
+        self._pixels = pixels
+
+    def pixels(self, index: np.ndarray) -> np.ndarray:
+        return self._pixels[index]
