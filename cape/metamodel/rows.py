@@ -168,5 +168,5 @@ def _floats(column: Any) -> np.ndarray:
 
     if pa.types.is_null(column.type):
         return np.full(len(column), np.nan)
-    values = pc.cast(column, pa.float64()).to_numpy()
+    values = pc.cast(column, pa.float64(), safe=False).to_numpy()  # seeds have 63 bits: equal stays equal
     return np.array(values, dtype=np.float64)
