@@ -1,8 +1,8 @@
 """Neural-tangent-kernel baselines.
 
-``ntkl`` is the published one: T ≈ log(1/ε) over the mean eigenvalue of the batch's true-logit gradient Gram. It ignores
-the learning rate. ``ntk_ode`` is the honest one after Zancato et al. 2020: the whole spectrum, the residual's projection
-on it, and the learning rate; both describe gradient descent on a linearized network, not AdamW.
+``ntkl`` is the published one: T ≈ log(1/ε) over the mean eigenvalue of the batch's true-logit gradient Gram. It
+ignores the learning rate. ``ntk_ode`` is the honest one after Zancato et al. 2020: the whole spectrum, the residual's
+projection on it, and the learning rate; both describe gradient descent on a linearized network, not AdamW.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def ntk_ode(gram: ArrayLike, residual: ArrayLike, lr: float, epsilon: float = 0.
     theta = np.asarray(gram, dtype=np.float64)
     r = np.asarray(residual, dtype=np.float64).reshape(-1)
     if theta.shape != (len(r), len(r)) or not len(r):
-        raise ModelError(f"The Gram has shape {theta.shape} and the residual {len(r)} entries; they must be [B, B] and [B].")
+        raise ModelError(
+            f"The Gram has shape {theta.shape} and the residual {len(r)} entries; they must be [B, B] and [B]."
+        )
     if not (np.isfinite(theta).all() and np.isfinite(r).all()):
         raise ModelError("The Gram or the residual holds NaN or infinite values; check the model's outputs.")
     values, vectors = np.linalg.eigh((theta + theta.T) / 2)

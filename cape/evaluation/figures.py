@@ -66,10 +66,12 @@ def _panels(count: int, width: float = 3.6, height: float = 3.4, sharey: bool = 
     return figure, axes[:count]
 
 
-def _of(store: dict[str, np.ndarray], method: str, family: str, column: str = "predicted") -> tuple[np.ndarray, np.ndarray]:
+def _of(store: dict[str, np.ndarray], method: str, family: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (true, predicted) of the scored rows that have a prediction."""
-    index = (store["method"] == method) & (store["family"] == family) & store["scored"] & np.isfinite(store[column])
-    return store["t_star"][index], store[column][index]
+    index = (
+        (store["method"] == method) & (store["family"] == family) & store["scored"] & np.isfinite(store["predicted"])
+    )
+    return store["t_star"][index], store["predicted"][index]
 
 
 def _steps_axis(axis: Any) -> None:
@@ -155,7 +157,13 @@ def _residuals(store: dict[str, np.ndarray], families: list[str], names: list[st
             data.append(predicted / np.maximum(true, 1.0))
         where = np.arange(len(families)) + (j - (len(names) - 1) / 2) * width
         boxes = axis.boxplot(
-            data, positions=where, widths=0.85 * width, whis=(5, 95), showfliers=False, patch_artist=True, manage_ticks=False
+            data,
+            positions=where,
+            widths=0.85 * width,
+            whis=(5, 95),
+            showfliers=False,
+            patch_artist=True,
+            manage_ticks=False,
         )
         for box in boxes["boxes"]:
             box.set(facecolor=_colour(name), alpha=0.6)
@@ -200,7 +208,7 @@ def _distribution(store: dict[str, np.ndarray], families: list[str], method: str
         if len(true):
             # T* is whole: edges at halves, so that no bar is empty only because it holds no whole number.
             edges = np.unique(np.round(np.geomspace(max(1.0, true.min()), true.max() + 1, 31))) - 0.5
-            axis.hist(true, bins=np.append(edges, true.max() + 0.5) if edges[-1] < true.max() else edges, color=COLOURS[2])
+            axis.hist(true, bins=edges, color=COLOURS[2])
             axis.set_xscale("log")
             _steps_axis(axis.xaxis)
             axis.axvline(np.median(true), color="#222222", lw=1, ls="--")
@@ -230,7 +238,8 @@ def importance(model: MetaModel, rows: Rows) -> Figure:
     left = np.zeros(len(features))
     for i, family in enumerate(families):
         values = shares[i][order]
-        axis.barh(np.arange(len(features)), values, left=left, color=COLOURS[i % len(COLOURS)], label=family, height=0.7)
+        colour = COLOURS[i % len(COLOURS)]
+        axis.barh(np.arange(len(features)), values, left=left, color=colour, label=family, height=0.7)
         left += values
     axis.set_yticks(np.arange(len(features)), [features[k] for k in order], fontsize=8)
     axis.set_xlabel("mean |SHAP| in log T*, families stacked", fontsize=9)

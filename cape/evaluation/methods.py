@@ -13,7 +13,7 @@ from cape.baselines.ntk import ntkl
 from cape.baselines.static_linear import StaticLinear
 from cape.errors import SpecError
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import COMPARATORS, Preset, comparator, preset as preset_named
+from cape.metamodel.regressors import COMPARATORS, Preset, comparator, preset_named
 from cape.metamodel.rows import Rows
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)

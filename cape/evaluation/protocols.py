@@ -57,7 +57,8 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
     trials = _reached_trials(rows)
     if trials < 2 * FEWEST_TRIALS:
         raise DataError(
-            f"Only {trials} trials reached their ε; an evaluation needs at least {2 * FEWEST_TRIALS}. Run a larger sweep."
+            f"Only {trials} trials reached their ε; an evaluation needs at least {2 * FEWEST_TRIALS}."
+            " Run a larger sweep."
         )
     if protocol == "in-corpus":
         return _folds(rows)
@@ -76,7 +77,7 @@ def _folds(rows: Rows) -> tuple[list[Split], list[str]]:
     smallest = min(sum(rows["family"][first] == f) for f in rows.families)
     count = min(FOLDS, int(smallest))
     if count < FOLDS:
-        notes.append(f"The smallest family has {smallest} trials, so there are {max(count, 2)} folds instead of {FOLDS}.")
+        notes.append(f"The smallest family has {smallest} trials: {max(count, 2)} folds instead of {FOLDS}.")
     count = max(count, 2)
     # Deal the trials of one cell after another round the folds: each cell is spread evenly, and so are the folds.
     shuffled = np.random.default_rng(0).permutation(len(first))
@@ -157,7 +158,18 @@ def configurations(rows: Rows) -> tuple[np.ndarray, bool]:
     """
     approximate = any(m is None for m in rows["model"])
     keys = rows.keys(
-        *("family", "architecture", "model", "dataset", "task", "batch_size", "lr", "epsilon", "precision", "preprocess")
+        *(
+            "family",
+            "architecture",
+            "model",
+            "dataset",
+            "task",
+            "batch_size",
+            "lr",
+            "epsilon",
+            "precision",
+            "preprocess",
+        )
     )
     out = np.empty(len(rows), dtype=object)
     for i, (key, model, log_p) in enumerate(zip(keys, rows["model"], rows["log_p"], strict=True)):

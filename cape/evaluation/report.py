@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #5b6475; --line: #d9dde5; --paper: #ffffff; --stripe: #f5f7fa; }
+:root { color-scheme: light dark; --ink: #1d2330; --soft: #5b6475; --line: #d9dde5; --paper: #ffffff;
+  --stripe: #f5f7fa; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --soft: #a2abbb; --line: #39404d; --paper: #161a21; --stripe: #1d222b; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
@@ -94,7 +95,9 @@ def report(
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -123,12 +126,13 @@ def _facts(rows: Any, made: Evaluation) -> str:
 
 def _card_facts(model: MetaModel) -> dict[str, Any]:
     card, preset = model.card, model.preset
+    data = card["data"]
     shape = "one booster per family and a pooled one" if preset.per_family else "one booster for all families"
     return {
         "preset": f"{preset.name}: {preset.trees} trees of depth {preset.depth}, {shape}",
         "features": ", ".join(preset.features),
-        "fitted on": f"{card['data']['trials']:,} trials, {card['data']['calibration_trials']:,} of them held back to calibrate",
-        "fingerprint": card["data"]["fingerprint"],
+        "trials": f"{data['trials']:,}, of which {data['calibration_trials']:,} were held back to calibrate",
+        "fingerprint": data["fingerprint"],
         "versions": ", ".join(f"{k} {v}" for k, v in card["versions"].items()),
     }
 
@@ -185,4 +189,5 @@ def _picture(name: str, data: bytes) -> str:
     caption = CAPTIONS.get(name, "")
     code = base64.b64encode(data).decode()
     title = html.escape(name.replace("_", " ").capitalize())
-    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{code}">\n<p class="note">{html.escape(caption)}</p>'
+    image = f'<img alt="{title}" src="data:image/png;base64,{code}">'
+    return f'<h2>{title}</h2>\n{image}\n<p class="note">{html.escape(caption)}</p>'

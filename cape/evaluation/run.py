@@ -1,4 +1,4 @@
-"""Evaluate a meta-dataset under a protocol: fit, predict, keep every prediction, and make all tables from that store."""
+"""Evaluate a meta-dataset under a protocol: fit, predict, keep every prediction, and make all tables from them."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _rows(source: Any) -> Rows:
     if isinstance(source, (str, os.PathLike)):
         from cape.store import reader
 
-        return as_rows(reader.read(source))
+        return as_rows(reader.read(Path(source)))
     return as_rows(source)
 
 

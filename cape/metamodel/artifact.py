@@ -22,7 +22,7 @@ from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import POOLED, Preset, predict_log, xgboost
-from cape.metamodel.rows import Rows, as_rows
+from cape.metamodel.rows import as_rows
 
 if TYPE_CHECKING:
     import xgboost as xgb

@@ -1,8 +1,8 @@
 """Is a model inside what the meta-regressor was fitted on?
 
 Two checks. Ranges: lr, N, ε, batch size and parameter count outside those of the training rows, each with its own
-sentence. Distance: Mahalanobis distance of the standardized features to the row's family, flagged above the distance that
-a share ``FALSE_ALARM`` of held-back trials exceeds. A missing feature adds nothing to the distance.
+sentence. Distance: Mahalanobis distance of the standardized features to the row's family, flagged above the distance
+that a share ``FALSE_ALARM`` of held-back trials exceeds. A missing feature adds nothing to the distance.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FamilyStatistics:
 
     def distance(self, x: np.ndarray) -> np.ndarray:
         """Return the root mean squared Mahalanobis distance [n] of rows [n, k]; NaN entries count as the mean."""
-        z = np.nan_to_num((x - self.mean) / self.scale, nan=0.0)
+        z = np.nan_to_num((_bounded(x) - self.mean) / self.scale, nan=0.0)
         return np.sqrt(np.einsum("ni,ij,nj->n", z, self.precision, z) / max(1, z.shape[1]))
 
 
@@ -144,7 +144,13 @@ class Domain:
         return cls(tuple(data["features"]), families, ranges)
 
 
+def _bounded(x: np.ndarray) -> np.ndarray:
+    """Clip natural logs to e^±50: an overflow along the line is far, but must not swamp the scale of its feature."""
+    return np.clip(x, -50.0, 50.0)
+
+
 def _statistics(x: np.ndarray) -> FamilyStatistics:
+    x = _bounded(x)
     seen = np.isfinite(x).any(axis=0)
     mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
     mean[seen] = np.nanmean(x[:, seen], axis=0)

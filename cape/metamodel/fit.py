@@ -28,7 +28,7 @@ from cape.metamodel.regressors import (
     design,
     log_steps,
     predict_log,
-    preset as preset_named,
+    preset_named,
     train_boosters,
     xgboost,
 )
@@ -152,12 +152,13 @@ def fit_table(
     trials = len(np.unique(rows["trial_id"].astype(str)))
     if trials < FEWEST_TRIALS or not rows.reached.any():
         raise DataError(
-            f"The meta-dataset has {trials} usable trials and {int(rows.reached.sum())} rows that reached ε; fitting needs"
-            f" at least {FEWEST_TRIALS} trials, some of which reach it. Run a larger sweep."
+            f"The meta-dataset has {trials} usable trials and {int(rows.reached.sum())} rows that reached ε; fitting"
+            f" needs at least {FEWEST_TRIALS} trials, some of which reach it. Run a larger sweep."
         )
     held = split_calibration(rows, seed) if calibrate else np.zeros(len(rows), dtype=bool)
     fitted, kept = rows.take(~held), rows.take(held)
-    chosen, scores = base, []
+    chosen = base
+    scores: list[dict[str, Any]] = []
     if base.select:
         chosen, scores = select(fitted, base, families, mapper)
     data = design(fitted, chosen, families)
@@ -206,7 +207,7 @@ def fit(
         raise SpecError(f"workers must be a whole number of at least 1, not {workers!r}.")
     preset_named(preset)  # an unknown name must fail before Ray starts
     directory = check_out(out)
-    rows = as_rows(reader.read(meta_dir))
+    rows = as_rows(reader.read(Path(meta_dir)))
     with ray_trainer(directory, workers, address) as (trainer, mapper):
         model = fit_table(rows, preset, seed=seed, trainer=trainer, mapper=mapper)
     model.save(directory)

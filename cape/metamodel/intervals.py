@@ -79,7 +79,7 @@ class Conformal:
         half-width is infinite.
         """
         check_level(level)
-        for name in (family, "pooled"):
+        for name in (family or "pooled", "pooled"):
             if name in self.scores:
                 width = conformal_quantile(self.scores[name], level, self.trials[name])
                 if math.isfinite(width):

@@ -95,7 +95,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 
 
-def preset(name: str | Preset) -> Preset:
+def preset_named(name: str | Preset) -> Preset:
     """Return a preset by name; raises ``SpecError`` for an unknown one."""
     if isinstance(name, Preset):
         return name

@@ -131,7 +131,9 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of (trial, ε, T*) of every row, whatever their order."""
-        lines = sorted(f"{t}|{e!r}|{s!r}" for t, e, s in zip(self["trial_id"], self["epsilon"], self["t_star"], strict=True))
+        lines = sorted(
+            f"{t}|{e!r}|{s!r}" for t, e, s in zip(self["trial_id"], self["epsilon"], self["t_star"], strict=True)
+        )
         return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 

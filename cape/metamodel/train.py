@@ -29,7 +29,7 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
     """
     try:
         import ray
-        import ray.train.xgboost  # noqa: F401  (absent where ray came without its train extra)
+        import ray.train.xgboost  # absent where ray came without its train extra
     except ImportError as error:
         raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
     mine = not ray.is_initialized()
@@ -42,7 +42,8 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
         if cpus <= workers:
             # Ray Data needs a CPU of its own: with none free, Train waits for data forever.
             raise SpecError(
-                f"{workers} workers need at least {workers + 1} CPUs and Ray has {cpus}; use fewer workers or more CPUs."
+                f"{workers} workers need at least {workers + 1} CPUs and Ray has {cpus};"
+                " use fewer workers or more CPUs."
             )
         yield (
             lambda data, preset: train_with_ray(data, preset, workers, storage),

@@ -1,0 +1,323 @@
+"""The public face: ``predict`` for one model, ``rank`` for several."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cape.config import StoppingRule, check_epsilon, check_lr
+from cape.errors import SpecError
+from cape.metamodel.artifact import MetaModel, resolve
+from cape.metamodel.intervals import Conformal, bounds, check_level
+from cape.metamodel.rows import row_from_features
+from cape.probing import Features, probe
+from cape.state import check_batch
+from cape.tasks import TASK_LOSS, Loss, LossLike
+
+if TYPE_CHECKING:
+    from cape.state import Inputs
+
+# Losses under their other names, as the meta-dataset's tasks know them.
+_SAME_LOSS = {
+    "CrossEntropyLoss": "cross_entropy",
+    "sequence_cross_entropy": "cross_entropy",
+    "MSELoss": "half_mse",
+    "mse_loss": "half_mse",
+    "mse": "half_mse",
+    "one_hot_mse": "half_mse",
+    "BCEWithLogitsLoss": "binary_cross_entropy",
+    "binary_cross_entropy_with_logits": "binary_cross_entropy",
+    "bce": "binary_cross_entropy",
+}
+_ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
+_NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_TIMING_STEPS = 4
+
+
+def infer_family(model: nn.Module) -> str | None:
+    """Return the family that a model looks like, from the layers it holds.
+
+    Attention (``nn.MultiheadAttention``, or a class named so) makes it a ``transformer``, with or without convolutions
+    before it (patch embeddings are convolutions); recurrent layers an ``rnn``; convolutions a ``cnn``; anything else
+    an ``mlp``. Recurrent layers beside attention or convolutions are mixed: None.
+    """
+    modules = list(model.modules())
+    attention = any(isinstance(m, nn.MultiheadAttention) or _named_attention(type(m).__name__) for m in modules)
+    recurrent = any(isinstance(m, _RECURRENT) for m in modules)
+    convolution = any(isinstance(m, _CONVOLUTIONS) for m in modules)
+    if recurrent:
+        return None if attention or convolution else "rnn"
+    if attention:
+        return "transformer"
+    return "cnn" if convolution else "mlp"
+
+
+def _named_attention(name: str) -> bool:
+    return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
+
+
+class StepTimer:
+    """Measures, when first asked, what one training step of a model takes on the device where it is."""
+
+    def __init__(self, model: nn.Module, batch: tuple[Inputs, Any], loss: LossLike, lr: float, epsilon: float) -> None:
+        self._arguments = (model, batch, loss, lr, epsilon)
+        self._seconds: float | None = None
+
+    @property
+    def measured(self) -> float | None:
+        """Seconds per step if they were measured already."""
+        return self._seconds
+
+    def seconds(self) -> float:
+        """Return the median wall time of a few real, warmed-up AdamW steps; the model is put back bit for bit."""
+        if self._seconds is None:
+            from cape.convergence import measure
+
+            model, batch, loss, lr, epsilon = self._arguments
+            rule = StoppingRule(max_steps=_TIMING_STEPS)
+            self._seconds = measure(model, batch, loss=loss, lr=lr, epsilons=(epsilon,), stopping=rule).step_seconds
+        return self._seconds
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How many optimizer steps a model needs until its loss is ε times its first value.
+
+    Attributes:
+        steps: predicted T*, at least 1, not rounded.
+        epochs: ``steps`` in passes over the training set.
+        p_reach: probability that ε is reached at all, from the censored trials of the meta-dataset.
+        in_domain: nothing about the model, lr, N, B, ε or loss lies outside what the meta-regressor was fitted on.
+        warnings: sentences, empty where ``in_domain`` and the interval is sound.
+        features: the probe's result.
+        family: the family that the meta-regressor took the model for; None where unknown.
+        epsilon, lr, batch_size, dataset_size: what was asked.
+    """
+
+    steps: float
+    epochs: float
+    p_reach: float
+    in_domain: bool
+    warnings: tuple[str, ...]
+    features: Features = field(repr=False)
+    family: str | None
+    epsilon: float
+    lr: float
+    batch_size: int
+    dataset_size: int
+    _conformal: Conformal = field(repr=False, compare=False)
+    _timer: StepTimer = field(repr=False, compare=False)
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """Return (low, high) in steps that hold T* with probability ``level``, given that ε is reached.
+
+        The upper end is infinite where the family has too few calibration trials for the level.
+        """
+        return bounds(self.steps, self._conformal.half_width(self.family, check_level(level))[0])
+
+    def time(self, step_seconds: float | None = None) -> float:
+        """Return the seconds that ``steps`` take; without ``step_seconds`` a few real steps are timed, once, here."""
+        return self.steps * (self._timer.seconds() if step_seconds is None else _positive(step_seconds, "step_seconds"))
+
+    def cost(self, usd_per_hour: float, step_seconds: float | None = None) -> float:
+        """Return the dollars that ``steps`` cost at an hourly price of the machine."""
+        return self.time(step_seconds) / 3600.0 * _positive(usd_per_hour, "usd_per_hour")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; bounds that are infinite are None, and so is a time that was never measured."""
+        low, high = self.interval(0.9)
+        measured = self._timer.measured
+        return {
+            "steps": self.steps,
+            "interval_90": [low, high if math.isfinite(high) else None],
+            "epochs": self.epochs,
+            "p_reach": self.p_reach if math.isfinite(self.p_reach) else None,
+            "in_domain": self.in_domain,
+            "warnings": list(self.warnings),
+            "family": self.family,
+            "epsilon": self.epsilon,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "dataset_size": self.dataset_size,
+            "seconds": None if measured is None else self.steps * measured,
+            "features": self.features.as_dict(),
+        }
+
+
+def predict(
+    model: nn.Module,
+    batch: tuple[Inputs, Any],
+    *,
+    loss: LossLike = "cross_entropy",
+    lr: float,
+    dataset_size: int,
+    epsilon: float = 0.1,
+    meta_model: MetaModel | str | os.PathLike[str] | None = None,
+    family: str | None = None,
+) -> Prediction:
+    """Predict the number of optimizer steps to ε from one mini-batch at initialization, without training.
+
+    Args:
+        model: any module, at its initialization; left bit for bit as it was.
+        batch: (inputs, targets) as training would see them.
+        loss: name, module or callable. lr: learning rate of AdamW. dataset_size: full training-set size N.
+        epsilon: fraction of the first loss to reach, in (0, 1).
+        meta_model: a meta-regressor or its directory; the one shipped with CAPE where None.
+        family: ``mlp``, ``cnn``, ``rnn``, ``transformer`` or one of your own; inferred from the layers where None.
+
+    Raises:
+        SpecError: lr, ε or dataset_size out of range. ModelError: the model or batch cannot be probed.
+        StoreError: no meta-regressor there.
+    """
+    lr, epsilon = check_lr(lr), check_epsilon(epsilon)
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
+        raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
+    regressor = resolve(meta_model)
+    _, _, batch_size = check_batch(batch)
+    features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
+    family = infer_family(model) if family is None else family
+    row = row_from_features(features.as_dict(), family, epsilon)
+    steps = max(1.0, float(regressor.predict(row)[0]))
+    inside = True
+    warnings: list[str] = []
+    if regressor.domain is not None:
+        inside, warnings, _ = regressor.domain.check(row)
+    unseen = _unseen_loss(loss if isinstance(loss, Loss) else Loss(loss), regressor)
+    if unseen is not None:
+        inside, warnings = False, [*warnings, unseen]
+    p_reach = float(regressor.p_reach(row)[0])
+    if p_reach < 0.5:
+        warnings = [*warnings, f"Fewer than half of such models reach ε = {epsilon:g} (p_reach {p_reach:.2f})."]
+    if math.isinf(regressor.conformal.half_width(family, 0.9)[0]):
+        warnings = [*warnings, "The meta-regressor has too few calibration trials for a 90 % interval."]
+    return Prediction(
+        steps=steps,
+        epochs=steps * batch_size / dataset_size,
+        p_reach=p_reach,
+        in_domain=inside,
+        warnings=tuple(warnings),
+        features=features,
+        family=family,
+        epsilon=epsilon,
+        lr=lr,
+        batch_size=batch_size,
+        dataset_size=dataset_size,
+        _conformal=regressor.conformal,
+        _timer=StepTimer(model, batch, loss, lr, epsilon),
+    )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One line of a ranking: a name, its prediction, and what its steps take."""
+
+    name: str
+    prediction: Prediction
+    seconds: float
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Ranking(Sequence[Ranked]):
+    """Models in ascending order of predicted cost; ``print`` it for a table."""
+
+    rows: tuple[Ranked, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Ranked]:
+        return iter(self.rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return one JSON object per model, cheapest first."""
+        return [
+            {"name": r.name, "rank": i, "seconds": r.seconds, "usd": r.usd, **_without_seconds(r.prediction)}
+            for i, r in enumerate(self.rows, 1)
+        ]
+
+    def __str__(self) -> str:
+        priced = any(r.usd is not None for r in self.rows)
+        header = ["", "model", "steps", "90 % interval", "seconds", *(["USD"] if priced else []), "in domain"]
+        lines = [header]
+        for i, r in enumerate(self.rows, 1):
+            low, high = r.prediction.interval(0.9)
+            span = f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"
+            cost = [f"{r.usd:.3g}" if r.usd is not None else ""] if priced else []
+            known = "yes" if r.prediction.in_domain else "no"
+            lines.append([str(i), r.name, f"{r.prediction.steps:.1f}", span, f"{r.seconds:.3g}", *cost, known])
+        widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
+        left = (1, len(header) - 1)
+        return "\n".join(
+            "  ".join(
+                c.ljust(w) if j in left else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def rank(
+    candidates: Iterable[tuple[str, nn.Module, tuple[Inputs, Any], float]],
+    *,
+    loss: LossLike = "cross_entropy",
+    dataset_size: int,
+    epsilon: float = 0.1,
+    usd_per_hour: float | None = None,
+    meta_model: MetaModel | str | os.PathLike[str] | None = None,
+) -> Ranking:
+    """Order models by what reaching ε is predicted to cost: predicted steps times the measured seconds of a step.
+
+    Args:
+        candidates: (name, model, batch, lr) each. The rest as in ``predict``, shared by all.
+        usd_per_hour: price of the machine; adds dollars.
+
+    Raises:
+        SpecError: no candidate, or one that is not such a tuple; and as ``predict``.
+    """
+    regressor = resolve(meta_model)
+    rows = []
+    for candidate in candidates:
+        if not isinstance(candidate, (tuple, list)) or len(candidate) != 4:
+            raise SpecError("Each candidate is a tuple (name, model, batch, lr).")
+        name, model, batch, lr = candidate
+        made = predict(model, batch, loss=loss, lr=lr, dataset_size=dataset_size, epsilon=epsilon, meta_model=regressor)
+        usd = None if usd_per_hour is None else made.cost(usd_per_hour)
+        rows.append(Ranked(str(name), made, made.time(), usd))
+    if not rows:
+        raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
+    return Ranking(tuple(sorted(rows, key=lambda r: r.seconds)))
+
+
+def _without_seconds(prediction: Prediction) -> dict[str, Any]:
+    return {k: v for k, v in prediction.to_dict().items() if k != "seconds"}
+
+
+def _unseen_loss(criterion: Loss, regressor: MetaModel) -> str | None:
+    """Return a warning where no task of the meta-dataset trained with the loss; None where one did."""
+    tasks = [t for t in regressor.card["data"]["tasks"] if t in TASK_LOSS]
+    known = {_SAME_LOSS.get(TASK_LOSS[t], TASK_LOSS[t]) for t in tasks}
+    if not known or _SAME_LOSS.get(criterion.name, criterion.name) in known:
+        return None
+    return (
+        f"The loss '{criterion.name}' is not among those that the meta-regressor was fitted on"
+        f" ({', '.join(sorted(known))}); expect errors larger than the interval says."
+    )
+
+
+def _positive(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise SpecError(f"{name} must be a positive number, not {value!r}.")
+    return float(value)
