@@ -13,7 +13,7 @@ import ray
 import torch
 from ray import tune
 
-from cape.errors import DependencyError
+from cape.errors import CapeError, DependencyError
 from cape.sweep.job import Job, ShardRun
 from cape.sweep.plan import Shard
 
@@ -29,7 +29,7 @@ class ShardWorker(tune.Trainable):
             bundle["GPU"] = float(config["gpus"])
         return tune.PlacementGroupFactory([bundle])
 
-    def setup(self, config: dict[str, Any], job: Job, shards: list[Shard]) -> None:
+    def setup(self, config: dict[str, Any], job: Job, shards: list[Shard]) -> None:  # type: ignore[override]
         """Pin the worker to its device; called once for each actor."""
         self._job, self._shards = job, shards
         self._device = _device(config["gpus"])
@@ -45,8 +45,11 @@ class ShardWorker(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run and commit one chunk."""
-        return self._run.step()
+        """Run and commit one chunk; an error that no other worker would escape goes to the driver as text."""
+        try:
+            return self._run.step()
+        except CapeError as error:
+            return {"done": True, "error": str(error), "trials": 0, "rows": 0, "failed": 0}
 
 
 def _device(gpus: float) -> torch.device:

@@ -98,7 +98,7 @@ def _share(resources: dict[str, float], workers: int | None, gpus_per_worker: fl
 
 
 def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int, progress: bool) -> str | None:
-    """Run the shards as Tune trials; return the last error of a shard that was given up."""
+    """Run the shards as Tune trials; return the first error that ended a shard for good."""
     from ray import tune
 
     from cape.sweep.actor import ShardWorker
@@ -106,11 +106,22 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
     todo = sum(map(len, shards))
     line = Progress(todo, len(Plan(job.spec)) - todo, enabled=progress)
 
+    hopeless: list[str] = []  # data that disappeared, a disk that is full: trying again or elsewhere does not help
+
     class Report(tune.Callback):
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
         ) -> None:
             line.add(result["trials"], result["rows"], result["failed"])
+            if "error" in result:
+                hopeless.append(result["error"])
+
+    class StopWhereHopeless(tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return bool(hopeless)
 
     tuner = tune.Tuner(
         tune.with_parameters(ShardWorker, job=dataclasses.replace(job, done=frozenset()), shards=shards),
@@ -121,6 +132,7 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
             storage_path=str(job.out / ".tune"),
             verbose=0,
             callbacks=[Report()],
+            stop=StopWhereHopeless(),
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
@@ -129,8 +141,8 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
         results = tuner.fit()
     finally:
         line.close()
-    errors = [" ".join(str(e).split()) for e in results.errors]
-    return errors[-1][-500:] if errors else None
+    crashes = [" ".join(str(e).split())[-500:] for e in results.errors]
+    return next(iter(hopeless + crashes), None)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def finish(job: Job, error: str | None = None) -> SweepResult:
     """Count what was committed.
 
     Args:
-        error: what the last worker that gave up said.
+        error: what ended a shard for good.
 
     Raises:
         StoreError: trials of the plan are missing.
@@ -101,7 +101,7 @@ def finish(job: Job, error: str | None = None) -> SweepResult:
         broken = table.filter(pds.field("stop_reason") == "failed")
         rows, failed = table.num_rows, len(set(broken["trial_id"].to_pylist()))
     if len(done) < len(plan):
-        why = f" The last error was: {error}" if error else ""
+        why = f" The error was: {error}" if error else ""
         raise StoreError(
             f"{len(plan) - len(done)} of {len(plan)} trials are missing in {job.out}; what is there is kept. Run the"
             f" sweep again with --resume.{why}"

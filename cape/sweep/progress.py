@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class Progress:
@@ -29,6 +29,10 @@ class Progress:
         self._every = 0.1 if self._terminal else every
         self._began = self._shown = time.monotonic()
         self.trials = self.rows = self.failed = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the stream behind: Tune writes its callbacks to the disk, and a stream cannot be written."""
+        return {name: value for name, value in vars(self).items() if name != "_stream"} | {"_enabled": False}
 
     def add(self, trials: int, rows: int, failed: int) -> None:
         """Count a committed chunk."""

@@ -1,0 +1,216 @@
+"""Sweeps of real trials, in this process and on a real Ray."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cape.config import StoppingRule, SweepSpec
+from cape.errors import DataError, SpecError, StoreError
+from cape.store import reader
+from cape.sweep import job as job_module
+from cape.sweep.driver import run_sweep
+from cape.sweep.inline import run_inline
+from cape.sweep.plan import Plan
+
+SPEC = SweepSpec(
+    name="test",
+    families=("mlp",),
+    datasets=("digits",),
+    lrs=(1e-3, 2e-3),
+    batch_sizes=(8,),
+    epsilons=(0.5, 0.3),
+    trials_per_cell=6,
+    stopping=StoppingRule(max_steps=200),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """What a Ray worker of one CPU has: sums over threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_module, "CHUNK_SECONDS", 0.05)
+
+
+def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], float]]:
+    """Return (t_star, losses, log_g2) of every row by trial and ε, and check that no row is there twice."""
+    rows = reader.read(out).to_pylist()
+    found = {(r["trial_id"], r["epsilon"]): (r["t_star"], r["losses"], r["log_g2"]) for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
+    result = run_inline(SPEC, tmp_path / "a", progress=False)
+    plan = Plan(SPEC)
+    assert (result.rows, result.trials, result.failed) == (24, 12, 0)
+    assert result.out == tmp_path / "a" and result.seconds > 0
+    assert {key[0] for key in table(result.out)} == {t.trial_id for t in plan.trials()}
+    assert len(reader.list_files(result.out)) > 1
+    again = run_inline(SPEC, tmp_path / "b", progress=False)
+    assert table(again.out) == table(result.out)
+
+
+def test_ray_and_inline_give_the_same_numbers(ray_session: None, tmp_path: Path) -> None:
+    ray = run_sweep(SPEC, tmp_path / "ray", workers=2, progress=False)
+    inline = run_inline(SPEC, tmp_path / "inline", progress=False)
+    assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
+    assert table(ray.out) == table(inline.out)
+    hidden = [p for p in ray.out.rglob("*") if p.name.startswith(".")]
+    assert not hidden  # neither Tune's state nor half a file
+    assert {p.name for p in ray.out.iterdir()} == {"_spec.json", "family=mlp"}
+
+
+def test_resume_runs_what_is_missing_and_nothing_else(ray_session: None, tmp_path: Path) -> None:
+    out = tmp_path / "meta"
+    run_inline(SPEC, out, progress=False)
+    whole = table(out)
+    files = reader.list_files(out)
+    kept = {p: p.stat().st_mtime_ns for p in files[2:]}
+    for path in files[:2]:
+        path.unlink()
+    missing = len(whole) - len(table(out))
+    assert missing > 0
+    with pytest.raises(StoreError, match="--resume"):
+        run_sweep(SPEC, out, progress=False)
+    result = run_sweep(SPEC, out, resume=True, workers=2, progress=False)
+    assert (result.rows, result.trials) == (24, 12)
+    assert table(out) == whole
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    again = run_sweep(SPEC, out, resume=True, progress=False)  # nothing is missing
+    assert again.rows == 24 and table(out) == whole
+
+
+def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, calls = job_module.ShardRun.step, collections.Counter[str]()
+
+    def stop_at_the_third(self: job_module.ShardRun) -> dict[str, Any]:
+        calls["step"] += 1
+        if calls["step"] == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(job_module.ShardRun, "step", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_inline(SPEC, tmp_path, progress=False)
+    assert "--resume" in capsys.readouterr().err
+    before = table(tmp_path)
+    assert 0 < len(before) < 24
+    monkeypatch.setattr(job_module.ShardRun, "step", step)
+    run_inline(SPEC, tmp_path, resume=True, progress=False)
+    after = table(tmp_path)
+    assert len(after) == 24 and before.items() <= after.items()
+
+
+def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: Path) -> None:
+    job = job_module.prepare(SPEC, tmp_path, resume=False, data_root=None)
+    (shard, *_) = Plan(SPEC).shards(workers=1)
+    shard = Plan(SPEC).shards(workers=1)[0].__class__(shard.family, shard.dataset, range(6))
+    first = job_module.ShardRun(job, shard, "cpu").step()
+    assert 0 < first["trials"] < 6 and not first["done"]
+    second, trials = job_module.ShardRun(job, shard, "cpu"), 0
+    done = False
+    while not done:
+        chunk = second.step()
+        done, trials = chunk["done"], trials + chunk["trials"]
+    assert trials == 6 - first["trials"]
+    assert len(table(tmp_path)) == 12
+    assert job_module.ShardRun(job, shard, "cpu").step()["done"]
+
+
+def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cape import families
+
+    family = families.get("mlp")
+    build, unlucky = type(family).build, next(Plan(SPEC).trials())
+
+    def sometimes(self: Any, spec: Any) -> torch.nn.Module:
+        if torch.initial_seed() == unlucky.seed_for("init"):
+            raise RuntimeError("out of luck")
+        return build(self, spec)
+
+    monkeypatch.setattr(type(family), "build", sometimes)
+    result = run_inline(SPEC, tmp_path, progress=False)
+    assert (result.trials, result.failed, result.rows) == (12, 1, 24)
+    rows = [r for r in reader.read(tmp_path).to_pylist() if r["stop_reason"] == "failed"]
+    assert {(r["trial_id"], r["error"]) for r in rows} == {(unlucky.trial_id, "RuntimeError: out of luck")}
+
+
+def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, tmp_path: Path) -> None:
+    run_inline(SPEC, tmp_path, progress=False)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for run in (run_inline, run_sweep):
+        with pytest.raises(StoreError, match=r"another sweep: trials_per_cell is 6 there and 7 here"):
+            run(SPEC.replace(trials_per_cell=7), tmp_path, resume=True, progress=False)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
+    out = tmp_path / "meta"
+    for error, spec in (
+        (SpecError, SPEC.replace(families=("mlpp",))),
+        ((SpecError, DataError), SPEC.replace(datasets=("digitz",))),
+        (DataError, SPEC.replace(batch_sizes=(10**6,))),
+        (SpecError, SPEC.replace(task="sequence")),
+    ):
+        with pytest.raises(error):
+            run_sweep(spec, out, progress=False)
+    with pytest.raises(SpecError, match="workers"):
+        run_sweep(SPEC, out, workers=0)
+    with pytest.raises(SpecError, match="gpus_per_worker"):
+        run_sweep(SPEC, out, gpus_per_worker=-1)
+    assert not out.exists()
+
+
+def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="asks for 1 GPU, but the Ray cluster has 0"):
+        run_sweep(SPEC, tmp_path, gpus_per_worker=1, progress=False)
+
+
+def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_path: Path) -> None:
+    """The data disappears after the check: no worker can run a trial, and the sweep says so."""
+    data = tmp_path / "gone.parquet"
+    _write_images(data)
+    spec = SPEC.replace(datasets=(str(data),))
+    prepare = job_module.prepare
+
+    def and_delete(*args: Any, **kwargs: Any) -> job_module.Job:
+        job = prepare(*args, **kwargs)
+        data.unlink()
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cape.sweep.driver.prepare", and_delete)
+        with pytest.raises(StoreError, match=r"12 of 12 trials are missing .* --resume\. The error was: .*gone"):
+            run_sweep(spec, tmp_path / "meta", workers=2, progress=False)
+
+
+def _write_images(path: Path) -> None:
+    """Write 32 of the bundled digits as a Parquet file of PNG images and labels."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = []
+    for pixels in bunch.images[:32]:
+        buffer = io.BytesIO()
+        Image.fromarray((pixels * 15).astype("uint8")).resize((28, 28)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": images, "label": bunch.target[:32].tolist()}), path)

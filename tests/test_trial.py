@@ -1,0 +1,126 @@
+"""A trial's rows: where probe and T* meet, from nothing but a seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cape import datasets, families
+from cape.config import ModelSpec, StoppingRule, TrialSpec
+from cape.convergence import measure
+from cape.errors import DataError, ModelError, SpecError
+from cape.probing import FEATURE_NAMES, probe
+from cape.store.schema import ROW_SCHEMA
+from cape.trial import build_model, draw_model, run_trials
+
+TIMES = ("probe_seconds", "truth_seconds", "step_seconds")
+
+
+def mlp_trial(seed: int = 0, **changes: object) -> TrialSpec:
+    settings = {"family": "mlp", "dataset": "digits", "batch_size": 16, "lr": 1e-3, "seed": seed, **changes}
+    return TrialSpec(**settings)  # type: ignore[arg-type]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def test_the_rows_of_a_trial_say_what_the_probe_and_the_trajectory_say() -> None:
+    trial = mlp_trial(seed=3)
+    (rows,) = run_trials([trial], sweep_hash="abc")
+    assert [row["epsilon"] for row in rows] == [0.2, 0.15, 0.1]
+    dataset = datasets.load("digits")
+    spec = draw_model(trial, dataset)
+    model = build_model(trial, spec)
+    batch = dataset.batch(16, trial.seed_for("batch"), spec.layout)
+    features = probe(model, batch, lr=1e-3, dataset_size=dataset.full_train_size).as_dict()
+    truth = measure(model, batch, lr=1e-3, seed=trial.seed_for("train"))
+    for row in rows:
+        assert set(row) <= set(ROW_SCHEMA.names)
+        assert {name: row[name] for name in FEATURE_NAMES} == {name: features[name] for name in FEATURE_NAMES}
+        assert row["t_star"] == truth.t_star[row["epsilon"]] > 0
+        assert row["converged"] and row["stop_reason"] is None and "error" not in row
+        assert row["log_epsilon"] == math.log(row["epsilon"])
+        assert row["stopped_at"] == truth.stopped_at and row["l0"] == truth.l0
+        assert row["losses"] == truth.losses[:64].tolist()
+        assert (row["trial_id"], row["sweep_hash"], row["seed"]) == (trial.trial_id, "abc", 3)
+        assert ModelSpec.from_dict(json.loads(row["model"])) == spec
+        assert row["architecture"] == spec.architecture and row["task"] == "classification"
+        assert all(row[name] > 0 for name in TIMES)
+
+
+def test_a_trial_depends_on_its_seed_and_not_on_its_neighbours() -> None:
+    alone = without_times(next(run_trials([mlp_trial(seed=1)])))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    _, after_another, other = (without_times(rows) for rows in run_trials([mlp_trial(2), mlp_trial(1), mlp_trial(5)]))
+    assert after_another == alone
+    assert other[0]["losses"] != alone[0]["losses"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_censored_trial_is_recorded_as_such() -> None:
+    (rows,) = run_trials([mlp_trial(stopping=StoppingRule(max_steps=1))])
+    assert [row["t_star"] for row in rows] == [None] * 3
+    assert {(row["converged"], row["stop_reason"], row["stopped_at"]) for row in rows} == {(False, "cap", 1)}
+    assert all(row["log_g2"] is not None for row in rows)
+
+
+def test_a_trial_that_fails_leaves_the_next_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.get("mlp")
+    build = type(family).build
+
+    def sometimes(self: object, spec: ModelSpec) -> torch.nn.Module:
+        if torch.initial_seed() == mlp_trial(1).seed_for("init"):
+            raise RuntimeError("a broken\nmodel")
+        if torch.initial_seed() == mlp_trial(2).seed_for("init"):
+            raise ModelError("NaN outputs.")
+        return build(self, spec)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(family), "build", sometimes)
+    good, broken, nan, last = run_trials([mlp_trial(0), mlp_trial(1), mlp_trial(2), mlp_trial(3)])
+    assert {(r["stop_reason"], r["error"]) for r in broken} == {("failed", "RuntimeError: a broken model")}
+    assert {(r["stop_reason"], r["error"]) for r in nan} == {("failed", "ModelError: NaN outputs.")}
+    assert [r["t_star"] for r in broken] == [None] * 3 and not any(r["converged"] for r in broken)
+    assert all(r["converged"] for r in good + last)
+
+
+def test_a_device_that_failed_is_not_the_trials_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sticky(self: object, spec: ModelSpec) -> torch.nn.Module:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", sticky)
+    with pytest.raises(torch.AcceleratorError):
+        next(run_trials([mlp_trial()]))
+
+
+def test_what_no_trial_could_survive_is_raised() -> None:
+    with pytest.raises(SpecError):
+        next(run_trials([mlp_trial(family="mpl")]))
+    with pytest.raises((SpecError, DataError)):
+        next(run_trials([mlp_trial(dataset="digitz")]))
+    with pytest.raises(DataError):
+        next(run_trials([mlp_trial(batch_size=10**6)]))
+
+
+@pytest.mark.parametrize(("dataset", "task"), [("diabetes", "regression"), ("digits", "multilabel")])
+def test_other_tasks(dataset: str, task: str) -> None:
+    short = StoppingRule(max_steps=30)
+    (rows,) = run_trials([mlp_trial(dataset=dataset, task=task, stopping=short, lr=2e-3)])
+    assert {row["task"] for row in rows} == {task}
+    assert all(row.get("error") is None and row["losses"][0] > row["losses"][-1] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mlp", "cnn", "rnn", "transformer"])
+def test_every_family_on_real_images(family: str, data_root: Path) -> None:
+    trial = TrialSpec(family, "mnist", batch_size=8, lr=1e-3, epsilons=(0.7,), stopping=StoppingRule(max_steps=15))
+    (rows,) = run_trials([trial], data_root=data_root)
+    (row,) = rows
+    assert row.get("error") is None
+    assert row["stop_reason"] in (None, "cap") and row["final_loss"] < row["l0"]
+    assert all(math.isfinite(row[n]) for n in FEATURE_NAMES if n != "log_tau_full")
