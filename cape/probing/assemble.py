@@ -61,11 +61,11 @@ def parameters_behind(roots: Iterable[Tensor | None], among: dict[int, nn.Parame
 def _region(t: Tensor) -> tuple[int, int] | None:
     """Return the storage interval of a view that shows each element once, else ``None``."""
     extent = 0
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+    for stride, size in sorted((int(s), int(n)) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
         if stride <= extent:
             return None
         extent += stride * (size - 1)
-    start = t.storage_offset()
+    start = int(t.storage_offset())
     return start, start + extent
 
 

@@ -75,11 +75,11 @@ def _vmapped(
             args, kwargs = ((), dict(zip(names, one, strict=True))) if keyword else (tuple(one), {})
             return torch.func.functional_call(model, state, args, kwargs)
 
-        _, pull = torch.func.vjp(forward, held)
+        pull: Any = torch.func.vjp(forward, held)[1]
         norms = []
         for v in vs:
             (grads,) = pull(v.unsqueeze(0))
-            norms.append(torch.stack([g.float().square().sum(dtype=torch.float64) for g in grads.values()]).sum())
+            norms.append(torch.stack([g.double().square().sum() for g in grads.values()]).sum())
         return torch.stack(norms)
 
     chunk = max(1, 4 * ops.MATERIALIZE_ELEMENTS // max(1, sum(p.numel() for p in held.values())))

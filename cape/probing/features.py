@@ -102,11 +102,11 @@ def probe(
     if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
         raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
     _, _, batch_size = check_batch(batch)
-    criterion = loss if isinstance(loss, Loss) else Loss(loss)
-    norms = all_norms(model, batch, loss=criterion, backend=backend)
+    criterion = Loss(loss)
+    norms = all_norms(model, batch, loss=loss, backend=backend)
     full = None
     if tau != "true_logit":
-        full = _log_mean(all_norms(model, batch, loss=criterion, tau=tau, backend=backend).tau)
+        full = _log_mean(all_norms(model, batch, loss=loss, tau=tau, backend=backend).tau)
     line = first_step(model, batch, criterion, lr)
     return Features(
         log_p=math.log(sum(p.numel() for p in trainable(model).values())),

@@ -54,7 +54,7 @@ def watched_linear(mode: Interceptor, kind: str, data: Tensor, x: Tensor, w: Ten
         if layout.dim == x.dim() - 1:
             return None
         pairs = [(w, Part(x.detach())), (b, Part(None))]
-        live = [(t, part) for t, part in pairs if mode.of_parameters(t)]
+        live = [(t, part) for t, part in pairs if t is not None and mode.of_parameters(t)]
         return LinearUse([t for t, _ in live], [part for _, part in live], layout)
 
     return mode.meet(kind, data, (w, b), lambda w, b: F.linear(x, w, b), make)
@@ -189,7 +189,7 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
         def make(layout: Layout) -> Use | None:
             if layout.dim != 0:
                 return None
-            live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if mode.of_parameters(t)]
+            live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
             seen = padded.detach()
             return ConvUse([t for t, _ in live], [k for _, k in live], seen, layout, geometry, transposed)
 
@@ -225,7 +225,7 @@ def _affine(
     def make(layout: Layout) -> Use | None:
         if aligned[layout.dim] != 1:
             return None
-        live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if mode.of_parameters(t)]
+        live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
         return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), normalize, aligned, layout)
 
     return mode.meet(normalize.kind, x, (w, b), run, make)
@@ -323,7 +323,7 @@ def embedding_bag(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
     def make(layout: Layout) -> Use | None:
         if layout.dim != 0:
             return None
-        scale = torch.full(index.shape, 1.0 / index.shape[1] if how == "mean" else 1.0, device=w.device)
+        scale = torch.full(index.shape, 1.0 / index.shape[1] if how == "mean" else 1.0, dtype=w.dtype).to(w.device)
         if weights is not None:
             scale = scale * weights.detach()
         per_row = layout.rows(scale, 0).unsqueeze(-1)
@@ -380,53 +380,21 @@ def _meet_raw(
     return mode.expand(core, shape, mode.register(BroadcastUse(core, aligned, layout)).arrive)
 
 
-_POINTWISE = [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "true_divide",
-    "multiply",
-    "divide",
-    "subtract",
-    "pow",
-    "maximum",
-    "minimum",
-    "where",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-    "atan2",
-    "logaddexp",
-    "fmod",
-    "remainder",
-]
-_DUNDER = [
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__rsub__",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__rtruediv__",
-    "__pow__",
-    "__rpow__",
-    "__iadd__",
-    "__isub__",
-    "__imul__",
-    "__itruediv__",
-    "add_",
-    "sub_",
-    "mul_",
-    "div_",
-    "rsub",
-]
+# fmt: off
+_POINTWISE = (
+    "add", "sub", "mul", "div", "true_divide", "multiply", "divide", "subtract", "pow", "maximum", "minimum", "where",
+    "lerp", "addcmul", "addcdiv", "atan2", "logaddexp", "fmod", "remainder",
+)
+_POINTWISE_METHODS = (
+    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__",
+    "__rpow__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "add_", "sub_", "mul_", "div_", "rsub",
+)
+# fmt: on
 
 
 @handles(
     *(getattr(torch, n, None) for n in [*_POINTWISE, "rsub"]),
-    *(getattr(Tensor, n, None) for n in [*_POINTWISE, *_DUNDER]),
+    *(getattr(Tensor, n, None) for n in [*_POINTWISE, *_POINTWISE_METHODS]),
 )
 def pointwise(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     tensors = [a for a in args if isinstance(a, Tensor)]

@@ -108,7 +108,7 @@ _CONSTANTS = {
 
 
 def _repeat_as_view(args: Sequence[Any]) -> Tensor:
-    """Return ``p.repeat(...)`` as an expanded view where only dimensions of size 1 repeat, so that it stays traceable."""
+    """Return ``p.repeat(...)`` as an expanded, traceable view where only dimensions of size 1 repeat."""
     p, *sizes = args
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
         sizes = list(sizes[0])
@@ -227,7 +227,11 @@ class Interceptor(TorchFunctionMode):
             run: computes the output from those arguments.
             make: builds the use for a layout, or gives ``None`` where it cannot serve that layout.
         """
-        detached = [w.detach() if self.of_parameters(w) else w for w in weights if w is None or isinstance(w, Tensor)]
+        detached = [
+            w.detach() if w is not None and self.of_parameters(w) else w
+            for w in weights
+            if w is None or isinstance(w, Tensor)
+        ]
         live = [w for w in weights if self.of_parameters(w)]
         state, layout = self.verdict(kind, data, live)
         if state == "live":

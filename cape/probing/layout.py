@@ -88,8 +88,6 @@ def two_samples(x: Inputs, batch_size: int) -> tuple[Inputs, Inputs] | None:
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
     """Return a boolean tensor of the elements that differ by more than rounding."""
-    if not a.is_floating_point():
-        return a != b
     scale = torch.maximum(a.abs().amax(), b.abs().amax()) if a.numel() else a.new_zeros(())
     same = ((a - b).abs() <= 1e-6 * scale) | (a == b) | (a.isnan() & b.isnan())
     return ~same
@@ -102,10 +100,16 @@ def observe(a: Tensor, b: Tensor) -> Layout | None:
     """
     if a.shape != b.shape or a.dim() == 0:
         return None
-    differs = _differs(a, b)
+    # Rows of equal inputs are mostly equal to the bit; where a kernel's rounding depends on its neighbours, they are
+    # equal to rounding.
+    exact = _explain((a != b) & ~(a.isnan() & b.isnan()))
+    return exact if exact is not None or not a.is_floating_point() else _explain(_differs(a, b))
+
+
+def _explain(differs: Tensor) -> Layout | None:
     found = []
-    for dim in range(a.dim()):
-        size = a.shape[dim]
+    for dim in range(differs.dim()):
+        size = differs.shape[dim]
         if size % 2:
             continue
         changed = differs.movedim(dim, 0).reshape(size, -1).any(1).tolist()

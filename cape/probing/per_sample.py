@@ -96,7 +96,7 @@ def all_norms(
     if tau not in TAUS:
         raise SpecError(f"Unknown tau '{tau}'. Known: {', '.join(TAUS)}.")
     x, y, batch_size = check_batch(batch)
-    criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    criterion = Loss(loss)
     params = trainable(model)
     with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
         model.eval()
@@ -133,13 +133,13 @@ def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Paramete
             out = call(model, mode.inputs(inputs))
         modes.append(mode)
         outputs.append(out)
-    if all(isinstance(out, Tensor) and out.dim() > 0 and out.shape[0] == 2 for out in outputs):
-        if interacts(outputs[0].detach(), outputs[1].detach()):
-            raise ModelError(
-                "The model's samples influence each other (changing one sample changes another's output), so there is"
-                " no per-sample gradient; a batch norm without running statistics does this: use running statistics"
-                " or another normalization."
-            )
+    batched = all(isinstance(out, Tensor) and out.dim() > 0 and out.shape[0] == 2 for out in outputs)
+    if batched and interacts(outputs[0].detach(), outputs[1].detach()):
+        raise ModelError(
+            "The model's samples influence each other (changing one sample changes another's output), so there is"
+            " no per-sample gradient; a batch norm without running statistics does this: use running statistics"
+            " or another normalization."
+        )
     return judge(modes[0].sightings, modes[1].sightings)
 
 
