@@ -21,7 +21,7 @@ from cape.config import SweepSpec
 from cape.errors import DependencyError, SpecError
 from cape.sweep.inline import interrupted
 from cape.sweep.job import Job, SweepResult, finish, prepare
-from cape.sweep.plan import Plan, Shard
+from cape.sweep.plan import Plan, Shard, cut
 from cape.sweep.progress import Progress
 
 _RETRIES = 3  # of a shard whose worker died; what it had committed is not run again
@@ -69,13 +69,14 @@ def run_sweep(
     if gpus_per_worker is not None and gpus_per_worker < 0:
         raise SpecError(f"gpus_per_worker must be zero or more, not {gpus_per_worker}.")
     job = prepare(spec, out, resume=resume, data_root=data_root)
+    missing = Plan(spec).missing(job.done)
+    if not missing:
+        return finish(job)
     error: str | None = None
     try:
         with _environment(), _cluster(address) as resources:
             cpus, gpus, concurrent = _share(resources, workers, gpus_per_worker)
-            shards = Plan(spec).shards(concurrent, job.done)
-            if shards:
-                error = _tune(job, shards, cpus, gpus, concurrent, progress)
+            error = _tune(job, cut(missing, concurrent), cpus, gpus, concurrent, progress)
     except KeyboardInterrupt:
         print(interrupted(job.out), file=sys.stderr)
         raise

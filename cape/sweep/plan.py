@@ -26,9 +26,10 @@ PRESETS: dict[str, SweepSpec] = {
     "demo": SweepSpec(
         name="demo",
         datasets=("digits",),
-        batch_sizes=(32,),
-        trials_per_cell=2,
-        trials_by_family={"mlp": 12, "rnn": 4},
+        lrs=(1e-3, 2e-3),
+        batch_sizes=(16, 32),
+        trials_per_cell=4,
+        trials_by_family={"mlp": 20, "transformer": 2},
     ),
     "smoke": SweepSpec(
         name="smoke",
@@ -40,15 +41,16 @@ PRESETS: dict[str, SweepSpec] = {
     ),
 }
 
-# What the demo takes from a data root, in this order; digits (bundled with scikit-learn) where there is none of them.
-_DEMO_DATASETS = ("mnist", "fashion_mnist", "cifar10", "svhn")
+# What the demo takes from a data root: the first two that lie there, a gray and a colour one where possible, with half
+# the trials of each (the time stays the same); digits (bundled with scikit-learn) where there is none of them.
+_DEMO_DATASETS = ("mnist", "cifar10", "fashion_mnist", "svhn", "cifar100")
 
 _SHARDS_PER_WORKER = 16  # enough that a slow shard at the end keeps the others waiting only briefly
 _LARGEST_SHARD = 64
 
 
 def preset(name: str, data_root: str | Path | None = None) -> SweepSpec:
-    """Return a preset by name; ``demo`` sweeps whichever image datasets lie in ``data_root`` (a folder of Parquet).
+    """Return a preset by name; ``demo`` sweeps two of the image datasets that lie in ``data_root`` (a Parquet folder).
 
     Raises:
         SpecError: no preset of that name.
@@ -58,7 +60,12 @@ def preset(name: str, data_root: str | Path | None = None) -> SweepSpec:
     spec = PRESETS[name]
     if name == "demo" and data_root is not None:
         found = tuple(d for d in _DEMO_DATASETS if (Path(data_root) / f"{d}.parquet").is_file())
-        return spec.replace(datasets=found) if found else spec
+        share = len(found[:2]) or 1
+        return spec.replace(
+            datasets=found[:2] or spec.datasets,
+            trials_per_cell=spec.trials_per_cell // share,
+            trials_by_family={family: count // share for family, count in spec.trials_by_family.items()},
+        )
     return spec
 
 
@@ -156,24 +163,31 @@ class Plan:
         for position in shard.positions:
             yield self.trial(shard.family, shard.dataset, position)
 
-    def shards(self, workers: int = 1, done: Collection[str] = ()) -> list[Shard]:
-        """Cut the trials that are not ``done`` (ids) into shards, all (family, dataset) interleaved.
+    def missing(self, done: Collection[str] = ()) -> list[Shard]:
+        """Return, for each (family, dataset), the trials that are not ``done`` (ids) as one shard of any length."""
+        whole = [Shard(family, dataset, range(self.count(family))) for family, dataset in self.partitions]
+        if not done:
+            return whole
+        left = []
+        for family, dataset, positions in ((s.family, s.dataset, s.positions) for s in whole):
+            kept = tuple(p for p in positions if self.trial(family, dataset, p).trial_id not in done)
+            if kept:
+                left.append(Shard(family, dataset, kept))
+        return left
 
-        Args:
-            workers: how many shards run at the same time; more workers, smaller shards.
-            done: trials to leave out.
-        """
-        missing: dict[tuple[str, str], Sequence[int]] = {}
-        for family, dataset in self.partitions:
-            positions: Sequence[int] = range(self.count(family))
-            if done:
-                positions = [p for p in positions if self.trial(family, dataset, p).trial_id not in done]
-            missing[family, dataset] = positions
-        total = sum(len(p) for p in missing.values())
-        size = min(_LARGEST_SHARD, max(1, total // (_SHARDS_PER_WORKER * max(1, workers))))
-        placed: list[tuple[float, Shard]] = []
-        for (family, dataset), positions in missing.items():
-            pieces = [positions[i : i + size] for i in range(0, len(positions), size)]
-            for i, piece in enumerate(pieces):
-                placed.append(((i + 0.5) / len(pieces), Shard(family, dataset, piece)))
-        return [shard for _, shard in sorted(placed, key=lambda item: item[0])]
+    def shards(self, workers: int = 1, done: Collection[str] = ()) -> list[Shard]:
+        """Cut the trials that are not ``done`` into shards (see ``cut``)."""
+        return cut(self.missing(done), workers)
+
+
+def cut(wholes: Sequence[Shard], workers: int) -> list[Shard]:
+    """Cut long shards into pieces, all (family, dataset) interleaved; more workers, smaller pieces."""
+    total = sum(map(len, wholes))
+    size = min(_LARGEST_SHARD, max(1, total // (_SHARDS_PER_WORKER * max(1, workers))))
+    placed: list[tuple[float, Shard]] = []
+    for whole in wholes:
+        starts = range(0, len(whole), size)
+        for i, start in enumerate(starts):
+            piece = Shard(whole.family, whole.dataset, whole.positions[start : start + size])
+            placed.append(((i + 0.5) / len(starts), piece))
+    return [shard for _, shard in sorted(placed, key=lambda item: item[0])]

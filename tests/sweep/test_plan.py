@@ -85,9 +85,10 @@ def test_presets_are_plans_and_the_paper_is_the_papers() -> None:
 def test_the_demo_takes_what_the_data_root_has(tmp_path: Path) -> None:
     assert preset("demo").datasets == ("digits",)
     assert preset("demo", tmp_path).datasets == ("digits",)
-    for name in ("svhn", "mnist", "imdb"):
+    for name in ("svhn", "mnist", "imdb", "fashion_mnist"):
         (tmp_path / f"{name}.parquet").touch()
-    assert preset("demo", tmp_path).datasets == ("mnist", "svhn")
+    assert preset("demo", tmp_path).datasets == ("mnist", "fashion_mnist")
+    assert len(Plan(preset("demo", tmp_path))) == len(Plan(preset("demo")))
     assert preset("paper", tmp_path) == PRESETS["paper"]
 
 

@@ -15,7 +15,7 @@ from cape.store import reader
 from cape.sweep import job as job_module
 from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
-from cape.sweep.plan import Plan
+from cape.sweep.plan import Plan, Shard
 
 SPEC = SweepSpec(
     name="test",
@@ -62,34 +62,32 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert table(again.out) == table(result.out)
 
 
-def test_ray_and_inline_give_the_same_numbers(ray_session: None, tmp_path: Path) -> None:
+def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
     ray = run_sweep(SPEC, tmp_path / "ray", workers=2, progress=False)
     inline = run_inline(SPEC, tmp_path / "inline", progress=False)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
-    assert table(ray.out) == table(inline.out)
-    hidden = [p for p in ray.out.rglob("*") if p.name.startswith(".")]
-    assert not hidden  # neither Tune's state nor half a file
+    whole = table(inline.out)
+    assert table(ray.out) == whole
+    assert not [p for p in ray.out.rglob("*") if p.name.startswith(".")]  # neither Tune's state nor half a file
     assert {p.name for p in ray.out.iterdir()} == {"_spec.json", "family=mlp"}
 
-
-def test_resume_runs_what_is_missing_and_nothing_else(ray_session: None, tmp_path: Path) -> None:
-    out = tmp_path / "meta"
-    run_inline(SPEC, out, progress=False)
-    whole = table(out)
-    files = reader.list_files(out)
+    files = reader.list_files(ray.out)
     kept = {p: p.stat().st_mtime_ns for p in files[2:]}
     for path in files[:2]:
         path.unlink()
-    missing = len(whole) - len(table(out))
-    assert missing > 0
+    assert 0 < len(table(ray.out)) < 24
     with pytest.raises(StoreError, match="--resume"):
-        run_sweep(SPEC, out, progress=False)
-    result = run_sweep(SPEC, out, resume=True, workers=2, progress=False)
+        run_sweep(SPEC, ray.out, progress=False)
+    result = run_sweep(SPEC, ray.out, resume=True, workers=2, progress=False)
     assert (result.rows, result.trials) == (24, 12)
-    assert table(out) == whole
+    assert table(ray.out) == whole
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
-    again = run_sweep(SPEC, out, resume=True, progress=False)  # nothing is missing
-    assert again.rows == 24 and table(out) == whole
+
+
+def test_nothing_is_started_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_inline(SPEC, tmp_path, progress=False)
+    monkeypatch.setattr("cape.sweep.driver._tune", None)
+    assert run_sweep(SPEC, tmp_path, resume=True, progress=False).rows == 24
 
 
 def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
@@ -117,8 +115,7 @@ def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
 
 def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: Path) -> None:
     job = job_module.prepare(SPEC, tmp_path, resume=False, data_root=None)
-    (shard, *_) = Plan(SPEC).shards(workers=1)
-    shard = Plan(SPEC).shards(workers=1)[0].__class__(shard.family, shard.dataset, range(6))
+    shard = Shard("mlp", "digits", range(6))
     first = job_module.ShardRun(job, shard, "cpu").step()
     assert 0 < first["trials"] < 6 and not first["done"]
     second, trials = job_module.ShardRun(job, shard, "cpu"), 0
