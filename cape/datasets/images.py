@@ -96,7 +96,7 @@ def _arrange(x: np.ndarray, layout: str) -> np.ndarray:
         x = _bilinear(height) @ x
     if width != SIDE:
         x = x @ _bilinear(width).T
-    return np.ascontiguousarray(np.broadcast_to(x, (batch, 3, SIDE, SIDE)))
+    return np.repeat(x, 3, axis=1) if channels == 1 else x
 
 
 @lru_cache(maxsize=16)
