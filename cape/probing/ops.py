@@ -43,7 +43,7 @@ class ConvGeometry:
 def native_module() -> Any | None:
     """Return the compiled extension, or ``None`` (with one warning) where it is not built."""
     try:
-        return importlib.import_module("cape._C")
+        module = importlib.import_module("cape._C")
     except ImportError as error:
         warnings.warn(
             f"CAPE's native extension is not available ({error}); the slower pure-torch operators run instead."
@@ -51,6 +51,18 @@ def native_module() -> Any | None:
             stacklevel=2,
         )
         return None
+    _register_fakes()
+    return module
+
+
+def _register_fakes() -> None:
+    """Tell torch the shapes of the operators' results, for tracing without data."""
+
+    def one_number_per_sample(first: Tensor, *rest: Any) -> Tensor:
+        return first.new_empty(first.shape[0], dtype=torch.float64)
+
+    for name in ("sq_norms", "linear_sq_norms", "conv_sq_norms"):
+        torch.library.register_fake(f"cape::{name}", one_number_per_sample)
 
 
 @contextmanager
@@ -128,7 +140,10 @@ def conv_sq_norms(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
         g: output gradients [B, F, O, *L].
         geometry: kernel, stride, padding, dilation and groups.
     """
-    return conv_sq_norms_torch(x, g, geometry)
+    if x.device.type != "cpu" or not _native(x, g):
+        return conv_sq_norms_torch(x, g, geometry)
+    c = geometry
+    return torch.ops.cape.conv_sq_norms(x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups)
 
 
 def conv_sq_norms_torch(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -137,7 +152,7 @@ def conv_sq_norms_torch(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     parts = []
     for lo, hi in _sample_chunks(x, g, geometry):
         cols, rows = _unfold(x[lo:hi], geometry, g.shape[3:]), _group_rows(g[lo:hi], geometry.groups)
-        norms = linear_sq_norms_torch(cols.flatten(0, 1), rows.flatten(0, 1))
+        norms = linear_sq_norms(cols.flatten(0, 1), rows.flatten(0, 1))
         parts.append(norms.view(-1, geometry.groups).sum(1))
     return torch.cat(parts) if batch else x.new_zeros(0, dtype=torch.float64)
 

@@ -1,13 +1,13 @@
-// CPU kernels of cape::linear_sq_norms and cape::sq_norms: threads over samples, the vendor's matrix product inside,
+// CPU kernels of cape::linear_sq_norms and cape::sq_norms: threads over samples, register tiles reduced in place,
 // squares accumulated in float64.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <cape/linear_sq_norms.h>
+#include <cape/sample_norms.h>
 
 namespace {
 
@@ -23,32 +23,58 @@ void check_inputs(const Tensor& a, const Tensor& g) {
 }
 
 template <typename scalar_t>
-double one_sample(const Tensor& a, const Tensor& g) {
-  const int64_t t = a.size(0), d = a.size(1), p = g.size(1);
-  if (t == 0 || d == 0 || p == 0) return 0.0;
+double strided_squares(const scalar_t* x, int64_t n, int64_t stride) {
+  if (stride == 1) return cape::sum_of_squares(x, n);
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) total += double(x[i * stride]) * double(x[i * stride]);
+  return total;
+}
+
+template <typename scalar_t>
+double one_sample(const cape::Tiles<scalar_t>& tile, cape::Scratch<scalar_t>& scratch, cape::MatrixView<scalar_t> a,
+                  cape::MatrixView<scalar_t> g, int64_t t, int64_t d, int64_t p) {
   if (t == 1) {  // a rank-one gradient: its norm is a product of norms
-    const Tensor ac = a.contiguous(), gc = g.contiguous();
-    return cape::sum_of_squares(ac.const_data_ptr<scalar_t>(), d) *
-           cape::sum_of_squares(gc.const_data_ptr<scalar_t>(), p);
+    return strided_squares(a.data, d, a.col_stride) * strided_squares(g.data, p, g.col_stride);
   }
-  if (cape::choose_form(t, d, p) == cape::Form::direct) {
-    const Tensor product = at::mm(a.t(), g).contiguous();
-    return cape::sum_of_squares(product.const_data_ptr<scalar_t>(), d * p);
+  if (cape::choose_form(t, d, p) == cape::Form::gram) {
+    const int64_t ld = cape::gram_stride(tile, t);
+    scalar_t* x = scratch.grow(scratch.a, d * ld);
+    scalar_t* y = scratch.grow(scratch.g, p * ld);
+    cape::pack(a.data, a.col_stride, a.row_stride, d, t, ld, x);
+    cape::pack(g.data, g.col_stride, g.row_stride, p, t, ld, y);
+    return cape::gram_squares(tile, scratch, x, d, y, p, ld, t);
   }
-  const Tensor aa = at::mm(a, a.t()).contiguous();
-  const Tensor gg = at::mm(g, g.t()).contiguous();
-  return std::max(cape::inner_product(aa.const_data_ptr<scalar_t>(), gg.const_data_ptr<scalar_t>(), t * t), 0.0);
+  scalar_t* panels = scratch.grow(scratch.g, t * cape::round_up(p, tile.cols));
+  cape::pack_panels(g.data, g.row_stride, g.col_stride, t, p, int64_t(tile.cols), panels);
+  const int64_t padded = cape::round_up(d, tile.rows);
+  const scalar_t* rows = a.data;
+  int64_t stride = a.row_stride;
+  if (a.col_stride != 1 || padded != d) {
+    scalar_t* copy = scratch.grow(scratch.a, t * padded);
+    cape::pack(a.data, a.row_stride, a.col_stride, t, d, padded, copy);
+    rows = copy;
+    stride = padded;
+  }
+  const int64_t* offset = scratch.steps(scratch.a_offset, t, stride);
+  return cape::direct_squares(tile, rows, offset, padded, panels, t, p);
 }
 
 Tensor linear_sq_norms(const Tensor& a, const Tensor& g) {
   check_inputs(a, g);
-  const int64_t batch = a.size(0);
+  const int64_t batch = a.size(0), t = a.size(1), d = a.size(2), p = g.size(2);
   Tensor out = at::empty({batch}, a.options().dtype(at::kDouble));
   double* result = out.mutable_data_ptr<double>();
+  if (t == 0 || d == 0 || p == 0) return out.zero_();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "linear_sq_norms", [&] {
+    const auto& tile = cape::tiles<scalar_t>();
+    const scalar_t* a_data = a.const_data_ptr<scalar_t>();
+    const scalar_t* g_data = g.const_data_ptr<scalar_t>();
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      at::AutoDispatchBelowADInplaceOrView guard;  // dispatch state is per thread
-      for (int64_t b = begin; b < end; ++b) result[b] = one_sample<scalar_t>(a.select(0, b), g.select(0, b));
+      cape::Scratch<scalar_t> scratch;
+      for (int64_t b = begin; b < end; ++b) {
+        result[b] = one_sample<scalar_t>(tile, scratch, {a_data + b * a.stride(0), a.stride(1), a.stride(2)},
+                                         {g_data + b * g.stride(0), g.stride(1), g.stride(2)}, t, d, p);
+      }
     });
   });
   return out;
@@ -62,7 +88,8 @@ Tensor sq_norms(const Tensor& x) {
   double* result = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sq_norms", [&] {
     const scalar_t* data = rows.const_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(n, 1));
+    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) result[b] = cape::sum_of_squares(data + b * n, n);
     });
   });
