@@ -104,7 +104,7 @@ def evaluate(
         meta_dir: a meta-dataset's directory, or its table. protocol: a key of ``protocols.PROTOCOLS``.
         out: report directory to write, or None. presets: what to fit and score.
         comparators: regressors of appendix A.4 to score too. test_dir: the test meta-dataset of fresh and held-out.
-        threads: XGBoost threads; 0 uses every core.
+        threads: XGBoost threads; see ``regressors.thread_count``.
 
     Raises:
         SpecError, DataError, StoreError: unknown names, too few trials, a directory that is not a report.
@@ -135,7 +135,7 @@ def evaluate(
     censored = sum(int((~s.test.reached).sum()) for s in made)
     if censored:
         notes.append(f"{censored} test rows never reached their ε; errors are taken over those that did.")
-    if "losses" not in rows.columns:
+    if not any(np.isfinite(p["predicted"]).any() for p in parts if p["method"][:1] == "curve"):
         notes.append("The meta-dataset records no losses, so curve extrapolation is n/a.")
     notes.append(
         "The full-spectrum NTK baseline (`ntk_ode`) needs each batch's Gram matrix, which rows do not hold; it is not"

@@ -21,7 +21,7 @@ from cape.errors import SpecError, StoreError
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.reach import Reach
-from cape.metamodel.regressors import POOLED, Preset, predict_log, xgboost
+from cape.metamodel.regressors import POOLED, Preset, load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _file(name: str) -> str:
 def _booster(data: bytes) -> xgb.Booster:
     xgb = xgboost()
     try:
-        return xgb.Booster(model_file=bytearray(data))
+        return load_booster(bytearray(data))
     except xgb.core.XGBoostError as error:
         raise ValueError(f"XGBoost cannot read a booster: {str(error).splitlines()[0]}") from error
 

@@ -65,12 +65,12 @@ def split_calibration(rows: Rows, seed: int = 0) -> np.ndarray:
     return held
 
 
-def fold_error(rows: Rows, candidate: Preset, families: Sequence[str], fold: int, threads: int = 0) -> list[float]:
+def fold_error(rows: Rows, candidate: Preset, families: Sequence[str], fold: int) -> list[float]:
     """Return the held-out errors |Δ log T*| summed per family, interleaved with counts, of one selection fold."""
     usable = rows.take(np.isfinite(rows.target(candidate.censored)) & rows.reached)
     assigned = np.random.default_rng(0).permutation(int(usable.trials.max()) + 1)[usable.trials] % FOLDS
     train, test = usable.take(assigned != fold), usable.take(assigned == fold)
-    boosters = train_boosters(design(train, candidate, families), candidate, threads=threads)
+    boosters = train_boosters(design(train, candidate, families), candidate)
     x = test.matrix(candidate.features, families)
     errors = np.abs(predict_log(boosters, x, test["family"], candidate.features) - log_steps(test["t_star"]))
     out: list[float] = []
@@ -140,7 +140,7 @@ def fit_table(
         calibrate: hold trials back for intervals, domain and p_reach; without, every row is fitted on and the model
             has none of the three.
         seed: draws the calibration trials.
-        device: XGBoost's device. threads: 0 uses every core.
+        device: XGBoost's device. threads: see ``regressors.thread_count``.
         trainer, mapper: how boosters are trained and selection folds run (Ray passes its own).
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cape.metamodel.regressors import dmatrix, xgboost
+from cape.metamodel.regressors import dmatrix, thread_count, xgboost
 from cape.metamodel.rows import Rows
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Reach:
             "min_child_weight": 5.0,
             "monotone_constraints": monotone,
             "seed": seed,
+            "nthread": thread_count(len(fitted)),
         }
         matrix = dmatrix(fitted.matrix(features, families), features, outcomes.astype(float))
         learned = cls(rates, xgboost().train(parameters, matrix, num_boost_round=100))

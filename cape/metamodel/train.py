@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DependencyError, SpecError, StoreError
-from cape.metamodel.regressors import Design, Preset, train_boosters, xgboost
+from cape.metamodel.regressors import Design, Preset, load_booster, train_boosters
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -72,11 +72,11 @@ def _start(ray: Any, address: str | None, workers: int) -> None:
 
 
 def _map_tasks(function: Callable[..., list[float]], arguments: Iterable[tuple[Any, ...]]) -> list[list[float]]:
-    """Run calls as Ray tasks of one thread each; a large argument that repeats is stored once."""
+    """Run calls as Ray tasks; a large argument that repeats is stored once."""
     import ray
 
     held: dict[int, Any] = {}
-    task = ray.remote(num_cpus=1)(_one_thread)
+    task = ray.remote(num_cpus=1)(_call)
     calls = []
     for first, *rest in arguments:
         reference = held.setdefault(id(first), ray.put(first)) if id(first) not in held else held[id(first)]
@@ -84,8 +84,8 @@ def _map_tasks(function: Callable[..., list[float]], arguments: Iterable[tuple[A
     return ray.get(calls)
 
 
-def _one_thread(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
-    return function(*arguments, threads=1)
+def _call(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
+    return function(*arguments)
 
 
 def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) -> dict[str, xgb.Booster]:
@@ -113,7 +113,7 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
     if result.error is not None or result.checkpoint is None:
         raise StoreError(f"Ray Train did not return a model: {result.error}.")
     with result.checkpoint.as_directory() as folder:
-        return {p.stem: xgboost().Booster(model_file=p) for p in sorted(Path(folder).glob("*.ubj"))}
+        return {p.stem: load_booster(p) for p in sorted(Path(folder).glob("*.ubj"))}
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -131,9 +131,8 @@ def _worker(config: dict[str, Any]) -> None:
     y, weight, codes = (table.column(n).to_numpy() for n in ("y", "weight", "code"))
     # XGBoost would silently fall back to the CPU: ask torch whether this worker really has a GPU.
     use_gpu = bool(ray.get_gpu_ids()) and _cuda()
-    threads = 0 if world == 1 else 1
     data = Design(x, y, weight, codes, families)
-    boosters = train_boosters(data, preset, "cuda" if use_gpu else "cpu", threads, rank, world)
+    boosters = train_boosters(data, preset, "cuda" if use_gpu else "cpu", 0, rank, world)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:

@@ -1,0 +1,75 @@
+"""The domain check flags what it must, and raises few false alarms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from authors import rows
+
+from cape.metamodel.domain import FALSE_ALARM, Domain
+from cape.metamodel.fit import split_calibration
+from cape.metamodel.rows import PRODUCT_FEATURES, Rows
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Domain, Rows]:
+    every = Rows.from_table(rows(every=2))
+    fresh = np.arange(len(every)) % 4 == 0
+    known = every.take(~fresh)
+    held = split_calibration(known)
+    return Domain.fit(known.take(~held), known.take(held), PRODUCT_FEATURES), every.take(fresh)
+
+
+def _one(rows: Rows, index: int = 0, **changes: object) -> Rows:
+    columns = {k: v[index : index + 1].copy() for k, v in rows.columns.items()}
+    for name, value in changes.items():
+        columns[name] = np.array([value], dtype=columns[name].dtype)
+    return Rows(columns)
+
+
+def test_false_alarms_on_fresh_rows_are_as_rare_as_asked(parts: tuple[Domain, Rows]) -> None:
+    domain, fresh = parts
+    flagged = [not domain.check(_one(fresh, i))[0] for i in range(1000)]
+    assert np.mean(flagged) < 2.5 * FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("log_lr", 0.0, "The learning rate 1 is outside 0.0005 to 0.002"),
+        ("log_n", math.log(1797), "The training set size 1797"),
+        ("log_epsilon", math.log(0.5), "The target ε = 0.5"),
+        ("log_b", math.log(4096), "The batch size 4096"),
+        ("log_p", math.log(5e8), "The parameter count 5e+08"),
+        ("family", "diffusion", "The family 'diffusion' is not among"),
+        ("family", None, "unknown"),
+    ],
+)
+def test_out_of_range_says_which_and_how(parts: tuple[Domain, Rows], column: str, value: object, says: str) -> None:
+    domain, fresh = parts
+    inside, warnings, _ = domain.check(_one(fresh, **{column: value}))
+    assert not inside
+    assert any(says in w for w in warnings), warnings
+    assert all(w.endswith(".") for w in warnings)
+
+
+def test_gradients_no_training_model_had_are_far(parts: tuple[Domain, Rows]) -> None:
+    domain, fresh = parts
+    inside, warnings, ratio = domain.check(_one(fresh, log_g2=20.0, log_tau=-20.0))
+    assert not inside and ratio > 1
+    assert any("times as far" in w for w in warnings)
+
+
+def test_missing_features_add_nothing(parts: tuple[Domain, Rows]) -> None:
+    domain, fresh = parts
+    ratios = [domain.check(_one(fresh, i, log_g2=np.nan, log_tau=np.nan))[2] for i in range(200)]
+    assert np.isfinite(ratios).all() and np.mean(np.array(ratios) <= 1) > 0.95
+
+
+def test_json_round_trip_is_exact(parts: tuple[Domain, Rows]) -> None:
+    domain, fresh = parts
+    again = Domain.from_dict(domain.to_dict())
+    for i in range(20):
+        assert again.check(_one(fresh, i)) == domain.check(_one(fresh, i))

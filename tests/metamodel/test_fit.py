@@ -1,0 +1,162 @@
+"""Fitting: splits by trial, the product beats the paper, honest intervals, p_reach, the directory, and Ray Train."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from authors import FAMILIES, reference, rows
+
+from cape.errors import DataError, SpecError, StoreError
+from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
+from cape.metamodel.fit import fit, fit_table, select, split_calibration
+from cape.metamodel.reach import Reach
+from cape.metamodel.regressors import POOLED, PRESETS
+from cape.metamodel.rows import PRODUCT_FEATURES, Rows
+
+SMALL = PRESETS["product"].replace(trees=300, select=False, per_family=True)
+
+
+def trios(table: Rows) -> Rows:
+    """The same rows named as if every three in a row were one trial, to see that trials stay whole."""
+    names = np.array([f"{f}{i // 3}" for i, f in enumerate(table["family"])], dtype=object)
+    return Rows({**table.columns, "trial_id": names})
+
+
+@pytest.fixture(scope="module")
+def sample() -> Rows:
+    return Rows.from_table(rows(every=6))
+
+
+@pytest.fixture(scope="module")
+def model(sample: Rows) -> MetaModel:
+    return fit_table(sample.take(np.arange(len(sample)) % 5 != 0), SMALL)
+
+
+def test_calibration_holds_back_whole_trials_of_each_family(sample: Rows) -> None:
+    grouped = trios(sample)
+    held = split_calibration(grouped)
+    assert not set(grouped["trial_id"][held]) & set(grouped["trial_id"][~held])
+    for family in FAMILIES:
+        assert 0.15 < held[grouped["family"] == family].mean() < 0.25
+    assert (split_calibration(grouped) == held).all()
+    assert (split_calibration(grouped, seed=1) != held).any()
+
+
+def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, model: MetaModel) -> None:
+    unseen = sample.take(np.arange(len(sample)) % 5 == 0)
+    paper = fit_table(sample.take(np.arange(len(sample)) % 5 != 0), "paper", calibrate=False)
+    low, high = model.interval(unseen, 0.9)
+    for family in FAMILIES:
+        mine = unseen["family"] == family
+        error = np.abs(model.predict(unseen) - unseen["t_star"])[mine].mean()
+        assert error < 0.85 * np.abs(paper.predict(unseen) - unseen["t_star"])[mine].mean()
+        covered = ((low <= unseen["t_star"]) & (unseen["t_star"] <= high))[mine].mean()
+        assert 0.84 < covered < 0.96  # some 215 and 360 rows: a standard error of about two points
+
+
+def test_every_preset_fits_and_knows_its_families(sample: Rows) -> None:
+    few = sample.take(np.arange(len(sample)) % 8 == 0)
+    for name, per_family in (("paper", True), ("paper_pooled", False), ("static", True)):
+        made = fit_table(few, PRESETS[name].replace(trees=20))
+        assert set(made.boosters) == ({POOLED, *FAMILIES} if per_family else {POOLED})
+        assert np.isfinite(made.predict(few)).all()
+
+
+def test_selection_prefers_what_predicts_left_out_trials(sample: Rows) -> None:
+    few = sample.take(np.arange(len(sample)) % 12 == 0)
+    chosen, scores = select(few, PRESETS["product"], few.families)
+    assert len(scores) == 6
+    best = min(scores, key=lambda s: s["log_error"])
+    assert (chosen.trees, chosen.depth, chosen.per_family) == (best["trees"], best["depth"], best["per_family"])
+
+
+def test_p_reach_learns_which_models_never_get_there(sample: Rows) -> None:
+    columns = dict(sample.columns)
+    # Real features and T*, with a cap of 40 steps: a trial that needs more is censored.
+    columns["converged"] = columns["t_star"] <= 40
+    columns["stop_reason"] = np.where(columns["converged"], None, "cap")
+    capped = Rows({**columns, "t_star": np.where(columns["converged"], columns["t_star"], np.nan)})
+    train, held, test = (np.arange(len(capped)) % 5 == k for k in (0, 1, 2))
+    made = Reach.fit(capped.take(train), capped.take(held), PRODUCT_FEATURES, FAMILIES, seed=0)
+    assert made.booster is not None
+    probability = made.probability(capped.take(test), PRODUCT_FEATURES, FAMILIES)
+    truth = capped.take(test).reached
+    assert probability[truth].mean() - probability[~truth].mean() > 0.3
+    always = Reach.fit(sample.take(train), sample.take(held), PRODUCT_FEATURES, FAMILIES, seed=0)
+    assert always.booster is None
+    assert 0.99 < always.rates["mlp"] < 1
+
+
+def test_directory_round_trip_is_exact_and_holds_no_pickle(sample: Rows, model: MetaModel, tmp_path: Path) -> None:
+    model.save(tmp_path / "m")
+    again = MetaModel.load(tmp_path / "m")
+    np.testing.assert_array_equal(again.predict(sample), model.predict(sample))
+    np.testing.assert_allclose(again.interval(sample)[1], model.interval(sample)[1], rtol=1e-5)
+    np.testing.assert_array_equal(again.p_reach(sample), model.p_reach(sample))
+    assert {p.suffix for p in (tmp_path / "m").iterdir()} == {".ubj", ".json"}
+    card = json.loads((tmp_path / "m" / "card.json").read_text())
+    assert card["preset"]["features"] == list(PRODUCT_FEATURES)
+    assert card["families"] == list(FAMILIES)
+    assert card["ranges"]["lr"] == [5e-4, 2e-3] and card["ranges"]["epsilon"] == [0.1, 0.2]
+    assert set(card["metrics"]["held_back"]) == set(FAMILIES)
+    assert len(card["data"]["fingerprint"]) == 16
+
+
+def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cape fit"):
+        MetaModel.load(tmp_path / "none")
+    whole = model.save(tmp_path / "m")
+    for name in ("model.ubj", "calibration.json", "card.json"):
+        broken = tmp_path / f"broken-{name}"
+        shutil.copytree(whole, broken)
+        (broken / name).write_bytes((broken / name).read_bytes()[:-20])
+        with pytest.raises(StoreError, match="damaged"):
+            MetaModel.load(broken)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="no meta-regressor"):
+        model.save(tmp_path / "other")
+
+
+def test_too_small_or_unreached_is_one_clear_sentence(sample: Rows) -> None:
+    with pytest.raises(DataError, match="larger sweep"):
+        fit_table(sample.take(np.arange(5)))
+    columns = {**sample.columns, "converged": np.zeros(len(sample), dtype=bool)}
+    with pytest.raises(DataError, match="0 rows that reached"):
+        fit_table(Rows(columns))
+    with pytest.raises(SpecError, match="Unknown preset"):
+        fit_table(sample, "nothing")
+
+
+def test_a_hundred_trials_of_four_families_are_enough(sample: Rows) -> None:
+    few = sample.take(np.arange(0, len(sample), len(sample) // 100)[:100])
+    families = np.array([f"{f}{i % 2}" for i, f in enumerate(few["family"])], dtype=object)
+    made = fit_table(Rows({**few.columns, "family": families}), "product")
+    low, high = made.interval(few, 0.9)
+    assert np.isfinite(high).all() and (low < high).all()
+
+
+def test_default_model_is_there_or_says_how_to_make_one() -> None:
+    if (WEIGHTS / "card.json").is_file():
+        assert default_model().preset.name == "product"
+    else:
+        with pytest.raises(StoreError, match="cape fit"):
+            default_model()
+
+
+def test_ray_train_gives_the_same_model_as_this_process(ray_session: None, sample: Rows, tmp_path: Path) -> None:
+    from cape.store.importers import import_csv
+    from cape.store.reader import read
+
+    import_csv(reference() / "authors_meta_dataset_mlp.csv", "mlp", tmp_path / "meta")
+    preset = PRESETS["product"].replace(trees=60, select=False)
+    made = fit(tmp_path / "meta", tmp_path / "model", preset=preset)
+    table = read(tmp_path / "meta")
+    np.testing.assert_allclose(made.predict(table), fit_table(table, preset).predict(table), rtol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta", "model"]  # Ray's own files are gone
+    with pytest.raises(SpecError, match="workers need at least"):
+        fit(tmp_path / "meta", tmp_path / "many", workers=64)
