@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("predict", "predict the steps, time and cost of a model from one batch at initialization")
     _model_arguments(sub)
     _predict_options(sub)
-    sub.add_argument("--usd-per-hour", type=float, metavar="USD", help="price of the machine; prints the cost")
+    sub.add_argument("--family", metavar="NAME", help="default: inferred from the layers of the model")
 
     sub = command("rank", "order several models by predicted cost")
     _model_arguments(sub, several=True)
@@ -137,6 +137,7 @@ def _predict_options(sub: argparse.ArgumentParser) -> None:
         "--epsilon", type=float, default=0.1, metavar="E", help="target fraction of the loss (default 0.1)"
     )
     sub.add_argument("--level", type=float, default=0.9, metavar="P", help="level of the interval (default 0.9)")
+    sub.add_argument("--usd-per-hour", type=float, metavar="USD", help="price of the machine; prints the cost")
     sub.add_argument("--meta-model", metavar="MODEL_DIR", help="what `cape fit` wrote (default: the one shipped)")
 
 

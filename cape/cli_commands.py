@@ -76,7 +76,9 @@ def predict(args: argparse.Namespace) -> None:
     from cape.metamodel.intervals import check_level
     from cape.predict import predict as predict_one
 
-    check_lr(args.lr), check_epsilon(args.epsilon), check_level(args.level)
+    check_lr(args.lr)
+    check_epsilon(args.epsilon)
+    check_level(args.level)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
     model = load_model(args.model, args.kwargs, args.seed, setting)
@@ -88,7 +90,9 @@ def predict(args: argparse.Namespace) -> None:
         dataset_size=setting.dataset_size,
         epsilon=args.epsilon,
         meta_model=meta_model,
+        family=args.family,
     )
+    prediction.time()  # times a few real steps, once
     if args.json:
         _print_json({"model": args.model, "data": setting.dataset.name, **prediction.to_dict()})
     else:
@@ -101,13 +105,14 @@ def _prediction_lines(p: Prediction, args: argparse.Namespace) -> list[tuple[str
     low, high = p.interval(args.level)
     lines = [
         ("steps", f"{p.steps:.1f}"),
-        (f"{100 * args.level:g} % interval", f"{low:.1f} to {high:.1f}"),
+        (f"{100 * args.level:g} % interval", f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"),
         ("epochs", f"{p.epochs:.3g}"),
         ("time on this machine", f"{p.time():.3g} s"),
     ]
     if args.usd_per_hour is not None:
         lines.append(("cost", f"{p.cost(usd_per_hour=args.usd_per_hour):.3g} USD"))
-    lines += [("chance to get there", f"{100 * p.p_reach:.0f} %"), ("like the corpus", "yes" if p.in_domain else "no")]
+    chance = f"{100 * p.p_reach:.0f} %" if math.isfinite(p.p_reach) else "unknown"
+    lines += [("chance to reach ε", chance), ("in domain", "yes" if p.in_domain else "no")]
     return lines + [("warning", text) for text in p.warnings]
 
 
@@ -133,6 +138,7 @@ def rank(args: argparse.Namespace) -> None:
         loss=setting.loss,
         dataset_size=setting.dataset_size,
         epsilon=args.epsilon,
+        usd_per_hour=args.usd_per_hour,
         meta_model=meta_model,
     )
     if args.json:

@@ -8,20 +8,30 @@ one HTML page. Every number printed is measured in this run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cape.errors import CapeError, StoreError
+
+if TYPE_CHECKING:
+    from cape.config import SweepSpec
+    from cape.evaluation.tables import Table
 
 EPSILON = 0.1
 LR = 1e-3
 
 
-def run(out: Path, data_root: str | None, workers: int | None) -> None:
+def run(out: Path, data_root: str | None = None, workers: int | None = None, spec: SweepSpec | None = None) -> None:
     """Run the demo into ``out``, which is replaced where it holds an earlier demo.
+
+    Args:
+        out: directory to write. data_root: see ``datasets.data_root``. workers: Tune actors.
+        spec: what to sweep; where None, the preset ``demo`` over the image datasets that the data root holds.
 
     Raises:
         CapeError: as the functions it calls.
@@ -38,7 +48,7 @@ def run(out: Path, data_root: str | None, workers: int | None) -> None:
     began = time.monotonic()
     _clear(out)
     root = datasets.data_root(data_root)
-    spec = preset("demo", root)
+    spec = spec or preset("demo", root)
     plan = Plan(spec)
     _say(f"1. Sweep: {len(plan)} trials of {', '.join(spec.families)} on {', '.join(spec.datasets)}")
     swept = run_sweep(spec, out / "meta", data_root=root, workers=workers)
@@ -54,7 +64,7 @@ def run(out: Path, data_root: str | None, workers: int | None) -> None:
     _say("3. Evaluate, in-corpus: 5 folds, no trial in both parts of a split")
     started = time.monotonic()
     evaluation = evaluate(out / "meta", "in-corpus", out / "evaluation")
-    print(evaluation.tables["main"].markdown())
+    print(_short(evaluation.tables["main"]).markdown())
     print(f"\nevaluated in {time.monotonic() - started:.1f} s: {out / 'evaluation'}")
 
     name = next((d for d in ("cifar10", "svhn") if d in spec.datasets), spec.datasets[-1])
@@ -84,6 +94,14 @@ def run(out: Path, data_root: str | None, workers: int | None) -> None:
     page = report(out / "meta", out / "report.html", meta_model, prediction, evaluation=evaluation)
     print(f"wrote {page}")
     print(f"\n{swept.rows} rows of {swept.trials} trials; everything took {time.monotonic() - began:.0f} s.")
+
+
+def _short(table: Table) -> Table:
+    """Return the columns of the main table that fit a terminal, without the lines that this sweep leaves empty."""
+    wanted = ("family", "method", "rows", "MAE", "median AE", "AvgAccuracy", "paper's MAE")
+    kept = [table.columns.index(name) for name in wanted]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows if row[table.columns.index("rows")])
+    return dataclasses.replace(table, columns=wanted, rows=rows, note="")
 
 
 def _say(text: str) -> None:
