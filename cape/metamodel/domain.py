@@ -21,6 +21,9 @@ FALSE_ALARM = 0.02
 RIDGE = 0.05
 """Added to the correlation matrix: features that never vary, or vary together, must not make every point far."""
 
+UNSEEN = 1e12
+"""Scale of a feature that no training row has: it then adds nothing to the distance."""
+
 RANGED = (
     ("log_lr", "The learning rate {value:g}", "{low:g} to {high:g}"),
     ("log_n", "The training set size {value:.0f}", "{low:.0f} to {high:.0f}"),
@@ -152,7 +155,7 @@ def _bounded(x: np.ndarray) -> np.ndarray:
 def _statistics(x: np.ndarray) -> FamilyStatistics:
     x = _bounded(x)
     seen = np.isfinite(x).any(axis=0)
-    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    mean, scale = np.zeros(x.shape[1]), np.full(x.shape[1], UNSEEN)
     mean[seen] = np.nanmean(x[:, seen], axis=0)
     scale[seen] = np.nanstd(x[:, seen], axis=0)
     # A feature that never varied (a single N, say) is measured on a unit log scale rather than on none.

@@ -1,0 +1,205 @@
+"""predict() and rank(): a meta-regressor from published rows, a real model, real images, and T* measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from authors import rows
+from torch import Tensor, nn
+
+import cape
+from cape import datasets
+from cape.errors import ModelError, SpecError, StoreError
+from cape.metamodel.artifact import MetaModel
+from cape.metamodel.fit import fit_table
+from cape.metamodel.regressors import PRESETS
+from cape.predict import infer_family, predict, rank
+
+
+@pytest.fixture(scope="module")
+def meta_model() -> MetaModel:
+    return fit_table(rows(every=4), PRESETS["product"].replace(trees=300, select=False, per_family=True))
+
+
+@pytest.fixture(scope="module")
+def batch(data_root: Path) -> tuple[Tensor, Tensor]:
+    return datasets.load("mnist", data_root).batch(64, seed=1, layout="vector")
+
+
+def mlp(width: int = 128, seed: int = 0) -> nn.Module:
+    """The MLP of the published rows: two hidden layers, batch norm, GELU, dropout 0.2, Xavier normal."""
+    torch.manual_seed(seed)
+
+    def block(inputs: int) -> list[nn.Module]:
+        return [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.2)]
+
+    model = nn.Sequential(*block(784), *block(width), nn.Linear(width, 10))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that no sweep trained with."""
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return (1 - (-losses).exp()) ** 2 * losses
+
+
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_prediction_is_close_to_what_training_measures(
+    width: int, meta_model: MetaModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    model = mlp(width)
+    made = predict(model, batch, lr=1e-3, dataset_size=60_000, epsilon=0.1, meta_model=meta_model)
+    truth = cape.measure(model, batch, lr=1e-3, epsilons=(0.1,)).t_star[0.1]
+    assert truth is not None
+    assert abs(made.steps - truth) <= max(1.5, 0.3 * truth)
+    assert made.in_domain and made.warnings == ()
+    assert made.family == "mlp"
+    assert made.p_reach > 0.99
+    assert made.epochs == pytest.approx(made.steps * 64 / 60_000)
+
+
+def test_the_model_and_the_rng_are_left_as_they_were(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    model = mlp()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    made = predict(model, batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert made.time() > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_intervals_nest_and_hold_the_prediction(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    made = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    narrow, wide = made.interval(0.5), made.interval(0.95)
+    assert 1 <= wide[0] < narrow[0] < made.steps < narrow[1] < wide[1] < math.inf
+    with pytest.raises(SpecError, match="level"):
+        made.interval(1.0)
+
+
+def test_smaller_epsilon_never_takes_fewer_steps(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    steps = [
+        predict(mlp(), batch, lr=1e-3, dataset_size=60_000, epsilon=e, meta_model=meta_model).steps
+        for e in (0.2, 0.15, 0.1)
+    ]
+    assert steps == sorted(steps) and steps[0] < steps[-1]
+
+
+def test_time_and_cost(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    made = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert made.to_dict()["seconds"] is None  # nothing is trained until someone asks
+    assert made.time(step_seconds=0.5) == pytest.approx(made.steps / 2)
+    assert made.cost(usd_per_hour=3600.0, step_seconds=1.0) == pytest.approx(made.steps)
+    assert made.time() == made.time()  # measured once
+    assert made.to_dict()["seconds"] == pytest.approx(made.time())
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(SpecError, match="positive"):
+            made.cost(usd_per_hour=bad)
+
+
+def test_to_dict_is_strict_json(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    made = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    again = json.loads(json.dumps(made.to_dict(), allow_nan=False))
+    assert again["steps"] == made.steps and again["family"] == "mlp"
+    assert again["features"]["log_lr"] == pytest.approx(math.log(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lr": 1.0}, "learning rate 1 is outside"),
+        ({"dataset_size": 500}, "training set size 500"),
+        ({"epsilon": 0.9}, "ε = 0.9"),
+        ({"family": "diffusion"}, "family 'diffusion'"),
+        ({"loss": focal}, "loss 'focal'"),
+    ],
+)
+def test_what_was_never_seen_is_said(
+    changes: dict[str, object], says: str, meta_model: MetaModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    arguments = {"lr": 1e-3, "dataset_size": 60_000, "meta_model": meta_model, **changes}
+    made = predict(mlp(), batch, **arguments)  # type: ignore[arg-type]
+    assert not made.in_domain
+    assert any(says in w for w in made.warnings), made.warnings
+
+
+def test_a_fifty_times_larger_model_is_out_of_domain(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    made = predict(mlp(4096), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert not made.in_domain and any("parameter count" in w for w in made.warnings)
+
+
+def test_bad_input_is_one_clear_error(meta_model: MetaModel, batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    good = {"lr": 1e-3, "dataset_size": 60_000, "meta_model": meta_model}
+    for change in ({"lr": -1.0}, {"epsilon": 1.0}, {"dataset_size": 0}, {"dataset_size": 1.5}):
+        with pytest.raises(SpecError):
+            predict(mlp(), batch, **{**good, **change})  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="empty"):
+        predict(mlp(), (batch[0][:0], batch[1][:0]), **good)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="cape fit"):
+        predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=tmp_path / "none")
+    with pytest.raises(SpecError, match=r"nn\.Module"):
+        predict("resnet18", batch, **good)  # type: ignore[arg-type]
+
+
+def test_rank_orders_by_cost(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    model = mlp()
+    candidates = [(f"lr {lr:g}", model, batch, lr) for lr in (5e-4, 2e-3, 1e-3)]
+    table = rank(candidates, dataset_size=60_000, usd_per_hour=2.5, meta_model=meta_model)
+    assert [r.seconds for r in table] == sorted(r.seconds for r in table)
+    assert len(table) == 3
+    lines = str(table).splitlines()
+    assert len(lines) == 4 and "USD" in lines[0] and table[0].name in lines[1]
+    assert json.loads(json.dumps(table.to_dict(), allow_nan=False))[0]["rank"] == 1
+    with pytest.raises(SpecError, match="nothing to rank"):
+        rank([], dataset_size=60_000, meta_model=meta_model)
+    with pytest.raises(SpecError, match="tuple"):
+        rank([(model, batch)], dataset_size=60_000, meta_model=meta_model)  # type: ignore[list-item]
+
+
+class _Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = nn.Conv1d(3, 4, 3), nn.GRU(4, 4)
+
+
+class ChannelAttention(nn.Module):
+    """A gate of a convolutional network, no transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "family"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), "mlp"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), "cnn"),
+        (lambda: nn.LSTM(4, 4), "rnn"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 4), nn.TransformerEncoderLayer(8, 2)), "transformer"),
+        (ChannelAttention, "cnn"),
+        (_Mixed, None),
+    ],
+)
+def test_family_is_what_the_layers_say(build: object, family: str | None) -> None:
+    assert infer_family(build()) == family  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "rnn", "transformer"])
+def test_our_own_families_are_recognized(name: str, data_root: Path) -> None:
+    import numpy as np
+
+    from cape import families
+
+    family = families.get(name)
+    dataset = datasets.load("mnist", data_root)
+    for seed in range(4):
+        assert infer_family(family.build(family.sample(np.random.default_rng(seed), dataset))) == name
