@@ -117,12 +117,14 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
     x = setting.batch[0]
     with preserved(model), torch.no_grad():
         try:
-            call(model.eval(), x)
+            outputs = call(model.eval(), x)
         except Exception as error:  # likewise
             raise ModelError(
                 f"{path} cannot run on {setting.layout} inputs of shape {tuple(x.shape)}"
                 f" ({type(error).__name__}: {_first_line(error)}); try --layout or --kwargs."
             ) from error
+    if isinstance(outputs, torch.Tensor) and not bool(torch.isfinite(outputs).all()):
+        raise ModelError(f"{path} returns NaN or infinite outputs at initialization; check its inputs and weights.")
     return model
 
 

@@ -158,7 +158,7 @@ def default_model() -> MetaModel:
     if not (WEIGHTS / "card.json").is_file():
         raise StoreError(
             "This build of CAPE ships no meta-regressor; run `cape sweep` and `cape fit` to make one and pass its"
-            " directory as meta_model (or --model)."
+            " directory as meta_model (--meta-model on the command line)."
         )
     return MetaModel.load(WEIGHTS)
 

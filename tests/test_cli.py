@@ -1,0 +1,331 @@
+"""The command line: what it prints, and that whatever is wrong is one sentence, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cape import cli, store
+from cape.config import SweepSpec
+
+HERE = "tests.test_cli"
+Run = Callable[..., tuple[int, str, str]]
+
+
+# --- models that the commands below name as module:callable ---
+
+
+def net(classes: int = 10, width: int = 32) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, width), nn.GELU(), nn.Linear(width, classes))
+
+
+def pixels() -> nn.Module:
+    return nn.Linear(64, 10)
+
+
+class NotANumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1)) * float("nan")
+
+
+def not_a_module() -> int:
+    return 3
+
+
+def raises() -> nn.Module:
+    raise RuntimeError("no weights\nmore lines")
+
+
+NOT_CALLABLE = 3
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run ``cape ...`` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.delenv("CAPE_DATA", raising=False)
+    monkeypatch.delenv("CAPE_DEBUG", raising=False)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def expect_sentence(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("cape: error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert len(err) > len("cape: error: ") + 15
+    for word in words:
+        assert word in err
+
+
+def write_spec(path: Path, **changes: object) -> Path:
+    path.write_text(json.dumps({"families": ["mlp"], "datasets": ["digits"], "trials_per_cell": 1, **changes}))
+    return path
+
+
+# --- wrong arguments ---
+
+MODEL = f"{HERE}:net"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["predct"], ["predct"]),
+        (["sweep", "demo"], ["--out"]),
+        (["probe", MODEL, "--data", "digits", "--lr", "fast"], ["--lr", "fast"]),
+        (["evaluate", "x", "--out", "y", "--protocol", "guess"], ["guess", "in-corpus"]),
+        (["probe", MODEL, "--data", "digits", "--batch-size", "0"], ["batch size", "0"]),
+        (["probe", MODEL, "--data", "digits", "--batch-size", "-3"], ["batch size", "-3"]),
+        (["probe", MODEL, "--data", "digits", "--batch-size", "100000"], ["100000", "1797"]),
+        (["probe", MODEL, "--data", "digits", "--lr", "-0.1"], ["learning rate", "-0.1"]),
+        (["probe", MODEL, "--data", "digits", "--lr", "nan"], ["learning rate"]),
+        (["probe", MODEL, "--data", "digits", "--seed", "-1"], ["seed"]),
+        (["probe", MODEL, "--data", "digits", "--dataset-size", "0"], ["--dataset-size"]),
+        (["probe", MODEL, "--data", "digits", "--loss", "cross_entrpy"], ["Did you mean 'cross_entropy'?"]),
+        (["probe", MODEL, "--data", "digits", "--task", "clasification"], ["Did you mean 'classification'?"]),
+        (["probe", MODEL, "--data", "digits", "--layout", "tokens"], ["digits", "tokens"]),
+        (["probe", MODEL, "--data", "digits", "--device", "abacus"], ["abacus"]),
+        (["probe", MODEL, "--data", "digts"], ["digts", "Did you mean 'digits'?"]),
+        (["probe", MODEL, "--data", "mnist", "--data-root", "/no/such/folder"], ["/no/such/folder"]),
+        (["probe", MODEL, "--data", "/no/such/file.parquet"], ["/no/such/file.parquet"]),
+        (["probe", "tests.test_cli", "--data", "digits"], ["module.path:callable"]),
+        (["probe", "no_such_module:net", "--data", "digits"], ["no_such_module"]),
+        (["probe", f"{HERE}:nett", "--data", "digits"], ["nett", "Did you mean 'net'?"]),
+        (["probe", f"{HERE}:NOT_CALLABLE", "--data", "digits"], ["not callable"]),
+        (["probe", f"{HERE}:not_a_module", "--data", "digits"], ["int", "Module"]),
+        (["probe", f"{HERE}:raises", "--data", "digits"], ["RuntimeError", "no weights"]),
+        (["probe", MODEL, "--data", "digits", "--kwargs", "{"], ["--kwargs", "JSON"]),
+        (["probe", MODEL, "--data", "digits", "--kwargs", "[1]"], ["--kwargs", "object"]),
+        (["probe", MODEL, "--data", "digits", "--kwargs", '{"depth": 3}'], ["TypeError", "depth"]),
+        (["probe", f"{HERE}:pixels", "--data", "digits"], ["image", "--layout"]),
+        (["probe", f"{HERE}:NotANumber", "--data", "digits"], ["NaN"]),
+        (["probe", MODEL, "--data", "digits", "--kwargs", '{"classes": 4}'], ["Labels", "0..3"]),
+        (["measure", MODEL, "--data", "digits", "--kwargs", '{"classes": 4}'], ["Labels", "0..3"]),
+        (["measure", f"{HERE}:NotANumber", "--data", "digits"], ["NaN"]),
+        (["measure", MODEL, "--data", "digits", "--epsilon", "1.5"], ["1.5"]),
+        (["measure", MODEL, "--data", "digits", "--epsilon", "0.1", "0"], ["0"]),
+        (["measure", MODEL, "--data", "digits", "--max-steps", "0"], ["max_steps"]),
+        (["predict", MODEL, "--data", "digits", "--epsilon", "1"], ["1.0"]),
+        (["predict", MODEL, "--data", "digits", "--level", "90"], ["90"]),
+        (["predict", MODEL, "--data", "digits", "--meta-model", "/no/such/model"], ["/no/such/model", "cape fit"]),
+        (["rank", MODEL, "--data", "digits", "--lr", "1e-3", "-1"], ["learning rate"]),
+        (["sweep", "papr", "--out", "/no/out"], ["papr", "Did you mean 'paper'?"]),
+        (["sweep", "/no/such/spec.json", "--out", "/no/out"], ["/no/such/spec.json"]),
+        (["sweep", "smoke", "--out", "/dev/null/x"], ["/dev/null"]),
+        (["fit", "/no/such/meta", "--out", "/no/out"], ["/no/such/meta"]),
+        (["fit", "/no/such/meta", "--out", "/no/out", "--preset", "papre"], ["Did you mean 'paper'?"]),
+        (["fit", "/no/such/meta", "--out", "/no/out", "--workers", "0"], ["workers"]),
+        (["evaluate", "/no/such/meta", "--out", "/no/out"], ["/no/such/meta"]),
+        (["report", "/no/such/meta", "--out", "/no/out.html"], ["/no/such/meta"]),
+        (["import-csv", "/no/such.csv", "--family", "cnn", "--out", "/no/out"], ["/no/such.csv"]),
+        (["data", "--data-root", "/no/such/folder"], ["/no/such/folder"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)
+def test_a_wrong_argument_is_one_sentence(run: Run, argv: list[str], words: list[str]) -> None:
+    expect_sentence(run(*argv), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": [32]}, ["batch_size", "Did you mean 'batch_sizes'?"]),
+        ({"lrs": [-0.001]}, ["learning rate", "-0.001"]),
+        ({"lrs": []}, ["lrs"]),
+        ({"lrs": "0.1"}, ["lrs", "list"]),
+        ({"epsilons": [0.1, 1.0]}, ["1.0"]),
+        ({"epsilons": [0]}, ["0"]),
+        ({"batch_sizes": [0]}, ["batch_sizes", "0"]),
+        ({"families": ["mpl"]}, ["mpl", "Did you mean 'mlp'?"]),
+        ({"datasets": ["digts"]}, ["digts", "Did you mean 'digits'?"]),
+        ({"batch_sizes": [5000]}, ["5000"]),
+        ({"task": "regression"}, ["digits", "regression"]),
+        ({"stopping": {"max_step": 3}}, ["max_step", "Did you mean 'max_steps'?"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_spec_is_one_sentence_and_writes_nothing(
+    run: Run, tmp_path: Path, changes: dict[str, object], words: list[str]
+) -> None:
+    spec = write_spec(tmp_path / "spec.json", **changes)
+    expect_sentence(run("sweep", spec, "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"lrs": NaN}'])
+def test_a_spec_that_is_no_spec(run: Run, tmp_path: Path, content: bytes) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_bytes(content)
+    expect_sentence(run("sweep", spec, "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", b"x" * 4096])
+def test_a_corrupt_parquet_file(run: Run, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.parquet"
+    file.write_bytes(content)
+    expect_sentence(run("probe", MODEL, "--data", file), str(file))
+
+
+def test_an_empty_parquet_file(run: Run, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "empty.parquet"
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array([], image), "label": pa.array([], pa.int64())}), file)
+    expect_sentence(run("probe", MODEL, "--data", file), str(file))
+
+
+def test_a_data_root_without_the_dataset(run: Run, tmp_path: Path) -> None:
+    expect_sentence(run("probe", MODEL, "--data", "cifar10", "--data-root", tmp_path), "cifar10")
+
+
+def test_errors_show_their_traceback_when_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPE_DEBUG", "1")
+    with pytest.raises(ValueError, match="learning rate"):
+        run("probe", MODEL, "--data", "digits", "--lr", "-1")
+
+
+# --- another sweep's directory ---
+
+
+def test_an_out_directory_with_another_sweep_keeps_what_it_holds(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "meta"
+    first = write_spec(tmp_path / "first.json", lrs=[1e-3], batch_sizes=[16], trials_per_cell=2)
+    other = write_spec(tmp_path / "other.json", lrs=[2e-3], batch_sizes=[16], trials_per_cell=2)
+    code, printed, err = run("sweep", first, "--out", out, "--inline", "--quiet")
+    assert code == 0, err
+    assert "6 rows of 2 trials" in printed
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for again in (["sweep", other, "--out", out, "--inline"], ["sweep", other, "--out", out, "--inline", "--resume"]):
+        expect_sentence(run(*again), str(out))
+    expect_sentence(run("sweep", first, "--out", out, "--inline"), "--resume")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert run("sweep", first, "--out", out, "--inline", "--resume", "--quiet")[0] == 0
+    assert store.count_rows(out) == 6
+
+
+# --- what it prints ---
+
+
+def test_probe_prints_the_features(run: Run) -> None:
+    code, out, err = run("probe", MODEL, "--data", "digits", "--batch-size", "16", "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert values["log_p"] == pytest.approx(torch.tensor(3072 * 32 + 32 + 320 + 10.0).log().item(), rel=1e-6)
+    assert values["log_n"] == pytest.approx(torch.tensor(1797.0).log().item(), rel=1e-6)
+    assert run("probe", MODEL, "--data", "digits", "--batch-size", "16", "--json")[1] == out  # the seed decides
+    code, out, _ = run("probe", MODEL, "--data", "digits", "--batch-size", "16")
+    assert code == 0 and "log_tau_full     not computed" in out
+
+
+def test_measure_counts_the_steps(run: Run) -> None:
+    argv = ["measure", MODEL, "--data", "digits", "--batch-size", "16", "--lr", "1e-3", "--epsilon", "0.5", "0.2"]
+    code, out, err = run(*argv, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    first = {e: next(i for i, v in enumerate(found["losses"]) if v <= e * found["losses"][0]) for e in (0.5, 0.2)}
+    assert found["t_star"] == {"0.5": first[0.5], "0.2": first[0.2]}
+    code, out, _ = run(*argv)
+    assert code == 0 and f"{first[0.2]} steps" in out
+    code, out, _ = run(*argv, "--max-steps", "1")
+    assert code == 0 and "not reached" in out
+
+
+def test_import_csv_fit_predict_and_rank(run: Run, tmp_path: Path, ray_session: None) -> None:
+    """The commands chained: a published CSV's columns become rows, rows a meta-regressor, that a prediction."""
+    import csv
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    names = ["dataset", "batch_size", "learning_rate", "epsilon", "T_star", "logP", "logG2", "logTau", "logN"]
+    names += ["logLR", "logB"]
+    with (tmp_path / "mlp.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for i in range(60):
+            p, g2, tau = rng.uniform(9, 14), rng.uniform(0, 3), rng.uniform(3, 6)
+            steps = 2 + int(20 * np.exp(-(p - 9) / 3))
+            row = [("mnist", "cifar10")[i % 2], 32, 1e-3, 0.1, steps, p, g2, tau]
+            writer.writerow([*row, np.log((60_000, 50_000)[i % 2]), np.log(1e-3), np.log(32)])
+    assert run("import-csv", tmp_path / "mlp.csv", "--family", "mlp", "--out", tmp_path / "meta")[0] == 0
+    code, out, err = run("fit", tmp_path / "meta", "--out", tmp_path / "model", "--preset", "paper")
+    assert code == 0, err
+    assert "60 rows of 60 trials" in out
+    options = ["--data", "digits", "--batch-size", "32", "--meta-model", tmp_path / "model"]
+    code, out, err = run("predict", MODEL, *options, "--json", "--dataset-size", "50000")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["steps"] >= 1 and answer["dataset_size"] == 50_000 and answer["family"] == "mlp"
+    code, out, _ = run("predict", MODEL, *options, "--usd-per-hour", "2.5")
+    assert code == 0 and "90 % interval" in out and "USD" in out
+    code, out, err = run("rank", MODEL, f"{HERE}:net", *options, "--lr", "1e-3", "2e-3", "--json")
+    assert code == 0, err
+    ranked = json.loads(out)
+    assert len(ranked) == 4 and [r["rank"] for r in ranked] == [1, 2, 3, 4]
+    assert [r["seconds"] for r in ranked] == sorted(r["seconds"] for r in ranked)
+
+
+def test_data_and_info_name_what_is_there(run: Run) -> None:
+    code, out, err = run("data")
+    assert code == 0, err
+    assert "digits" in out and "classification" in out and "diabetes" in out
+    code, out, err = run("info")
+    assert code == 0, err
+    assert torch.__version__.split("+")[0] in out and "native" in out
+
+
+def test_help_is_immediate_and_lists_every_command() -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cape.cli", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and time.monotonic() - started < 10
+    for name in ("sweep", "fit", "evaluate", "predict", "rank", "probe", "measure", "data", "report", "import-csv"):
+        assert name in done.stdout
+    for heavy in ("torch", "ray", "numpy", "xgboost"):
+        assert not any(line.split("|")[-1].strip() == heavy for line in done.stderr.splitlines()), heavy
+
+
+def test_the_installed_command_exits_with_2() -> None:
+    done = subprocess.run([sys.executable, "-m", "cape.cli", "sweep", "demo"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("cape: error: ") and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-m", "cape.cli"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: cape" in done.stdout
+
+
+def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cape import cli_commands
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_commands, "info", interrupt)
+    code, _, err = run("info")
+    assert code == 130 and err == "cape: interrupted.\n"
+
+
+def test_presets_are_specs() -> None:
+    from cape.sweep.plan import PRESETS
+
+    assert {"demo", "paper"} <= set(PRESETS) and all(isinstance(s, SweepSpec) for s in PRESETS.values())
