@@ -187,7 +187,7 @@ def predict(
     features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
     family = infer_family(model) if family is None else family
     row = row_from_features(features.as_dict(), family, epsilon)
-    steps = max(1.0, float(regressor.predict(row)[0]))
+    steps = float(regressor.predict(row)[0])
     inside = True
     warnings: list[str] = []
     if regressor.domain is not None:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cape.config import check_epsilon
+from cape.metamodel.rows import CAP
 
 WARM_UP = 60
-CAP = 5000.0
 
 
 def curve(losses: ArrayLike, epsilon: float, warm_up: int = WARM_UP) -> float:

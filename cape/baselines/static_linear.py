@@ -12,7 +12,7 @@ import numpy as np
 
 from cape.errors import DataError
 from cape.metamodel.regressors import log_steps
-from cape.metamodel.rows import STATIC_FEATURES, as_rows
+from cape.metamodel.rows import CAP, STATIC_FEATURES, as_rows
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,6 @@ class StaticLinear:
         return cls(float(y.mean() - mean @ weights), weights)
 
     def predict(self, table: Any) -> np.ndarray:
-        """Return T* in steps, [n]; NaN where a static feature is missing."""
-        return np.exp(self.intercept + as_rows(table).matrix(STATIC_FEATURES) @ self.coefficients)
+        """Return T* [n], clipped to 1..5,000 steps (a line in logs has no bounds); NaN where a feature is missing."""
+        steps = np.exp(self.intercept + as_rows(table).matrix(STATIC_FEATURES) @ self.coefficients)
+        return np.clip(steps, 1.0, CAP)

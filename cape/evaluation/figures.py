@@ -89,7 +89,14 @@ def _scatter(store: dict[str, np.ndarray], families: list[str], method: str) -> 
         chosen = np.random.default_rng(0).permutation(len(true))[:SHOWN_POINTS]
         # T* is whole: a little horizontal jitter shows how many points lie on one value.
         jitter = np.exp(np.random.default_rng(1).uniform(-0.02, 0.02, len(chosen)))
-        axis.scatter(true[chosen] * jitter, predicted[chosen], s=7, alpha=0.35, color=COLOURS[0], linewidths=0)
+        axis.scatter(
+            true[chosen] * jitter,
+            predicted[chosen],
+            s=7 if len(true) > 500 else 14,
+            alpha=0.35 if len(true) > 500 else 0.7,
+            color=COLOURS[0],
+            linewidths=0,
+        )
         if len(true):
             low = 0.8 * min(true.min(), predicted.min())
             high = 1.25 * max(true.max(), predicted.max())
@@ -100,7 +107,7 @@ def _scatter(store: dict[str, np.ndarray], families: list[str], method: str) -> 
             axis.tick_params(labelsize=8)
             found = metrics.errors(true, predicted)
             axis.set_title(
-                f"{family}: MAE {found['mae']:.2f} steps, AvgAccuracy {found['avg_accuracy']:.2f}", fontsize=9
+                f"{family}\nMAE {found['mae']:.2f} steps, AvgAccuracy {found['avg_accuracy']:.2f}", fontsize=9
             )
         axis.set_xlabel("measured T* (steps)", fontsize=9)
         axis.set_ylabel("predicted T* (steps)", fontsize=9)

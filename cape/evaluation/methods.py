@@ -14,7 +14,7 @@ from cape.baselines.static_linear import StaticLinear
 from cape.errors import SpecError
 from cape.metamodel.fit import fit_table
 from cape.metamodel.regressors import COMPARATORS, Preset, comparator, preset_named
-from cape.metamodel.rows import Rows
+from cape.metamodel.rows import CAP, PAPER_FEATURES, Rows
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
@@ -71,15 +71,13 @@ def _by_family(train: Rows, test: Rows, run: Callable[[Rows, Rows], np.ndarray])
 
 
 def _comparator_method(name: str) -> Method:
-    from cape.metamodel.rows import PAPER_FEATURES
-
     def one(train: Rows, test: Rows) -> np.ndarray:
         x, wanted = train.matrix(PAPER_FEATURES), test.matrix(PAPER_FEATURES)
         usable, complete = np.isfinite(x).all(axis=1), np.isfinite(wanted).all(axis=1)
         out = np.full(len(test), np.nan)
         if usable.any() and complete.any():
             model: Any = comparator(name).fit(x[usable], train["t_star"][usable])
-            out[complete] = model.predict(wanted[complete])
+            out[complete] = np.clip(model.predict(wanted[complete]), 1.0, CAP)
         return out
 
     return lambda train, test: _by_family(train, test, one)

@@ -60,8 +60,8 @@ class MetaModel:
         return predict_log(dict(self.boosters), x, rows["family"], self.preset.features)
 
     def predict(self, rows: Any) -> np.ndarray:
-        """Return T* in steps, float64 [n]."""
-        return np.exp(self.predict_log(rows))
+        """Return T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
+        return np.maximum(1.0, np.exp(self.predict_log(rows)))
 
     def interval(self, rows: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Return (low, high) in steps, each [n]; infinite where calibration trials are too few for the level."""

@@ -46,6 +46,7 @@ CALIBRATION_LEAST = 10  # trials: the fewest that give a 90 % interval of its ow
 CALIBRATION_MOST = 500  # trials: coverage is then within about 1.3 points; more would only cost accuracy
 FEWEST_TRIALS = 8
 FOLDS = 3
+SMALL = 1000
 
 
 def split_calibration(rows: Rows, seed: int = 0) -> np.ndarray:
@@ -80,9 +81,11 @@ def fold_error(rows: Rows, candidate: Preset, families: Sequence[str], fold: int
     return out
 
 
-def candidates(base: Preset) -> list[Preset]:
-    """Return the presets that selection compares: three sizes, pooled or per family."""
-    return [base.replace(per_family=p, **size) for size in CANDIDATES for p in (False, True)]
+def candidates(base: Preset, rows: int, families: int) -> list[Preset]:
+    """Return the presets that selection compares: three sizes (two below 1,000 rows), pooled or per family."""
+    sizes = CANDIDATES if rows >= SMALL else CANDIDATES[:-1]
+    pooling = (False, True) if families > 1 else (False,)
+    return [base.replace(per_family=p, **size) for size in sizes for p in pooling]
 
 
 Mapper = Callable[[Callable[..., list[float]], Iterable[tuple[Any, ...]]], "list[list[float]]"]
@@ -101,7 +104,7 @@ def select(rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = _
     reached = rows.take(rows.reached)
     if not len(reached) or int(reached.trials.max()) + 1 < 2 * FOLDS:
         return base.replace(select=False), []
-    options = candidates(base) if len(families) > 1 else [c for c in candidates(base) if not c.per_family]
+    options = candidates(base, len(reached), len(families))
     jobs = [(rows, option, tuple(families), fold) for option in options for fold in range(FOLDS)]
     results = mapper(fold_error, jobs)
     scores = []

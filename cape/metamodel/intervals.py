@@ -18,6 +18,9 @@ from cape.errors import SpecError
 
 KEPT_SCORES = 1000
 
+FEWEST_TRIALS = 10
+"""Calibration trials below which a family's own quantile is too noisy to use, whatever the level."""
+
 
 def check_level(level: float) -> float:
     """Return a coverage level strictly between 0 and 1, or raise ``SpecError``."""
@@ -75,12 +78,12 @@ class Conformal:
     def half_width(self, family: str | None, level: float) -> tuple[float, str]:
         """Return (half-width in log T*, where it came from: the family, ``"pooled"`` or ``"none"``).
 
-        A family with too few trials for the level is served by the pooled scores; where those too are too few the
-        half-width is infinite.
+        A family with fewer than ten trials, or too few for the level, is served by the pooled scores; where
+        those too are too few the half-width is infinite.
         """
         check_level(level)
         for name in (family or "pooled", "pooled"):
-            if name in self.scores:
+            if self.trials.get(name, 0) >= (1 if name == "pooled" else FEWEST_TRIALS):
                 width = conformal_quantile(self.scores[name], level, self.trials[name])
                 if math.isfinite(width):
                     return width, name

@@ -19,7 +19,7 @@ STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
 PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")
 CAP = 5000.0
-"""T* of a censored trial in paper mode (design §3)."""
+"""Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
 TEXT = ("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "stop_reason")
 NUMERIC = (

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from authors import rows
 
-from cape.baselines.curve_extrapolation import CAP, curve, curves
+from cape.baselines.curve_extrapolation import curve, curves
 from cape.baselines.static_linear import StaticLinear
 from cape.errors import DataError
-from cape.metamodel.rows import STATIC_FEATURES, Rows
+from cape.metamodel.rows import CAP, STATIC_FEATURES, Rows
 
 
 def test_an_exponential_curve_is_extrapolated_exactly() -> None:

@@ -69,7 +69,7 @@ def test_every_preset_fits_and_knows_its_families(sample: Rows) -> None:
 def test_selection_prefers_what_predicts_left_out_trials(sample: Rows) -> None:
     few = sample.take(np.arange(len(sample)) % 12 == 0)
     chosen, scores = select(few, PRESETS["product"], few.families)
-    assert len(scores) == 6
+    assert len(scores) == 4  # 240 rows: the largest size is not tried
     best = min(scores, key=lambda s: s["log_error"])
     assert (chosen.trees, chosen.depth, chosen.per_family) == (best["trees"], best["depth"], best["per_family"])
 
