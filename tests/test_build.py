@@ -73,10 +73,10 @@ def no_compiler(tmp_path: Path) -> dict[str, str]:
     return {"CUDACXX": str(fake)}
 
 
-def configure(build: Path, cuda: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def configure(build: Path, cuda: str, env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
     return run(
         tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-DCAPE_CUDA={cuda}", env=env,
+        f"-DPython_EXECUTABLE={sys.executable}", f"-DCAPE_CUDA={cuda}", *more, env=env,
     )  # fmt: skip
 
 
@@ -90,6 +90,19 @@ def test_cuda_is_never_dropped_in_silence(tmp_path: Path, no_compiler: dict[str,
     else:
         assert done.returncode == 0, done.stderr
         assert "CAPE: CUDA kernels: no" in done.stdout
+
+
+def test_several_cuda_architectures(tmp_path: Path) -> None:
+    tool("nvcc")
+    build = tmp_path / "build"
+    done = configure(build, "1", {}, "-DCAPE_CUDA_ARCHS=80;8.6;90+PTX")
+    assert done.returncode == 0, done.stderr
+    rules = (build / "build.ninja").read_text()
+    for code in ("arch=compute_80,code=sm_80", "arch=compute_86,code=sm_86", "arch=compute_90,code=compute_90"):
+        assert code in rules
+    assert "80;" not in rules, "a semicolon in a definition ends the shell's command"
+    done = configure(tmp_path / "other", "1", {}, "-DCAPE_CUDA_ARCHS=hopper")
+    assert done.returncode != 0 and "'hopper' is no compute capability" in done.stderr
 
 
 def test_build_info_names_what_was_built() -> None:
