@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cape.convergence import Trajectory, measure
-    from cape.errors import CapeError, DataError, DependencyError, ModelError, SpecError, StoreError
-    from cape.predict import Prediction, predict, rank
-    from cape.probing import Features, per_sample_norms, probe
+    from cape.convergence import Trajectory as Trajectory
+    from cape.convergence import measure as measure
+    from cape.errors import CapeError as CapeError
+    from cape.errors import DataError as DataError
+    from cape.errors import DependencyError as DependencyError
+    from cape.errors import ModelError as ModelError
+    from cape.errors import SpecError as SpecError
+    from cape.errors import StoreError as StoreError
+    from cape.predict import Prediction as Prediction
+    from cape.predict import predict as predict
+    from cape.predict import rank as rank
+    from cape.probing import Features as Features
+    from cape.probing import per_sample_norms as per_sample_norms
+    from cape.probing import probe as probe
 
 # Loaded on first use, so that `import cape` and `cape --help` stay instant.
 _PUBLIC = {

@@ -273,6 +273,35 @@ def _frames() -> tuple[nn.Module, Batch]:
     return _Frames(), (torch.randn(4, 3, 3, 8, 8), labels(4))
 
 
+class _Tokens(nn.Module):
+    """Batch norm, then tokens: its gradients arrive transposed."""
+
+    def __init__(self, bilinear: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.mix = nn.Bilinear(6, 6, 8) if bilinear else nn.Linear(6, 8)
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.head(self.last(self.mix(x, x) if isinstance(self.mix, nn.Bilinear) else self.mix(x)).mean(1))
+
+
+@case("tokens after batch norm")
+def _tokens() -> tuple[nn.Module, Batch]:
+    return _Tokens(False), (images(3, 8), labels(3))
+
+
+@case("one sample, tokens after batch norm")
+def _tokens_one() -> tuple[nn.Module, Batch]:
+    return _Tokens(False), (images(1, 8), labels(1))
+
+
+@case("tokens after batch norm, fallback", intercepted=False)
+def _tokens_fallback() -> tuple[nn.Module, Batch]:
+    return _Tokens(True), (images(3, 8), labels(3))
+
+
 # ---- recurrence ----------------------------------------------------------------------------------------------------
 
 

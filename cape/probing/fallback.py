@@ -38,13 +38,15 @@ def _looped(
     result = torch.zeros(len(cotangents), batch_size, dtype=torch.float64, device=cotangents[0].device)
     model.zero_grad(set_to_none=True)
     for b in range(batch_size):
-        out = call(model, slice_inputs(x, slice(b, b + 1), batch_size))
+        # Two copies: torch's batch-norm backward mis-reads transposed gradients of a batch of one (see reference.py).
+        out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
         if not out.requires_grad:
             continue
         for k, v in enumerate(cotangents):
             last = k == len(cotangents) - 1
             # backward() rather than grad(): re-entrant checkpoints know no other. The caller holds the gradients.
-            torch.autograd.backward(out, v[b : b + 1], retain_graph=not last)
+            first = torch.stack([v[b], torch.zeros_like(v[b])])
+            torch.autograd.backward(out, first, retain_graph=not last)
             for p in params:
                 if p.grad is not None:
                     result[k, b] += p.grad.double().square().sum()

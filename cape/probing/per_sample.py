@@ -98,14 +98,18 @@ def all_norms(
     x, y, batch_size = check_batch(batch)
     criterion = Loss(loss)
     params = trainable(model)
+    if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
+        pair = torch.tensor([0, 0], device=y.device)
+        twice = (slice_inputs(x, pair, 1), y[pair])
+        norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
+        return Norms(norms.g2[:1], norms.tau[:1], norms.losses[:1], norms.fallback)
     with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
         model.eval()
-        verdicts = _scan(model, x, batch_size, list(params.values())) if batch_size > 1 else None
-        step = micro_batch or _automatic_chunk(verdicts, y.device, batch_size)
+        verdicts = _scan(model, x, batch_size, list(params.values()))
+        pieces = _pieces(batch_size, micro_batch or _automatic_chunk(verdicts, y.device, batch_size))
         engine = _Engine(model, params, criterion, tau, probes, verdicts)
         parts = []
-        for lo in range(0, batch_size, step):
-            piece = slice(lo, min(lo + step, batch_size))
+        for piece in pieces:
             parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece]))
     return Norms(
         torch.cat([p.g2 for p in parts]),
@@ -113,6 +117,13 @@ def all_norms(
         torch.cat([p.losses for p in parts]),
         tuple(sorted({n for p in parts for n in p.fallback})),
     )
+
+
+def _pieces(batch_size: int, step: int) -> list[slice]:
+    """Cut a batch into pieces of about ``step`` samples, never of one."""
+    count = max(1, min(-(-batch_size // max(step, 1)), batch_size // 2))
+    bounds = [batch_size * i // count for i in range(count + 1)]
+    return [slice(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
 
 
 def _automatic_chunk(verdicts: list[Any] | None, device: torch.device, batch_size: int) -> int:

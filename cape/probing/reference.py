@@ -30,6 +30,9 @@ def per_sample_norms_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return (g2, tau), each [B] float64: ‖∇θ ℓ_b‖² (Eq. 10) and the squared norm of τ's gradient (Eq. 11).
 
+    Each sample runs as a batch of two copies, of which only the first is differentiated: torch's batch-norm backward
+    mis-reads transposed gradients when the batch is one (seen in 2.14.1; a test holds this against finite differences).
+
     Args:
         model: any module; it is copied, converted to float64 and put into eval mode.
         batch: (inputs, targets).
@@ -43,8 +46,8 @@ def per_sample_norms_reference(
     x, y = _to_double(x), _to_double(y)
     g2, traces = [], []
     for b in range(batch_size):
-        xb, yb = slice_inputs(x, slice(b, b + 1), batch_size), y[b : b + 1]
-        out = call(clone, xb)
+        out = call(clone, slice_inputs(x, torch.tensor([b, b]), batch_size))[:1]
+        yb = y[b : b + 1]
         g2.append(_sq(criterion.per_sample(out, yb)[0], params))
         if tau == "full":
             traces.append(torch.stack([_sq(f, params) for f in out.reshape(-1)]).sum())

@@ -82,9 +82,7 @@ def test_preprocessing(data_root: Path) -> None:
     data = datasets.load("cifar10", data_root)
     raw = data.batch(64, 0, "image", preprocess="reference")[0]
     assert float(raw.min()) >= 0.0 and float(raw.max()) <= 1.0  # what a CNN gets in the authors' code
-    standard, reference = (
-        data.batch(64, 0, "image", preprocess=p)[0] for p in ("standard", "reference_normalized")
-    )
+    standard, reference = (data.batch(64, 0, "image", preprocess=p)[0] for p in ("standard", "reference_normalized"))
     mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
     std = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
     authors = torch.tensor([0.2023, 0.1994, 0.2010]).view(1, 3, 1, 1)
