@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -321,3 +323,12 @@ def _positive(value: float, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise SpecError(f"{name} must be a positive number, not {value!r}.")
     return float(value)
+
+
+class _CallableModule(types.ModuleType):
+    """``cape.predict`` names both this module and its function; importing the module must not hide the function."""
+
+    __call__ = staticmethod(predict)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,13 @@ def test_our_own_families_are_recognized(name: str, data_root: Path) -> None:
     dataset = datasets.load("mnist", data_root)
     for seed in range(4):
         assert infer_family(family.build(family.sample(np.random.default_rng(seed), dataset))) == name
+
+
+def test_importing_the_module_does_not_hide_the_function() -> None:
+    code = (
+        "import cape\nfrom cape.predict import rank\nimport cape.predict\n"
+        "assert cape.rank is rank and callable(cape.predict)\n"
+        "try:\n    cape.predict(None, None, lr=-1.0, dataset_size=1)\n"
+        "except cape.SpecError as error:\n    assert 'learning rate' in str(error)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
