@@ -120,7 +120,7 @@ def _explain(differs: Tensor) -> Layout | None:
 def _explanations(changed: list[bool]) -> list[int]:
     """Return every ``inner`` for which exactly (or at least only) sample 0's indices changed."""
     size = len(changed)
-    if not any(changed):
+    if not any(changed) or all(changed):
         return []
     exact, partial = [], []
     for inner in (n for n in range(1, size // 2 + 1) if size % (2 * n) == 0):

@@ -26,6 +26,7 @@ from cape.tasks import Loss, LossLike
 
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, recurrent)  # importing them registers the handlers
+_WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
 _CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
 
 
@@ -127,8 +128,10 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
 
 
 def _automatic_chunk(verdicts: list[Any] | None, device: torch.device, batch_size: int) -> int:
-    convolves = verdicts is not None and any(key[0] == "convolution" for key, _ in verdicts)
-    return min(batch_size, _CONVOLUTION_CHUNK) if convolves and device.type == "cpu" else batch_size
+    """Convolutional networks run a few samples at a time on a CPU; products prefer the whole batch."""
+    kinds = [key[0] for key, _ in verdicts or ()]
+    convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
+    return min(batch_size, _CONVOLUTION_CHUNK) if convolutional and device.type == "cpu" else batch_size
 
 
 def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter]) -> list[Any] | None:
