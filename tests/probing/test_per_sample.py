@@ -68,6 +68,26 @@ def test_architectures(case: Case) -> None:
     assert not case.intercepted or norms.fallback == ()
 
 
+def to_cuda(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if isinstance(value, tuple):
+        return tuple(to_cuda(v) for v in value)
+    return {k: to_cuda(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_on_cuda(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, batch = case.make()
+    loss = copy.deepcopy(case.loss).cuda() if isinstance(case.loss, nn.Module) else case.loss
+    g2, tau = per_sample_norms_reference(model, batch, loss=case.loss)
+    norms = all_norms(model.cuda(), to_cuda(batch), loss=loss)  # type: ignore[arg-type]
+    assert relative(norms.g2.cpu(), g2) < 1e-5
+    assert relative(norms.tau.cpu(), tau) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["mlp", "convolutions", "GRU batch_first", "attention batch_first=False"])
 def test_full_jacobian_trace(name: str) -> None:
     model, batch = next(c for c in CASES if c.name == name).make()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: build, GPU tests, compute-sanitizer, benchmarks; JSON under $OUT.
+#
+#   benchmarks/run_gpu.sh              PYTHON and CAPE_CUDA_ARCHS choose the interpreter and the architectures
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+export CAPE_CUDA=1 CAPE_CUDA_ARCHS=${CAPE_CUDA_ARCHS:-90}
+mkdir -p "$out"
+
+echo "== build"
+$python setup.py --quiet build_ext --inplace
+$python -c "import torch, cape._C as c; print(torch.cuda.get_device_name(), c.build_info())"
+
+echo "== tests on the GPU"
+$python -m pytest -m gpu tests/probing tests/convergence --junitxml="$out/gpu_tests.xml"
+
+echo "== compute-sanitizer"
+for tool in memcheck racecheck initcheck synccheck; do
+  compute-sanitizer --tool "$tool" --error-exitcode 1 --log-file "$out/sanitizer_$tool.txt" \
+    $python -m pytest -q -m gpu tests/probing/test_ops.py
+done
+
+echo "== benchmarks"
+$python -m benchmarks.probe --device cuda --json "$out/probe_cuda.json"
