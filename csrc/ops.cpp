@@ -11,6 +11,9 @@ TORCH_LIBRARY(cape, m) {
   m.def(
       "conv_sq_norms(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups)"
       " -> Tensor");
+  // g, x [B, R, C, S] -> float64 [2, B, C]: sums over R and S of g and of g * x; what the shift and the scale of a
+  // normalization layer need.
+  m.def("pair_sums(Tensor g, Tensor x) -> Tensor");
   // x [B, n] -> float64 [B]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
 }

@@ -85,9 +85,7 @@ class PiTOptions(JsonConfig):
 
     def stage(self, index: int) -> EncoderOptions:
         """Return the options of one stage (and so check them)."""
-        return EncoderOptions(
-            self.dims[index], self.depths[index], self.heads[index], self.mlp_ratio, self.dropout
-        )
+        return EncoderOptions(self.dims[index], self.depths[index], self.heads[index], self.mlp_ratio, self.dropout)
 
 
 PRESETS: dict[str, JsonConfig] = {

@@ -61,8 +61,12 @@ def _register_fakes() -> None:
     def one_number_per_sample(first: Tensor, *rest: Any) -> Tensor:
         return first.new_empty(first.shape[0], dtype=torch.float64)
 
+    def two_per_channel(g: Tensor, x: Tensor) -> Tensor:
+        return g.new_empty(2, g.shape[0], g.shape[2], dtype=torch.float64)
+
     for name in ("sq_norms", "linear_sq_norms", "conv_sq_norms"):
         torch.library.register_fake(f"cape::{name}", one_number_per_sample)
+    torch.library.register_fake("cape::pair_sums", two_per_channel)
 
 
 @contextmanager
@@ -97,6 +101,18 @@ def sq_norms(x: Tensor) -> Tensor:
 def sq_norms_torch(x: Tensor) -> Tensor:
     """Pure-torch twin of ``sq_norms``."""
     return x.double().square().sum(1)
+
+
+def pair_sums(g: Tensor, x: Tensor) -> Tensor:
+    """Return the sums over R and S of G and of G·X, [2, B, C] float64, for ``g`` and ``x`` [B, R, C, S]."""
+    if g.device.type == "cpu" and _native(g, x):
+        return torch.ops.cape.pair_sums(g, x)
+    return pair_sums_torch(g, x)
+
+
+def pair_sums_torch(g: Tensor, x: Tensor) -> Tensor:
+    """Pure-torch twin of ``pair_sums``."""
+    return torch.stack([g.sum((1, 3), dtype=torch.float64), (g * x).sum((1, 3), dtype=torch.float64)])
 
 
 def linear_sq_norms(a: Tensor, g: Tensor) -> Tensor:

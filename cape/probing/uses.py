@@ -153,7 +153,10 @@ def reduce_to(g: Tensor, aligned: Sequence[int], layout: Layout) -> Tensor:
 
 
 class AffineUse(Use):
-    """Scale and shift of a normalization layer: y = x̂·weight + bias. ``normalize`` gives x̂ from x again."""
+    """Scale and shift of a normalization layer: y = x̂·weight + bias. ``normalize`` gives x̂ from x again.
+
+    ``aligned`` is the shape of weight and bias, aligned to x, with size 1 where they broadcast.
+    """
 
     def __init__(
         self,
@@ -172,14 +175,33 @@ class AffineUse(Use):
         self.layout = layout
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        everything = slice(None)
-        return torch.stack([ops.sq_norms(self.grads(g, i, everything)) for i, want in enumerate(wanted) if want]).sum(0)
+        shift, scale = self._sums(g)
+        chosen = [kind for kind, want in zip(self.kinds, wanted, strict=True) if want]
+        return torch.stack([ops.sq_norms(scale if kind == "weight" else shift) for kind in chosen]).sum(0)
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
+        shift, scale = self._sums(g)
+        chosen = scale if self.kinds[target] == "weight" else shift
+        return chosen[samples].to(wide(g).dtype).reshape(-1, *self.targets[target].shape)
+
+    def _sums(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (Σ G, Σ G·x̂) per sample and channel, [B, C] float64 each."""
+        first = next(d for d, n in enumerate(self.aligned) if n != 1) if max(self.aligned) > 1 else 1
+        tail = len(self.aligned) - first  # dimensions from the first channel dimension on
+        channels = torch.Size(self.aligned).numel()
+
+        def shaped(t: Tensor) -> Tensor:
+            rows = self.layout.rows(t, tail)
+            return rows.reshape(*rows.shape[:2], channels, t.shape[first:].numel() // channels)
+
         g = wide(g)
-        if self.kinds[target] == "weight":
-            g = g * self.normalize(wide(self.x))
-        return reduce_to(g, self.aligned, self.layout)[samples].reshape(-1, *self.targets[target].shape)
+        statistics = self.normalize.statistics()
+        if statistics is None:
+            shift, scale = ops.pair_sums(shaped(g), shaped(self.normalize(wide(self.x))))
+            return shift, scale
+        mean, deviation = statistics  # x̂ = (x - mean) / deviation: no need to form it
+        shift, product = ops.pair_sums(shaped(g), shaped(wide(self.x)))
+        return shift, (product - mean * shift) / deviation
 
 
 class NormalizeFn:
@@ -193,6 +215,13 @@ class NormalizeFn:
         s = {k: wide(v) if isinstance(v, Tensor) else v for k, v in self.settings.items()}
         with torch.no_grad():
             return getattr(F, self.kind)(x, **s)
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Return the running mean and standard deviation, [C] float64, where x̂ follows from them alone."""
+        mean, var, eps = (self.settings.get(k) for k in ("running_mean", "running_var", "eps"))
+        if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(eps, float)):
+            return None
+        return mean.double(), (var.double() + eps).sqrt()
 
 
 class EmbeddingUse(Use):

@@ -122,6 +122,22 @@ def test_sq_norms(shape: tuple[int, ...], backend: str) -> None:
         torch.testing.assert_close(ops.sq_norms(x), expected, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 2, 5, 7), (2, 65, 33, 1), (2, 1, 3, 1134), (0, 2, 3, 4), (2, 0, 3, 4)]
+)
+def test_pair_sums(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    g, x = torch.randn(*shape, dtype=dtype), torch.randn(*shape, dtype=dtype)
+    strided = g.transpose(2, 3).contiguous().transpose(2, 3)
+    expected = torch.stack([g.double().sum((1, 3)), (g.double() * x.double()).sum((1, 3))])
+    with ops.use_backend(backend):
+        for first in (g, strided):
+            sums = ops.pair_sums(first, x)
+            assert sums.dtype == torch.float64
+            torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-11)
+
+
 def test_a_vanishing_sum_is_not_negative() -> None:
     a = torch.ones(2, 2, 40)
     g = torch.randn(2, 1, 40).expand(2, 2, 40) * torch.tensor([1.0, -1.0]).view(1, 2, 1)
@@ -137,6 +153,7 @@ def test_opcheck() -> None:
     a, g = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
     torch.library.opcheck(torch.ops.cape.linear_sq_norms, (a, g))
     torch.library.opcheck(torch.ops.cape.sq_norms, (a[0],))
+    torch.library.opcheck(torch.ops.cape.pair_sums, (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)))
     x, y = torch.randn(2, 1, 13, 9, 7), torch.randn(2, 1, 33, 9, 7)
     c = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     torch.library.opcheck(torch.ops.cape.conv_sq_norms, (x, y, *c))
