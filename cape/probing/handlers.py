@@ -19,7 +19,6 @@ from cape.probing.layout import Layout
 from cape.probing.ops import ConvGeometry
 from cape.probing.uses import (
     AffineUse,
-    BroadcastUse,
     ConvUse,
     EinsumUse,
     EmbeddingUse,
@@ -30,7 +29,7 @@ from cape.probing.uses import (
 )
 
 
-def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
+def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
     values = dict(zip(names.split(), args, strict=False))
     return [{**defaults, **values, **kwargs}.get(name) for name in names.split()]
@@ -41,7 +40,7 @@ def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: A
 
 @handles(F.linear)
 def linear(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, w, b = _bind("input weight bias", args, kwargs)
+    x, w, b = bind("input weight bias", args, kwargs)
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() < 2 or w.dim() != 2:
         return NotImplemented
     return watched_linear(mode, "linear", x, x, w, b)
@@ -170,7 +169,7 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
 
     def handler(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         bound = dict(
-            zip(names.split(), _bind(names, args, kwargs, stride=1, padding=0, dilation=1, groups=1), strict=True)
+            zip(names.split(), bind(names, args, kwargs, stride=1, padding=0, dilation=1, groups=1), strict=True)
         )
         x, w, b = bound["input"], bound["weight"], bound["bias"]
         if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() != spatial + 2:
@@ -237,7 +236,7 @@ def _per_channel(x: Tensor) -> list[int]:
 
 @handles(F.batch_norm)
 def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, mean, var, w, b, training, momentum, eps = _bind(
+    x, mean, var, w, b, training, momentum, eps = bind(
         "input running_mean running_var weight bias training momentum eps",
         args, kwargs, training=False, momentum=0.1, eps=1e-5,
     )  # fmt: skip
@@ -251,7 +250,7 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
 
 @handles(F.instance_norm)
 def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, mean, var, w, b, use_input_stats, momentum, eps = _bind(
+    x, mean, var, w, b, use_input_stats, momentum, eps = bind(
         "input running_mean running_var weight bias use_input_stats momentum eps",
         args, kwargs, use_input_stats=True, momentum=0.1, eps=1e-5,
     )  # fmt: skip
@@ -267,14 +266,14 @@ def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
 
 @handles(F.group_norm)
 def group_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, groups, w, b, eps = _bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
+    x, groups, w, b, eps = bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
     normalize = NormalizeFn("group_norm", num_groups=groups, eps=eps)
     return _affine(mode, x, w, b, _per_channel(x), normalize, lambda w, b: F.group_norm(x, groups, w, b, eps))
 
 
 @handles(F.layer_norm)
 def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, shape, w, b, eps = _bind("input normalized_shape weight bias eps", args, kwargs, eps=1e-5)
+    x, shape, w, b, eps = bind("input normalized_shape weight bias eps", args, kwargs, eps=1e-5)
     aligned = [1] * (x.dim() - len(shape)) + list(shape)
     normalize = NormalizeFn("layer_norm", normalized_shape=list(shape), eps=eps)
     return _affine(mode, x, w, b, aligned, normalize, lambda w, b: F.layer_norm(x, shape, w, b, eps))
@@ -282,7 +281,7 @@ def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
 
 @handles(F.rms_norm)
 def rms_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, shape, w, eps = _bind("input normalized_shape weight eps", args, kwargs)
+    x, shape, w, eps = bind("input normalized_shape weight eps", args, kwargs)
     aligned = [1] * (x.dim() - len(shape)) + list(shape)
     normalize = NormalizeFn("rms_norm", normalized_shape=list(shape), eps=eps)
     return _affine(mode, x, w, None, aligned, normalize, lambda w, _: F.rms_norm(x, shape, w, eps))
@@ -299,7 +298,7 @@ def _lookup(
 
 @handles(F.embedding)
 def embedding(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    index, w, padding_idx, max_norm, _norm_type, by_frequency, _sparse = _bind(
+    index, w, padding_idx, max_norm, _norm_type, by_frequency, _sparse = bind(
         "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs
     )
     if not mode.is_data(index) or mode.is_data(w) or max_norm is not None or by_frequency:
@@ -309,7 +308,7 @@ def embedding(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[st
 
 @handles(F.embedding_bag)
 def embedding_bag(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    index, w, offsets, max_norm, _norm, by_frequency, how, _sparse, weights, _last, padding_idx = _bind(
+    index, w, offsets, max_norm, _norm, by_frequency, how, _sparse, weights, _last, padding_idx = bind(
         "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights"
         " include_last_offset padding_idx",
         args, kwargs, mode="mean",
@@ -352,94 +351,3 @@ def pick(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, An
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or not mode.is_data(index):
         return NotImplemented
     return _lookup(mode, index, w, None, lambda w: w[index])
-
-
-# ---- raw parameters ------------------------------------------------------------------------------------------------
-
-
-def _meet_raw(
-    mode: Interceptor, kind: str, p: Tensor, data: Tensor, shape: Sequence[int], along: int | None = None
-) -> Tensor:
-    """Return what takes the place of a raw parameter that broadcasts to ``shape``.
-
-    ``data`` has the batch's layout; ``along`` is a dimension that cannot be the batch (concatenation).
-    """
-    core = p
-    for d in range(p.dim()):
-        if p.stride(d) == 0 and p.shape[d] > 1:  # an expanded view: its core holds each number once
-            core = core.narrow(d, 0, 1)
-            mode._derive(core)
-    state, layout = mode.verdict(kind, data, (p,))
-    if state in ("scan", "again"):
-        return p.detach()
-    aligned = [1] * (len(shape) - core.dim()) + list(core.shape)
-    if layout is None or layout.dim >= len(shape) or layout.dim == along or aligned[layout.dim] != 1:
-        return p
-    if shape[layout.dim] != layout.outer * mode.batch_size * layout.inner:
-        return p
-    return mode.expand(core, shape, mode.register(BroadcastUse(core, aligned, layout)).arrive)
-
-
-# fmt: off
-_POINTWISE = (
-    "add", "sub", "mul", "div", "true_divide", "multiply", "divide", "subtract", "pow", "maximum", "minimum", "where",
-    "lerp", "addcmul", "addcdiv", "atan2", "logaddexp", "fmod", "remainder",
-)
-_POINTWISE_METHODS = (
-    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__",
-    "__rpow__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "add_", "sub_", "mul_", "div_", "rsub",
-)
-# fmt: on
-
-
-@handles(
-    *(getattr(torch, n, None) for n in [*_POINTWISE, "rsub"]),
-    *(getattr(Tensor, n, None) for n in [*_POINTWISE, *_POINTWISE_METHODS]),
-)
-def pointwise(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if "out" in kwargs or any(isinstance(v, Tensor) for v in kwargs.values()):
-        return NotImplemented
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    data = next(t for t in tensors if mode.is_data(t))
-    if data.dim() < len(shape):
-        data = data.expand(shape)
-    swapped = [_meet_raw(mode, "pointwise", a, data, shape) if mode.of_parameters(a) else a for a in args]
-    return func(*swapped, **kwargs)
-
-
-@handles(torch.prelu, F.prelu, Tensor.prelu)
-def prelu(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, w = _bind("input weight", args, kwargs)
-    if not mode.is_data(x) or mode.is_data(w):
-        return NotImplemented
-    with mode:  # as watched operators
-        slope = w.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else w
-        return torch.where(x >= 0, x, slope * x)
-
-
-@handles(torch.cat, torch.concat, torch.concatenate, torch.stack)
-def join(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    tensors, dim = _bind("tensors dim", args, kwargs, dim=0)
-    if dim is None or not isinstance(tensors, (list, tuple)) or "out" in kwargs:
-        return NotImplemented
-    data = next((t for t in tensors if mode.is_data(t) and t.dim() == tensors[0].dim()), None)
-    if data is None:
-        return NotImplemented
-    rank = data.dim() + (func is torch.stack)
-    along = None if func is torch.stack else dim % rank
-    swapped = [_meet_raw(mode, "join", t, data, t.shape, along) if mode.of_parameters(t) else t for t in tensors]
-    return func(swapped, dim)
-
-
-@handles(F.scaled_dot_product_attention)
-def attention_bias(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    q, k, v, mask, *rest = _bind("query key value attn_mask dropout_p is_causal scale enable_gqa", args, kwargs)
-    if not mode.of_parameters(mask) or not mode.is_data(q) or any(mode.of_parameters(t) for t in (q, k, v)):
-        return NotImplemented
-    shape = (*q.shape[:-1], k.shape[-2])
-    settings = {
-        n: r for n, r in zip(["dropout_p", "is_causal", "scale", "enable_gqa"], rest, strict=True) if r is not None
-    }
-    bias = _meet_raw(mode, "attention_bias", mask, q, shape)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **settings)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
-from cape.probing import handlers, ops, recurrent
+from cape.probing import handlers, ops, raw, recurrent
 from cape.probing.assemble import group_norms, parameters_behind, plan
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded, judge, opened
@@ -25,7 +25,7 @@ from cape.state import Inputs, call, check_batch, preserved, slice_inputs, train
 from cape.tasks import Loss, LossLike
 
 TAUS = ("true_logit", "full", "hutchinson")
-_HANDLER_MODULES = (handlers, recurrent)  # importing them registers the handlers
+_HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
 _CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
 
