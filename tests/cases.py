@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 Batch = tuple[Any, Tensor]
 
@@ -223,6 +223,112 @@ def _split() -> tuple[nn.Module, Batch]:
     return _Split(), (vectors(), labels(6))
 
 
+class _Product(torch.autograd.Function):
+    """A user's own product: a parameter goes in where nothing can be intercepted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] @ w.T, x.T @ grads[0]
+
+
+class _Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(20, 15) * 0.2), nn.Linear(15, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Product.apply(x, self.w).tanh())
+
+
+@case("custom autograd function", intercepted=False)
+def _custom() -> tuple[nn.Module, Batch]:
+    return _Custom(), (vectors(), labels(6))
+
+
+class _InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.randn(20)), nn.Parameter(torch.ones(10))
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += self.shift
+        h = self.head(x)
+        h *= self.scale
+        return h
+
+
+@case("in place")
+def _in_place() -> tuple[nn.Module, Batch]:
+    return _InPlace(), (vectors(), labels(6))
+
+
+class _Experts(nn.Module):
+    """Samples are routed to experts: how many an expert sees depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(20, 2)
+        self.experts = nn.ModuleList(nn.Linear(20, 10) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(1)
+        chosen = weights.argmax(1)
+        out = x.new_zeros(len(x), 10)
+        for i, expert in enumerate(self.experts):
+            mine = chosen == i
+            out[mine] = expert(x[mine]) * weights[mine, i : i + 1]
+        return out
+
+
+@case("mixture of experts", intercepted=False)
+def _experts() -> tuple[nn.Module, Batch]:
+    return _Experts(), (vectors(), labels(6))
+
+
+class _Hyper(nn.Module):
+    """A network whose output is another's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.direct = nn.Linear(20, 40), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights(x).view(-1, 4, 10)
+        return torch.bmm(x[:, None, :4].tanh(), w)[:, 0] + self.direct(x[:, :4])
+
+
+@case("hypernetwork")
+def _hyper() -> tuple[nn.Module, Batch]:
+    return _Hyper(), (vectors(), labels(6))
+
+
+@case("spectral norm")
+def _spectral() -> tuple[nn.Module, Batch]:
+    return nn.Sequential(spectral_norm(nn.Linear(20, 30)), nn.Tanh(), nn.Linear(30, 10)), (vectors(), labels(6))
+
+
+class _Fourier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(11, 2)), nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(self.filter), n=20))
+
+
+@case("fourier filter")
+def _fourier() -> tuple[nn.Module, Batch]:
+    return _Fourier(), (vectors(), labels(6))
+
+
 # ---- convolution ---------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +408,32 @@ def _tokens_fallback() -> tuple[nn.Module, Batch]:
     return _Tokens(True), (images(3, 8), labels(3))
 
 
+class _SharedConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(self.stem(x)).relu()).mean((2, 3)))
+
+
+@case("shared convolution")
+def _shared_convolution() -> tuple[nn.Module, Batch]:
+    return _SharedConvolution(), (images(4, 8), labels(4))
+
+
+@case("convolution with weight norm")
+def _conv_weight_norm() -> tuple[nn.Module, Batch]:
+    layers = [weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)]
+    return nn.Sequential(*layers), (images(4, 8), labels(4))
+
+
+@case("dense targets")
+def _dense() -> tuple[nn.Module, Batch]:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, 10, 1))
+    return model, (images(4, 8), torch.randint(0, 10, (4, 8, 8)))
+
+
 # ---- recurrence ----------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +476,24 @@ class _Cell(nn.Module):
 
 for _cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
     CASES.append(Case(_cell.__name__, lambda kind=_cell: (_Cell(kind), (sequences(), labels(5)))))  # type: ignore[misc]
+
+
+class _FirstState(nn.Module):
+    """A learned initial state, and hidden states projected to a smaller size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.h0 = nn.GRU(12, 8, batch_first=True), nn.Parameter(torch.randn(1, 1, 8))
+        self.lstm, self.head = nn.LSTM(8, 8, proj_size=5, batch_first=True), nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.gru(x, self.h0.expand(-1, len(x), -1).contiguous())[0]
+        return self.head(self.lstm(states)[0][:, -1])
+
+
+@case("learned first state", intercepted=False)
+def _first_state() -> tuple[nn.Module, Batch]:
+    return _FirstState(), (sequences(), labels(5))
 
 
 class _Packed(nn.Module):
