@@ -98,7 +98,7 @@ def observe(a: Tensor, b: Tensor) -> Layout | None:
 
     ``None`` where no dimension, or more than one, explains the change.
     """
-    if a.shape != b.shape or a.dim() == 0:
+    if a.shape != b.shape or a.dim() == 0 or a.numel() == 0:
         return None
     # Rows of equal inputs are mostly equal to the bit; where a kernel's rounding depends on its neighbours, they are
     # equal to rounding.
