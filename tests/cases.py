@@ -293,6 +293,43 @@ def _experts() -> tuple[nn.Module, Batch]:
     return _Experts(), (vectors(), labels(6))
 
 
+class _Sorted(nn.Module):
+    """Samples are put in an order that depends on the data, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        h = self.a(x[order]).tanh()
+        return self.b(h[order.argsort()])
+
+
+@case("samples in another order", intercepted=False)
+def _sorted() -> tuple[nn.Module, Batch]:
+    x = vectors()
+    x[0, 0], x[-1, 0] = -9.0, 9.0  # the two samples of the scan are in order, the batch is not
+    return _Sorted(), (x, labels(6))
+
+
+class _Pooled(nn.Module):
+    """The state at a place that the data names: indexed by data, but in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 20), nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x[:, :, 0].argmax(1)
+        return self.b(self.a(x).tanh()[torch.arange(len(x)), last])
+
+
+@case("pooled where the data says")
+def _pooled() -> tuple[nn.Module, Batch]:
+    return _Pooled(), (sequences(), labels(5))
+
+
 class _Hyper(nn.Module):
     """A network whose output is another's weight."""
 

@@ -107,6 +107,23 @@ _CONSTANTS = {
 }  # fmt: skip
 
 
+# Functions through which data can decide which rows go where: indexing by data, and reading values into Python.
+_INDEXING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in (
+        "__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim", "masked_select", "scatter",
+        "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_", "index_put",
+        "index_put_", "masked_scatter", "masked_scatter_",
+    )
+    if hasattr(owner, name)
+}  # fmt: skip
+_READING = {
+    Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+    Tensor.__array__,
+}  # fmt: skip
+
+
 def _repeat_as_view(args: Sequence[Any]) -> Tensor:
     """Return ``p.repeat(...)`` as an expanded, traceable view where only dimensions of size 1 repeat."""
     p, *sizes = args
@@ -125,6 +142,7 @@ class Interceptor(TorchFunctionMode):
         sightings: what a scan saw, in order.
         uses: what a recording saw, in order.
         mismatch: a use came that the scan did not see in that place; the record cannot be trusted.
+        steered: data chose rows or control flow; the batch order must be verified on the batch itself.
         late: parameters first used inside the backward pass (re-entrant checkpoints).
     """
 
@@ -138,6 +156,7 @@ class Interceptor(TorchFunctionMode):
         self.sightings: list[Sighting] = []
         self.uses: list[Recorded] = []
         self.mismatch = False
+        self.steered = False
         self.late: set[int] = set()
         self.known: set[int] = set()
         self.in_backward = False
@@ -182,6 +201,8 @@ class Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         found = tensors_in(args) if not kwargs else tensors_in((args, kwargs))
         data = any(getattr(t, "_cape_data", False) for t in found)
+        if data and (func in _READING or (func in _INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))):
+            self.steered = True
         if not any(self.of_parameters(t) for t in found):
             result = func(*args, **kwargs)
             return self.mark_data(result) if data and func not in _CONSTANTS else result

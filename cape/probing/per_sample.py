@@ -218,8 +218,10 @@ class _Engine:
             if id(recorded) not in work.waits:
                 recorded.gradient = None
 
-        mode.on_gradient = consume
         mode.in_backward = True
+        if mode.steered and not self._in_order(mode, out, cotangents[0], backward):
+            return total, set(self.names)
+        mode.on_gradient = consume
         for k, v in enumerate(cotangents):
             row = total[k]
             with mode:  # stays active: a checkpoint recomputes its forward pass in here
@@ -232,6 +234,33 @@ class _Engine:
             for recorded in mode.uses:
                 recorded.gradient = None
         return total, leaked | mode.late
+
+    @staticmethod
+    def _in_order(mode: Interceptor, out: Tensor, v: Tensor, backward: Any) -> bool:
+        """Whether every use met the samples in their own order, where data could have permuted them.
+
+        Scaling each sample's cotangent by a number of its own must scale its rows of every gradient by just that.
+        """
+        size = out.shape[0]
+        scale = 1 + torch.arange(size, dtype=torch.float64, device=out.device) / size
+        weights: list[dict[int, Tensor]] = [{}, {}]
+        for seen, cotangent in zip(weights, (v, v * scale.to(v.dtype).view(-1, *[1] * (v.dim() - 1))), strict=True):
+
+            def weigh(recorded: Recorded, seen: dict[int, Tensor] = seen) -> None:
+                if recorded.gradient is not None:
+                    seen[id(recorded)] = recorded.use.weight_of_samples(recorded.gradient)
+                recorded.gradient = None
+
+            mode.on_gradient = weigh
+            with mode:
+                backward(out, cotangent, retain_graph=True)
+        for p in mode.parameters.values():
+            p.grad = None
+        plain, scaled = weights
+        return all(
+            torch.allclose(scaled[k], plain[k] * scale.square(), rtol=0.25 / size, atol=1e-12 * float(plain[k].max()))
+            for k in plain
+        )
 
     def _cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor], list[float]]:
         """Return the losses [B], the cotangents (the loss's first) and the weights of the others in τ."""

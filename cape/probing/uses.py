@@ -24,6 +24,11 @@ class Use(ABC):
     """One consumption of parameters by one operator call."""
 
     targets: tuple[Tensor, ...]
+    layout: Layout
+
+    def weight_of_samples(self, g: Tensor) -> Tensor:
+        """Return Σ G² over each sample's part of G, [B] float64."""
+        return ops.sq_norms(self.layout.batch_first(wide(g)))
 
     @abstractmethod
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
@@ -278,6 +283,9 @@ class EinsumUse(Use):
         self.letters = letters
         self.layout = layout
         self.y_dim = y_dim
+
+    def weight_of_samples(self, g: Tensor) -> Tensor:
+        return ops.sq_norms(self.layout.on(self.y_dim).batch_first(wide(g)))
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
         batch = self.layout.batch_first(self.x).shape[0]
