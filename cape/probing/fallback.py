@@ -26,7 +26,7 @@ def fallback_norms(
     if batch_size > 1:
         try:
             return _vmapped(model, x, cotangents, parameters, batch_size)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        except (RuntimeError, ValueError, TypeError):
             pass  # no batching rule, control flow on data, ...: the loop below says what is really wrong, if anything
     return _looped(model, x, cotangents, parameters, batch_size)
 
