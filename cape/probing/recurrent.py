@@ -7,8 +7,9 @@ hidden states, that is all a per-sample norm of the four parameters needs. No we
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,19 @@ from cape.probing.intercept import Interceptor, handles
 from cape.probing.layout import Layout
 from cape.probing.uses import LinearUse, Part
 
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 HiddenSink = Callable[[Tensor], None]
+
+
+def _unwatched(backward: Backward) -> Backward:
+    """Run a backward pass outside the function mode: its thousands of small operators hold no parameter use."""
+
+    @functools.wraps(backward)
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return backward(*args)
+
+    return cast(Backward, run)
 
 
 class LSTMSequence(torch.autograd.Function):
@@ -52,6 +65,7 @@ class LSTMSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_unwatched
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         grad_h, grad_c_last = grads
         gates, c, w_hh, c0 = ctx.saved_tensors
@@ -105,6 +119,7 @@ class GRUSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_unwatched
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
         (grad_h,) = grads
         gates, hidden_n, h, w_hh, h0 = ctx.saved_tensors
@@ -143,6 +158,7 @@ class ElmanSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_unwatched
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (grad_h,) = grads
         h, w_hh, h0 = ctx.saved_tensors
