@@ -335,7 +335,7 @@ def embedding_bag(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
 class _BagUse(EmbeddingUse):
     """An embedding bag over [N, T] indices: every row of a bag receives the bag's gradient."""
 
-    def _rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, g: Tensor) -> Tensor:
         bags = g.shape[0]
         per_row = g.unsqueeze(1).expand(bags, self.index.numel() // bags, g.shape[-1])
         return super()._rows(per_row)

@@ -230,19 +230,22 @@ class NormalizeFn:
 
 
 class EmbeddingUse(Use):
-    """Rows of a table picked by the data. G: [.., d] in the index's layout; ``weights`` scale each pick."""
+    """Rows of a table picked by the data. G: [.., d] in the index's layout; ``scale`` weighs each pick."""
 
     def __init__(
         self, target: Tensor, index: Tensor, layout: Layout, padding_idx: int | None, scale: Tensor | None = None
     ) -> None:
         self.targets = (target,)
-        self.index = layout.batch_first(index).flatten(1)  # [B, T]
+        table = target.shape[0]
+        self.index = layout.batch_first(index).flatten(1) % table  # [B, T]; negative picks count from the end
+        self.keep = torch.ones_like(self.index, dtype=torch.bool)
+        if padding_idx is not None:
+            self.keep = self.index != padding_idx % table
         self.layout = layout
-        self.padding_idx = padding_idx
         self.scale = scale
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        g3, keep = self._rows(g)
+        g3, keep = self._rows(g), self.keep
         batch, length = self.index.shape
         table = self.targets[0].shape[0]
         owner = torch.arange(batch, device=g.device).unsqueeze(1).expand(batch, length)
@@ -252,23 +255,19 @@ class EmbeddingUse(Use):
         return rows.new_zeros(batch).index_add_(0, picked // table, rows)
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
-        g3, keep = self._rows(g)
-        g3, index = (g3 * keep.unsqueeze(-1))[samples], self.index[samples]
+        g3, index = (self._rows(g) * self.keep.unsqueeze(-1))[samples], self.index[samples]
         table = self.targets[0].shape[0]
         out = g3.new_zeros(len(g3), table, g3.shape[-1])
         out.scatter_add_(1, index.unsqueeze(-1).expand_as(g3), g3)
         return out.reshape(-1, *self.targets[0].shape)
 
-    def _rows(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, g: Tensor) -> Tensor:
+        """Return G per pick, [B, T, d]."""
         features = self.targets[0].dim() - 1
         g3 = self.layout.rows(wide(g), features).flatten(2) if features else self.layout.rows(wide(g), 0).unsqueeze(-1)
         if self.scale is not None:
             g3 = g3 * self.scale
-        index = self.index % self.targets[0].shape[0]
-        self.index = index
-        padding = None if self.padding_idx is None else self.padding_idx % self.targets[0].shape[0]
-        keep = torch.ones_like(index, dtype=torch.bool) if padding is None else index != padding
-        return g3.expand(*index.shape, g3.shape[-1]), keep
+        return g3.expand(*self.index.shape, g3.shape[-1])
 
 
 class EinsumUse(Use):
