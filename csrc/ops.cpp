@@ -1,19 +1,23 @@
 // Schemas of the operators, and nothing else: cpu/ and cuda/ hold one file per operator and backend, each of which
 // ends with its own registration.
+//
+// K cotangents share one forward pass: what the forward showed has no K dimension, gradients have it in front. Results
+// are float64. `precision` (float32, tf32, bf16) is what CUDA may round products to; `form` names one of the exact ways
+// to the same number (auto: the cheapest by the cost model).
 #include <torch/library.h>
 
 TORCH_LIBRARY(cape, m) {
-  // a [B, T, d], g [B, T, p] (any strides, float32 or float64) -> float64 [B]:
-  // out[b] = || sum_t a[b, t, :]^T g[b, t, :] ||_F^2, the squared norm of one linear map's weight gradient per sample.
-  m.def("linear_sq_norms(Tensor a, Tensor g) -> Tensor");
-  // x [B, F, C, *S] (F images per sample, unpadded), g [B, F, O, *L] -> float64 [B]: the squared norm of a
-  // convolution's weight gradient per sample; 1 to 3 spatial dimensions.
+  // a [B, T, d], g [K, B, T, p] (any strides, float32 or float64) -> [K, B]:
+  // out[k, b] = || sum_t a[b, t, :]^T g[k, b, t, :] ||_F^2, the squared norm of a linear map's weight gradient.
+  m.def("linear_sq_norms(Tensor a, Tensor g, str precision=\"float32\", str form=\"auto\") -> Tensor");
+  // x [B, F, C, *S] (F images per sample, unpadded), g [K, B, F, O, *L] -> [K, B]: the squared norm of a convolution's
+  // weight gradient; 1 to 3 spatial dimensions.
   m.def(
-      "conv_sq_norms(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups)"
-      " -> Tensor");
-  // g, x [B, R, C, S] -> float64 [2, B, C]: sums over R and S of g and of g * x; what the shift and the scale of a
-  // normalization layer need.
-  m.def("pair_sums(Tensor g, Tensor x) -> Tensor");
-  // x [B, n] -> float64 [B]: sum of squares of each row.
+      "conv_sq_norms(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+      " str precision=\"float32\", str form=\"auto\") -> Tensor");
+  // g [K, B, R, C, S], x [B, R, C, S], statistics that broadcast to [B, R, C] -> [K, B]: sum over channels of the
+  // squares of sum_{r,s} g * (x - mean) * inverse (where `scale`) and of sum_{r,s} g (where `shift`).
+  m.def("affine_sq_norms(Tensor g, Tensor x, Tensor? mean, Tensor inverse, bool scale, bool shift) -> Tensor");
+  // x [N, n] -> [N]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
 }

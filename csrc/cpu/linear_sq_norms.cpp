@@ -1,79 +1,76 @@
-// CPU kernels of cape::linear_sq_norms and cape::sq_norms: threads over samples, register tiles reduced in place,
-// squares accumulated in float64.
+// CPU kernels of cape::linear_sq_norms and cape::sq_norms: threads over samples, tiles reduced in place, squares
+// accumulated in float64.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cape/linear_sq_norms.h>
-#include <cape/sample_norms.h>
+#include <cape/kernels.h>
+
+#include "form.h"
+#include "scratch.h"
 
 namespace {
 
 using at::Tensor;
 
 void check_inputs(const Tensor& a, const Tensor& g) {
-  TORCH_CHECK(a.dim() == 3 && g.dim() == 3, "linear_sq_norms: a must be [B, T, d] and g [B, T, p]; got ", a.sizes(),
+  TORCH_CHECK(a.dim() == 3 && g.dim() == 4, "linear_sq_norms: a must be [B, T, d] and g [K, B, T, p]; got ", a.sizes(),
               " and ", g.sizes(), ".");
-  TORCH_CHECK(a.size(0) == g.size(0) && a.size(1) == g.size(1), "linear_sq_norms: a ", a.sizes(), " and g ", g.sizes(),
-              " must agree in their first two dimensions.");
+  TORCH_CHECK(a.size(0) == g.size(1) && a.size(1) == g.size(2), "linear_sq_norms: a ", a.sizes(), " and g ", g.sizes(),
+              " must agree in B and T.");
   TORCH_CHECK(a.scalar_type() == g.scalar_type(), "linear_sq_norms: a is ", a.scalar_type(), " but g is ",
               g.scalar_type(), ".");
 }
 
+// Sum of squares in float64, with four accumulators (a fixed order: repeatable bit for bit).
 template <typename scalar_t>
-double strided_squares(const scalar_t* x, int64_t n, int64_t stride) {
-  if (stride == 1) return cape::sum_of_squares(x, n);
-  double total = 0.0;
-  for (int64_t i = 0; i < n; ++i) total += double(x[i * stride]) * double(x[i * stride]);
-  return total;
+double squares(const scalar_t* x, int64_t n, int64_t stride) {
+  double acc[4] = {0.0, 0.0, 0.0, 0.0};
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + 4 <= n; i += 4) {
+      for (int64_t k = 0; k < 4; ++k) acc[k] += double(x[i + k]) * double(x[i + k]);
+    }
+  }
+  for (; i < n; ++i) acc[0] += double(x[i * stride]) * double(x[i * stride]);
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
 }
 
-template <typename scalar_t>
-double one_sample(const cape::Tiles<scalar_t>& tile, cape::Scratch<scalar_t>& scratch, cape::MatrixView<scalar_t> a,
-                  cape::MatrixView<scalar_t> g, int64_t t, int64_t d, int64_t p) {
-  if (t == 1) {  // a rank-one gradient: its norm is a product of norms
-    return strided_squares(a.data, d, a.col_stride) * strided_squares(g.data, p, g.col_stride);
-  }
-  if (cape::choose_form(t, d, p) == cape::Form::gram) {
-    const int64_t ld = cape::gram_stride(tile, t);
-    scalar_t* x = scratch.grow(scratch.a, d * ld);
-    scalar_t* y = scratch.grow(scratch.g, p * ld);
-    cape::pack(a.data, a.col_stride, a.row_stride, d, t, ld, x);
-    cape::pack(g.data, g.col_stride, g.row_stride, p, t, ld, y);
-    return cape::gram_squares(tile, scratch, x, d, y, p, ld, t);
-  }
-  scalar_t* panels = scratch.grow(scratch.g, t * cape::round_up(p, tile.cols));
-  cape::pack_panels(g.data, g.row_stride, g.col_stride, t, p, int64_t(tile.cols), panels);
-  const int64_t padded = cape::round_up(d, tile.rows);
-  const scalar_t* rows = a.data;
-  int64_t stride = a.row_stride;
-  if (a.col_stride != 1 || padded != d) {
-    scalar_t* copy = scratch.grow(scratch.a, t * padded);
-    cape::pack(a.data, a.row_stride, a.col_stride, t, d, padded, copy);
-    rows = copy;
-    stride = padded;
-  }
-  const int64_t* offset = scratch.steps(scratch.a_offset, t, stride);
-  return cape::direct_squares(tile, rows, offset, padded, panels, t, p);
-}
-
-Tensor linear_sq_norms(const Tensor& a, const Tensor& g) {
+// The CPU always works in the tensors' own precision, whatever lower one is allowed.
+Tensor linear_sq_norms(const Tensor& a, const Tensor& g, c10::string_view, c10::string_view form_name) {
   check_inputs(a, g);
-  const int64_t batch = a.size(0), t = a.size(1), d = a.size(2), p = g.size(2);
-  Tensor out = at::empty({batch}, a.options().dtype(at::kDouble));
+  const int64_t batch = a.size(0), t = a.size(1), d = a.size(2), p = g.size(3), cotangents = g.size(0);
+  Tensor out = at::empty({cotangents, batch}, a.options().dtype(at::kDouble));
   double* result = out.mutable_data_ptr<double>();
   if (t == 0 || d == 0 || p == 0) return out.zero_();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "linear_sq_norms", [&] {
-    const auto& tile = cape::tiles<scalar_t>();
+    const auto& kernels = cape::kernels<scalar_t>();
+    const cape::LinearShape shape{t, d, p, cotangents};
+    cape::Form form = cape::form_of({form_name.data(), form_name.size()});
+    if (form == cape::Form::automatic) form = cape::choose(kernels.tile, shape);
+    TORCH_CHECK(form == cape::Form::direct || form == cape::Form::gram, "linear_sq_norms: no form '", form_name, "'.");
     const scalar_t* a_data = a.const_data_ptr<scalar_t>();
     const scalar_t* g_data = g.const_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      cape::Scratch<scalar_t> scratch;
+    const int64_t grain = t > 1 ? 1 : std::max<int64_t>(1, 32768 / (d + cotangents * p));
+    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+      std::vector<double> total(static_cast<size_t>(cotangents));
+      const auto scratch = cape::scratch<scalar_t>(t > 1 ? cape::scratch_of(kernels.tile, form, shape)
+                                                         : cape::ScratchSize{0, 0});
       for (int64_t b = begin; b < end; ++b) {
-        result[b] = one_sample<scalar_t>(tile, scratch, {a_data + b * a.stride(0), a.stride(1), a.stride(2)},
-                                         {g_data + b * g.stride(0), g.stride(1), g.stride(2)}, t, d, p);
+        const scalar_t* ab = a_data + b * a.stride(0);
+        const scalar_t* gb = g_data + b * g.stride(1);
+        if (t == 1) {  // a rank-one gradient: its norm is a product of norms
+          const double left = squares(ab, d, a.stride(2));
+          for (int64_t k = 0; k < cotangents; ++k) {
+            total[size_t(k)] = left * squares(gb + k * g.stride(0), p, g.stride(3));
+          }
+        } else {
+          kernels.linear(form, shape, {ab, a.stride(1), a.stride(2)}, {gb, g.stride(2), g.stride(3)}, g.stride(0),
+                         scratch, total.data());
+        }
+        for (int64_t k = 0; k < cotangents; ++k) result[k * batch + b] = total[size_t(k)];
       }
     });
   });
@@ -81,7 +78,7 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g) {
 }
 
 Tensor sq_norms(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2, "sq_norms: x must be [B, n]; got ", x.sizes(), ".");
+  TORCH_CHECK(x.dim() == 2, "sq_norms: x must be [N, n]; got ", x.sizes(), ".");
   const Tensor rows = x.contiguous();
   const int64_t batch = x.size(0), n = x.size(1);
   Tensor out = at::empty({batch}, x.options().dtype(at::kDouble));
@@ -90,7 +87,7 @@ Tensor sq_norms(const Tensor& x) {
     const scalar_t* data = rows.const_data_ptr<scalar_t>();
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(n, 1));
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) result[b] = cape::sum_of_squares(data + b * n, n);
+      for (int64_t b = begin; b < end; ++b) result[b] = squares(data + b * n, n, 1);
     });
   });
   return out;

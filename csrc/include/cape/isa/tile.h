@@ -1,0 +1,169 @@
+// Register tiles: what every product of the probe is made of. No torch, nothing of the standard library.
+//
+// Everything under isa/ is compiled once per instruction set, in a namespace of its own (CAPE_ISA), by cpu/isa_*.cpp;
+// those files must not instantiate templates of the standard library, which the linker could share between them.
+#pragma once
+
+#include <cape/shapes.h>
+
+namespace cape {
+namespace CAPE_ISA {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename scalar>
+struct Tile {
+  static constexpr int kWidth = CAPE_VECTOR_BYTES / int(sizeof(scalar));
+  // Rows of the largest tile: 2, 4 or 8, and no more than the channels of a blocked image (windows.h).
+  static constexpr int kRows = CAPE_TILE_ROWS < kWidth ? CAPE_TILE_ROWS : kWidth;
+  static constexpr int kCols = 2 * kWidth;
+  typedef scalar Vector __attribute__((vector_size(CAPE_VECTOR_BYTES), aligned(sizeof(scalar)), may_alias));
+
+  static CAPE_INLINE Vector load(const scalar* p) { return *reinterpret_cast<const Vector*>(p); }
+  static CAPE_INLINE void store(scalar* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+  // c[i * v * kWidth + j] = sum_k a[offset[k] + i * step] * b[k * ldb + j] for i < r, j < v * kWidth.
+  template <int r, int v, bool unit>
+  static void product(const scalar* a, const int64_t* offset, int64_t step, const scalar* b, int64_t ldb, int64_t depth,
+                      scalar* c) {
+    Vector acc[r][v] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const scalar* row = a + offset[k];
+      Vector right[v];
+      for (int q = 0; q < v; ++q) right[q] = load(b + k * ldb + q * kWidth);
+#pragma GCC unroll 8
+      for (int i = 0; i < r; ++i) {
+        const scalar left = unit ? row[i] : row[i * step];
+        for (int q = 0; q < v; ++q) acc[i][q] += left * right[q];
+      }
+    }
+    for (int i = 0; i < r; ++i) {
+      for (int q = 0; q < v; ++q) store(c + (i * v + q) * kWidth, acc[i][q]);
+    }
+  }
+
+  template <bool unit>
+  static CAPE_INLINE void multiply(int r, int v, const scalar* a, const int64_t* offset, int64_t step, const scalar* b,
+                                   int64_t ldb, int64_t depth, scalar* c) {
+    if (v == 2) {
+      if (r == kRows) return product<kRows, 2, unit>(a, offset, step, b, ldb, depth, c);
+      if (r == 4) return product<4, 2, unit>(a, offset, step, b, ldb, depth, c);
+      if (r == 2) return product<2, 2, unit>(a, offset, step, b, ldb, depth, c);
+      return product<1, 2, unit>(a, offset, step, b, ldb, depth, c);
+    }
+    if (r == kRows) return product<kRows, 1, unit>(a, offset, step, b, ldb, depth, c);
+    if (r == 4) return product<4, 1, unit>(a, offset, step, b, ldb, depth, c);
+    if (r == 2) return product<2, 1, unit>(a, offset, step, b, ldb, depth, c);
+    return product<1, 1, unit>(a, offset, step, b, ldb, depth, c);
+  }
+
+  // The smallest tile height that holds n rows, and the largest that n rows fill.
+  static int cover(int64_t n) { return n >= kRows ? kRows : n > 4 ? 8 : n > 2 ? 4 : int(n); }
+  static int fill(int64_t n) { return n >= kRows ? kRows : n >= 4 ? 4 : n >= 2 ? 2 : 1; }
+
+  // Sums of products over n numbers (a multiple of kWidth): up to eight terms in the tile's precision, then float64.
+  static double dot(const scalar* c, const scalar* e, int64_t n) {
+    double sums[kWidth] = {};
+    for (int64_t start = 0; start < n; start += 8 * kWidth) {
+      const int64_t end = least(n, start + 8 * kWidth);
+      Vector acc = {};
+      for (int64_t at = start; at < end; at += kWidth) acc += load(c + at) * load(e + at);
+      for (int q = 0; q < kWidth; ++q) sums[q] += double(acc[q]);
+    }
+    double total = 0.0;
+    for (int q = 0; q < kWidth; ++q) total += sums[q];
+    return total;
+  }
+
+  // dst[c * ld_dst + r] = src[r * ld_src + c] for r < rows, c < cols.
+  static void transpose(const scalar* src, int64_t ld_src, int64_t rows, int64_t cols, scalar* dst, int64_t ld_dst) {
+    int64_t r = 0;
+#if CAPE_VECTOR_BYTES == 64
+    for (; r + kWidth <= rows; r += kWidth) {
+      int64_t c = 0;
+      for (; c + kWidth <= cols; c += kWidth) transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
+      for (; c < cols; ++c) {
+        for (int q = 0; q < kWidth; ++q) dst[c * ld_dst + r + q] = src[(r + q) * ld_src + c];
+      }
+    }
+#endif
+    for (int64_t c0 = 0; c0 < cols; c0 += 16) {  // blocks whose lines stay in the first-level cache
+      const int64_t c1 = least(cols, c0 + 16);
+      for (int64_t q = r; q < rows; ++q) {
+        for (int64_t c = c0; c < c1; ++c) dst[c * ld_dst + q] = src[q * ld_src + c];
+      }
+    }
+  }
+
+#if CAPE_VECTOR_BYTES == 64
+  // A square of kWidth x kWidth, by exchanging ever larger off-diagonal blocks between pairs of vectors.
+  static CAPE_INLINE void transpose_block(const scalar* src, int64_t ld_src, scalar* dst, int64_t ld_dst) {
+    Vector v[kWidth];
+    for (int i = 0; i < kWidth; ++i) v[i] = load(src + i * ld_src);
+#pragma GCC unroll 4
+    for (int s = 1; s < kWidth; s *= 2) {
+      Index low, high;
+      for (int q = 0; q < kWidth; ++q) {
+        low[q] = (q & s) ? kWidth + (q ^ s) : q;
+        high[q] = (q & s) ? kWidth + q : (q | s);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i & s) continue;
+        const Vector a = v[i], b = v[i | s];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i | s] = __builtin_shuffle(a, b, high);
+      }
+    }
+    for (int i = 0; i < kWidth; ++i) store(dst + i * ld_dst, v[i]);
+  }
+
+ private:
+  template <int bytes, int dummy = 0>
+  struct Integer {
+    typedef int32_t type;
+  };
+  template <int dummy>
+  struct Integer<8, dummy> {
+    typedef int64_t type;
+  };
+  typedef typename Integer<int(sizeof(scalar))>::type Whole;
+  typedef Whole Index __attribute__((vector_size(CAPE_VECTOR_BYTES)));
+
+ public:
+#endif
+
+  // dst[x * width + y] = src[x * sx + y * sy] for x < depth, y < count; zero up to width.
+  static void pack(const scalar* src, int64_t sx, int64_t sy, int64_t depth, int64_t count, int64_t width,
+                   scalar* dst) {
+    if (sy == 1) {
+      if (count == kWidth && width == kWidth) {
+        for (int64_t x = 0; x < depth; ++x) store(dst + x * kWidth, load(src + x * sx));
+      } else if (count == kCols && width == kCols) {
+        for (int64_t x = 0; x < depth; ++x) {
+          store(dst + x * kCols, load(src + x * sx));
+          store(dst + x * kCols + kWidth, load(src + x * sx + kWidth));
+        }
+      } else {
+        for (int64_t x = 0; x < depth; ++x) {
+          for (int64_t y = 0; y < count; ++y) dst[x * width + y] = src[x * sx + y];
+        }
+      }
+    } else if (sx == 1) {
+      transpose(src, sy, count, depth, dst, width);
+    } else {
+      for (int64_t x = 0; x < depth; ++x) {
+        for (int64_t y = 0; y < count; ++y) dst[x * width + y] = src[x * sx + y * sy];
+      }
+    }
+    if (count < width) {
+      for (int64_t x = 0; x < depth; ++x) {
+        for (int64_t y = count; y < width; ++y) dst[x * width + y] = scalar(0);
+      }
+    }
+  }
+};
+
+}  // namespace CAPE_ISA
+}  // namespace cape

@@ -1,0 +1,195 @@
+// Every instruction set that this processor runs, every form and both precisions, against plain float64 loops.
+#include <cape/cost.h>
+#include <cape/kernels.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace {
+
+std::mt19937 generator(0);
+
+template <typename scalar>
+std::vector<scalar> random_numbers(int64_t n) {
+  std::normal_distribution<double> normal;
+  std::vector<scalar> v(static_cast<size_t>(n));
+  for (auto& x : v) x = scalar(normal(generator));
+  return v;
+}
+
+void expect(double ours, double expected, double tolerance, const char* isa, const char* what, int form) {
+  if (std::abs(ours - expected) <= tolerance * std::abs(expected) + 1e-300) return;
+  std::printf("%s, %s, form %d: %.9g instead of %.9g\n", isa, what, form, ours, expected);
+  std::exit(1);
+}
+
+template <typename scalar>
+constexpr double tolerance() {
+  return sizeof(scalar) == 4 ? 1e-5 : 1e-12;
+}
+
+template <typename scalar>
+struct Memory {
+  std::vector<scalar> values;
+  std::vector<int64_t> offsets;
+  explicit Memory(cape::ScratchSize size)
+      : values(static_cast<size_t>(size.values), scalar(NAN)), offsets(static_cast<size_t>(size.offsets)) {}
+  cape::Scratch<scalar> get() { return {values.data(), offsets.data()}; }
+};
+
+template <typename scalar>
+void check_linear(const cape::Kernels<scalar>& kernels) {
+  const int64_t shapes[][3] = {{2, 7, 5}, {17, 13, 33}, {40, 12, 32}, {65, 48, 3}, {129, 1, 70}, {66, 31, 40}};
+  for (const auto& [t, d, p] : shapes) {
+    const cape::LinearShape shape{t, d, p, 2};
+    const auto a = random_numbers<scalar>(t * d), g = random_numbers<scalar>(2 * t * p);
+    for (const bool turned : {false, true}) {  // the same numbers read as rows of features or of positions
+      const cape::Strided<scalar> left{a.data(), turned ? 1 : d, turned ? t : 1};
+      const cape::Strided<scalar> right{g.data(), turned ? 1 : p, turned ? t : 1};
+      for (const cape::Form form : {cape::Form::direct, cape::Form::gram}) {
+        Memory<scalar> memory(cape::scratch_of(kernels.tile, form, shape));
+        double total[2];
+        kernels.linear(form, shape, left, right, t * p, memory.get(), total);
+        for (int64_t k = 0; k < 2; ++k) {
+          double expected = 0.0;
+          for (int64_t i = 0; i < d; ++i) {
+            for (int64_t j = 0; j < p; ++j) {
+              double sum = 0.0;
+              for (int64_t x = 0; x < t; ++x) {
+                sum += double(left.data[x * left.row + i * left.col]) *
+                       double(right.data[k * t * p + x * right.row + j * right.col]);
+              }
+              expected += sum * sum;
+            }
+          }
+          expect(total[k], expected, tolerance<scalar>(), kernels.name, "linear", int(form));
+        }
+      }
+    }
+  }
+}
+
+template <typename scalar>
+double conv_loop(const cape::ConvShape& s, const scalar* x, const scalar* g) {
+  double total = 0.0;
+  const int64_t c = s.group_channels(), p = s.group_outputs();
+  for (int64_t o = 0; o < s.outputs; ++o)
+    for (int64_t i = o / p * c; i < (o / p + 1) * c; ++i)
+      for (int64_t tap = 0; tap < s.taps(); ++tap) {
+        const int64_t taps[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
+        double sum = 0.0;
+        for (int64_t f = 0; f < s.frames; ++f)
+          for (int64_t q = 0; q < s.out_pixels(); ++q) {
+            const int64_t at[3] = {q / (s.out[1] * s.out[2]), q / s.out[2] % s.out[1], q % s.out[2]};
+            int64_t pixel = 0;
+            bool real = true;
+            for (int axis = 0; axis < 3; ++axis) {
+              const int64_t n = at[axis] * s.stride[axis] + taps[axis] * s.dilation[axis] - s.padding[axis];
+              real = real && n >= 0 && n < s.size[axis];
+              pixel = pixel * s.size[axis] + n;
+            }
+            if (real) {
+              sum += double(x[(f * s.channels + i) * s.pixels() + pixel]) *
+                     double(g[(f * s.outputs + o) * s.out_pixels() + q]);
+            }
+          }
+        total += sum * sum;
+      }
+  return total;
+}
+
+template <typename scalar>
+void check_conv(const cape::Kernels<scalar>& kernels) {
+  const cape::ConvShape shapes[] = {
+      {1, 3, 4, 1, 2, {1, 5, 6}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {1, 5, 6}},
+      {2, 4, 6, 2, 2, {1, 9, 7}, {1, 3, 2}, {1, 2, 1}, {0, 2, 0}, {1, 2, 3}, {1, 5, 4}},
+      {1, 2, 3, 1, 1, {4, 5, 3}, {2, 3, 1}, {1, 2, 1}, {1, 1, 0}, {1, 1, 1}, {5, 3, 3}},
+      {1, 2, 1, 1, 3, {1, 1, 2}, {1, 1, 2}, {1, 1, 3}, {0, 0, 2}, {1, 1, 1}, {1, 1, 2}},
+      {1, 20, 37, 1, 2, {1, 8, 8}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {1, 8, 8}},
+      {1, 10, 40, 2, 2, {1, 7, 9}, {1, 3, 3}, {1, 1, 1}, {0, 0, 2}, {1, 1, 1}, {1, 5, 11}},
+      {1, 19, 19, 19, 2, {1, 6, 9}, {1, 3, 3}, {1, 2, 1}, {0, 1, 1}, {1, 1, 1}, {1, 3, 9}},
+      {3, 5, 5, 5, 2, {2, 3, 4}, {2, 2, 5}, {1, 1, 1}, {0, 0, 2}, {1, 1, 1}, {1, 2, 4}},
+  };
+  for (const auto& s : shapes) {
+    const int64_t step = s.outputs * s.positions();
+    const auto x = random_numbers<scalar>(s.frames * s.channels * s.pixels());
+    const auto g = random_numbers<scalar>(s.cotangents * step);
+    for (const cape::Form form : {cape::Form::direct, cape::Form::gram, cape::Form::shifted, cape::Form::winograd,
+                                  cape::Form::channelwise, cape::Form::narrow}) {
+      if (form == cape::Form::shifted && !s.dense()) continue;
+      if (form == cape::Form::winograd && !s.three_by_three()) continue;
+      if (form == cape::Form::channelwise && (s.group_channels() != 1 || s.group_outputs() != 1)) continue;
+      Memory<scalar> memory(cape::scratch_of(kernels.tile, form, s));
+      std::vector<double> total(static_cast<size_t>(2 * s.cotangents));
+      kernels.conv(form, s, x.data(), g.data(), step, memory.get(), total.data());
+      for (int64_t k = 0; k < s.cotangents; ++k) {
+        expect(total[size_t(k)], conv_loop(s, x.data(), g.data() + k * step), tolerance<scalar>(), kernels.name, "conv",
+               int(form));
+      }
+    }
+  }
+}
+
+template <typename scalar>
+void check_affine(const cape::Kernels<scalar>& kernels) {
+  const int64_t shapes[][3] = {{1, 37, 1}, {5, 33, 1}, {2, 3, 300}, {1, 4, 7}};
+  for (const auto& [rows, channels, s] : shapes) {
+    const int64_t n = rows * channels * s;
+    const auto x = random_numbers<scalar>(n), g = random_numbers<scalar>(2 * n);
+    const auto mean = random_numbers<scalar>(rows * channels), inverse = random_numbers<scalar>(rows * channels);
+    for (const int64_t row_step : {int64_t(0), int64_t(1), channels}) {
+      const int64_t channel_step = row_step == 1 ? 0 : 1;  // per channel, per row, per both
+      const cape::AffineShape shape{rows, channels, s, 2, row_step, channel_step, true, true};
+      std::vector<double> sums(static_cast<size_t>(2 * channels));
+      double total[2];
+      kernels.affine(shape, x.data(), g.data(), n, mean.data(), inverse.data(), sums.data(), total);
+      for (int64_t k = 0; k < 2; ++k) {
+        double expected = 0.0;
+        for (int64_t c = 0; c < channels; ++c) {
+          double shift = 0.0, scale = 0.0;
+          for (int64_t r = 0; r < rows; ++r) {
+            const size_t at = size_t(r * row_step + c * channel_step);
+            for (int64_t q = 0; q < s; ++q) {
+              const int64_t e = (r * channels + c) * s + q;
+              const double grad = double(g[size_t(k * n + e)]);
+              shift += grad;
+              scale += grad * (double(x[size_t(e)]) - double(mean[at])) * double(inverse[at]);
+            }
+          }
+          expected += shift * shift + scale * scale;
+        }
+        expect(total[k], expected, tolerance<scalar>(), kernels.name, "affine", int(row_step));
+      }
+    }
+  }
+}
+
+template <typename scalar>
+void check(const cape::Kernels<scalar>& kernels) {
+  check_linear(kernels);
+  check_conv(kernels);
+  check_affine(kernels);
+}
+
+}  // namespace
+
+int main() {
+  check(*cape::portable_kernels_f32());
+  check(*cape::portable_kernels_f64());
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    check(*cape::avx2_kernels_f32());
+    check(*cape::avx2_kernels_f64());
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    check(*cape::avx512_kernels_f32());
+    check(*cape::avx512_kernels_f64());
+  }
+#endif
+  std::printf("kernels: ok (%s)\n", cape::kernels<float>().name);
+  return 0;
+}
