@@ -8,8 +8,9 @@
 
 TORCH_LIBRARY(cape, m) {
   // a [B, T, d], g [K, B, T, p] (any strides, float32 or float64) -> [K, B]:
-  // out[k, b] = || sum_t a[b, t, :]^T g[k, b, t, :] ||_F^2, the squared norm of a linear map's weight gradient.
-  m.def("linear_sq_norms(Tensor a, Tensor g, str precision=\"float32\", str form=\"auto\") -> Tensor");
+  // out[k, b] = || sum_t a[b, t, :]^T g[k, b, t, :] ||_F^2 + biases * || sum_t g[k, b, t, :] ||^2, the squared norm of
+  // the gradient of a linear map's weight and of as many biases with the same output gradient.
+  m.def("linear_sq_norms(Tensor a, Tensor g, int biases=0, str precision=\"float32\", str form=\"auto\") -> Tensor");
   // x [B, F, C, *S] (F images per sample, unpadded), g [K, B, F, O, *L] -> [K, B]: the squared norm of a convolution's
   // weight gradient; 1 to 3 spatial dimensions.
   m.def(
@@ -18,6 +19,16 @@ TORCH_LIBRARY(cape, m) {
   // g [K, B, R, C, S], x [B, R, C, S], statistics that broadcast to [B, R, C] -> [K, B]: sum over channels of the
   // squares of sum_{r,s} g * (x - mean) * inverse (where `scale`) and of sum_{r,s} g (where `shift`).
   m.def("affine_sq_norms(Tensor g, Tensor x, Tensor? mean, Tensor inverse, bool scale, bool shift) -> Tensor");
+  // A recurrent layer from its input projections pre [T, B, gates * H] on: h and what its backward pass needs. Gradients
+  // are [T, K, B, ...]; the backward passes end at the gates and at the initial states.
+  m.def("lstm_sequence(Tensor pre, Tensor w_hh, Tensor h0, Tensor c0) -> (Tensor h, Tensor gates, Tensor c)");
+  m.def(
+      "lstm_sequence_backward(Tensor grad_h, Tensor grad_c, Tensor gates, Tensor c, Tensor w_hh, Tensor c0)"
+      " -> (Tensor d_pre, Tensor d_h0, Tensor d_c0)");
+  m.def("gru_sequence(Tensor pre, Tensor w_hh, Tensor b_hh, Tensor h0) -> (Tensor h, Tensor gates, Tensor side)");
+  m.def(
+      "gru_sequence_backward(Tensor grad_h, Tensor gates, Tensor side, Tensor h, Tensor w_hh, Tensor h0)"
+      " -> (Tensor d_pre, Tensor d_side, Tensor d_h0)");
   // x [N, n] -> [N]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
 }

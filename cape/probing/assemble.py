@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cape.probing import ops
 from cape.probing.intercept import Recorded
-from cape.probing.uses import LinearUse
+from cape.probing.uses import LinearUse, wide
 
 
 @dataclass
@@ -41,16 +41,16 @@ class Plan:
     groups: list[tuple[list[nn.Parameter], list[Item]]] = field(default_factory=list)
 
 
-def parameters_behind(roots: Iterable[Tensor | None], among: dict[int, nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that the autograd graph behind some tensors still reaches."""
-    found: dict[int, nn.Parameter] = {id(t): among[id(t)] for t in roots if t is not None and id(t) in among}
+def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the leaves that the autograd graph behind some tensors reaches."""
+    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
     stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in among:
-            found[id(variable)] = among[id(variable)]
+        if variable is not None:
+            found[id(variable)] = variable
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
@@ -78,7 +78,8 @@ def _item(recorded: Recorded, target: int, parameters: dict[int, nn.Parameter]) 
         region = _region(t)
         if region is not None:
             return Item(recorded, target, (parameters[id(base)],), region)
-    return Item(recorded, target, tuple(parameters_behind([t], parameters)), None)
+    behind = [parameters[id(leaf)] for leaf in leaves_behind([t]) if id(leaf) in parameters]
+    return Item(recorded, target, tuple(behind), None)
 
 
 def plan(uses: Sequence[Recorded], parameters: dict[int, nn.Parameter], leaked: set[int]) -> Plan:
@@ -118,14 +119,21 @@ def _disjoint(items: Sequence[Item]) -> bool:
     return len(known) == len(regions) and all(a[1] < b[0] for a, b in zip(known, known[1:], strict=False))
 
 
-def group_norms(parameters: Sequence[nn.Parameter], items: Sequence[Item], batch_size: int) -> Tensor:
-    """Return the squared per-sample norms of a group's summed gradients, [B] float64."""
+def group_norms(
+    parameters: Sequence[nn.Parameter], items: Sequence[Item], cotangents: int, batch_size: int
+) -> Tensor:
+    """Return the squared per-sample norms of a group's summed gradients, [K, B] float64."""
     reached = [i for i in items if i.recorded.gradient is not None]
     if not reached:
-        return torch.zeros(batch_size, dtype=torch.float64, device=parameters[0].device)
+        return torch.zeros(cotangents, batch_size, dtype=torch.float64, device=parameters[0].device)
     joined = _joined_linear(reached)
     if joined is not None:
         return joined
+    return torch.stack([_summed(parameters, reached, k, batch_size) for k in range(cotangents)])
+
+
+def _summed(parameters: Sequence[nn.Parameter], reached: Sequence[Item], k: int, batch_size: int) -> Tensor:
+    """Return the norms [B] for one cotangent, from the gradients of a few samples at a time."""
     size = sum(p.numel() for p in parameters)
     step = max(1, 4 * ops.MATERIALIZE_ELEMENTS // size)
     parts = []
@@ -133,17 +141,19 @@ def group_norms(parameters: Sequence[nn.Parameter], items: Sequence[Item], batch
         samples = slice(lo, min(lo + step, batch_size))
         sums: dict[int, Tensor] = {}
         for item in reached:
-            for p, grads in _to_parameters(item, parameters, samples):
+            for p, grads in _to_parameters(item, parameters, k, samples):
                 sums[id(p)] = sums[id(p)] + grads if id(p) in sums else grads
         parts.append(torch.stack([ops.sq_norms(s) for s in sums.values()]).sum(0))
     return torch.cat(parts)
 
 
-def _to_parameters(item: Item, parameters: Sequence[nn.Parameter], samples: slice) -> list[tuple[nn.Parameter, Tensor]]:
+def _to_parameters(
+    item: Item, parameters: Sequence[nn.Parameter], k: int, samples: slice
+) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the gradients of a target's parameters for some samples, [b, *parameter.shape] each."""
     gradient = item.recorded.gradient
     assert gradient is not None
-    grads = item.recorded.use.grads(gradient, item.target, samples)
+    grads = item.recorded.use.grads(gradient[k], item.target, samples)
     wanted = {id(p) for p in parameters}
     bases = [b for b in item.bases if id(b) in wanted]
     if len(item.bases) == 1 and item.tensor is item.bases[0]:
@@ -170,14 +180,14 @@ def _joined_linear(items: Sequence[Item]) -> Tensor | None:
             return None
         gradient = item.recorded.gradient
         assert gradient is not None
-        g3 = use.rows_of(gradient)
+        g4 = use.layout.rows(wide(gradient), 1, 1)
         if part.rows is None:
-            g3 = g3.sum(1, keepdim=True)
+            g4 = g4.sum(2, keepdim=True)
         else:
             rows.append(use.rows_of(part.rows))
-        gradients.append(g3)
+        gradients.append(g4)
     if not rows:
-        return ops.sq_norms(torch.cat(gradients, 1).sum(1))
+        return ops.sq_norms(torch.cat(gradients, 2).sum(2), 2)
     if len(rows) != len(gradients):
         return None
-    return ops.linear_sq_norms(torch.cat(rows, 1), torch.cat(gradients, 1))
+    return ops.linear_sq_norms(torch.cat(rows, 1), torch.cat(gradients, 2))

@@ -103,16 +103,13 @@ def probe(
         raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
     _, _, batch_size = check_batch(batch)
     criterion = Loss(loss)
-    norms = all_norms(model, batch, loss=loss, backend=backend)
-    full = None
-    if tau != "true_logit":
-        full = _log_mean(all_norms(model, batch, loss=loss, tau=tau, backend=backend).tau)
+    norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
     line = first_step(model, batch, criterion, lr)
     return Features(
         log_p=math.log(sum(p.numel() for p in trainable(model).values())),
         log_g2=_log_mean(norms.g2),
         log_tau=_log_mean(norms.tau),
-        log_tau_full=full,
+        log_tau_full=None if norms.tau_full is None else _log_mean(norms.tau_full),
         log_n=math.log(dataset_size),
         log_lr=math.log(lr),
         log_b=math.log(batch_size),

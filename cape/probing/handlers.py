@@ -23,9 +23,9 @@ from cape.probing.uses import (
     EinsumUse,
     EmbeddingUse,
     LinearUse,
-    NormalizeFn,
     Part,
     Use,
+    wide,
 )
 
 
@@ -209,13 +209,17 @@ for _spatial, _plain, _transposed in (
 # ---- normalization -------------------------------------------------------------------------------------------------
 
 
+Statistics = Callable[[], tuple[Tensor | None, Tensor]]
+
+
 def _affine(
     mode: Interceptor,
+    kind: str,
     x: Tensor,
     w: Tensor | None,
     b: Tensor | None,
     aligned: Sequence[int],
-    normalize: NormalizeFn,
+    statistics: Statistics,
     run: Callable[..., Tensor],
 ) -> Any:
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b):
@@ -225,13 +229,19 @@ def _affine(
         if aligned[layout.dim] != 1:
             return None
         live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
-        return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), normalize, aligned, layout)
+        return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), statistics, aligned, layout)
 
-    return mode.meet(normalize.kind, x, (w, b), run, make)
+    return mode.meet(kind, x, (w, b), run, make)
 
 
 def _per_channel(x: Tensor) -> list[int]:
     return [1, x.shape[1]] + [1] * (x.dim() - 2)
+
+
+def _moments(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse deviation over some dimensions, which stay with size 1."""
+    var, mean = torch.var_mean(wide(x.detach()), list(dims), correction=0, keepdim=True)
+    return mean, (var + eps).rsqrt()
 
 
 @handles(F.batch_norm)
@@ -242,10 +252,15 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
     )  # fmt: skip
     if training or mean is None or var is None:
         return NotImplemented
-    normalize = NormalizeFn("batch_norm", running_mean=mean, running_var=var, training=False, eps=eps)
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        shape = _per_channel(x)
+        return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(shape)
+
     return _affine(
-        mode, x, w, b, _per_channel(x), normalize, lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps)
-    )
+        mode, "batch_norm", x, w, b, _per_channel(x), statistics,
+        lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps),
+    )  # fmt: skip
 
 
 @handles(F.instance_norm)
@@ -254,37 +269,52 @@ def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
         "input running_mean running_var weight bias use_input_stats momentum eps",
         args, kwargs, use_input_stats=True, momentum=0.1, eps=1e-5,
     )  # fmt: skip
-    stats = {} if use_input_stats else {"running_mean": mean, "running_var": var}
     if use_input_stats and (mean is not None or var is not None):
         return NotImplemented  # would update running statistics
-    normalize = NormalizeFn("instance_norm", use_input_stats=use_input_stats, eps=eps, **stats)
+    if not use_input_stats:
+        return batch_norm(mode, func, (x, mean, var, w, b, False, momentum, eps), {})
     return _affine(
-        mode, x, w, b, _per_channel(x), normalize,
-        lambda w, b: F.instance_norm(x, mean, var, w, b, use_input_stats, momentum, eps),
+        mode, "instance_norm", x, w, b, _per_channel(x), lambda: _moments(x, range(2, x.dim()), eps),
+        lambda w, b: F.instance_norm(x, None, None, w, b, True, momentum, eps),
     )  # fmt: skip
 
 
 @handles(F.group_norm)
 def group_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, groups, w, b, eps = bind("input num_groups weight bias eps", args, kwargs, eps=1e-5)
-    normalize = NormalizeFn("group_norm", num_groups=groups, eps=eps)
-    return _affine(mode, x, w, b, _per_channel(x), normalize, lambda w, b: F.group_norm(x, groups, w, b, eps))
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        split = x.detach().unflatten(1, (groups, -1))
+        mean, inverse = (t.expand(*split.shape[:3], *t.shape[3:]) for t in _moments(split, range(2, split.dim()), eps))
+        return mean.flatten(1, 2), inverse.flatten(1, 2)
+
+    return _affine(
+        mode, "group_norm", x, w, b, _per_channel(x), statistics, lambda w, b: F.group_norm(x, groups, w, b, eps)
+    )
 
 
 @handles(F.layer_norm)
 def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, shape, w, b, eps = bind("input normalized_shape weight bias eps", args, kwargs, eps=1e-5)
-    aligned = [1] * (x.dim() - len(shape)) + list(shape)
-    normalize = NormalizeFn("layer_norm", normalized_shape=list(shape), eps=eps)
-    return _affine(mode, x, w, b, aligned, normalize, lambda w, b: F.layer_norm(x, shape, w, b, eps))
+    first = x.dim() - len(shape)
+    aligned = [1] * first + list(shape)
+    return _affine(
+        mode, "layer_norm", x, w, b, aligned, lambda: _moments(x, range(first, x.dim()), eps),
+        lambda w, b: F.layer_norm(x, shape, w, b, eps),
+    )  # fmt: skip
 
 
 @handles(F.rms_norm)
 def rms_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, shape, w, eps = bind("input normalized_shape weight eps", args, kwargs)
-    aligned = [1] * (x.dim() - len(shape)) + list(shape)
-    normalize = NormalizeFn("rms_norm", normalized_shape=list(shape), eps=eps)
-    return _affine(mode, x, w, None, aligned, normalize, lambda w, _: F.rms_norm(x, shape, w, eps))
+    first = x.dim() - len(shape)
+    aligned = [1] * first + list(shape)
+
+    def statistics() -> tuple[None, Tensor]:
+        squares = wide(x.detach()).square().mean(list(range(first, x.dim())), keepdim=True)
+        return None, (squares + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+
+    return _affine(mode, "rms_norm", x, w, None, aligned, statistics, lambda w, _: F.rms_norm(x, shape, w, eps))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------

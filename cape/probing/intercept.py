@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cape.probing.cotangents import physical
 from cape.probing.layout import Layout, observe
 from cape.probing.uses import Use
 
@@ -50,7 +51,7 @@ class Sighting:
 
 @dataclass
 class Recorded:
-    """A use seen in the recording phase, and the latest gradient that reached it."""
+    """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape]."""
 
     use: Use
     gradient: Tensor | None = None
@@ -318,9 +319,15 @@ class _Arrival:
         self.recorded = recorded
 
     def arrive(self, g: Tensor) -> None:
+        """Take a gradient as autograd hands it over."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            self.recorded.gradient = g
-            self.interceptor.on_gradient(self.recorded)
+            (bare,), _ = physical(g)
+            self.take(bare)
+
+    def take(self, g: Tensor) -> None:
+        """Take gradients [K, *shape]."""
+        self.recorded.gradient = g
+        self.interceptor.on_gradient(self.recorded)
 
 
 _opened_functions: dict[Any, Any] = {}

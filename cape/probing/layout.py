@@ -29,18 +29,24 @@ class Layout:
         """Whether a tensor can have this layout for ``batch_size`` samples."""
         return tensor.dim() > self.dim and tensor.shape[self.dim] == self.outer * batch_size * self.inner
 
-    def batch_first(self, tensor: Tensor) -> Tensor:
-        """Return the tensor as [B, outer, inner, every other dimension in order] (a view where possible)."""
-        batch = tensor.shape[self.dim] // (self.outer * self.inner)
-        split = tensor.unflatten(self.dim, (self.outer, batch, self.inner))
-        return split.movedim((self.dim + 1, self.dim, self.dim + 2), (0, 1, 2))
+    def batch_first(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """Return the tensor as [B, outer, inner, every other dimension in order] (a view where possible).
 
-    def rows(self, tensor: Tensor, features: int = 1) -> Tensor:
+        ``leading`` dimensions in front, which the layout does not count, stay in front.
+        """
+        dim = self.dim + leading
+        batch = tensor.shape[dim] // (self.outer * self.inner)
+        split = tensor.unflatten(dim, (self.outer, batch, self.inner))
+        return split.movedim((dim + 1, dim, dim + 2), (leading, leading + 1, leading + 2))
+
+    def rows(self, tensor: Tensor, features: int = 1, leading: int = 0) -> Tensor:
         """Return the tensor as [B, T, *features]: every dimension but the last ``features`` counts as T."""
-        if self.dim == 0 and self.outer == 1 and tensor.dim() - features == 1:  # already one block of rows
-            return tensor.reshape(-1, self.inner, *tensor.shape[1:])
-        first = self.batch_first(tensor)
-        return first.flatten(1, first.dim() - 1 - features)
+        front, shape = tensor.shape[:leading], tensor.shape[leading:]
+        if self.dim == 0 and self.outer == 1 and len(shape) > features:  # already one block of rows for each sample
+            batch = shape[0] // self.inner
+            return tensor.reshape(*front, batch, -1 if tensor.numel() else 0, *shape[len(shape) - features :])
+        first = self.batch_first(tensor, leading)
+        return first.flatten(leading + 1, first.dim() - 1 - features)
 
     def on(self, dim: int) -> Layout:
         """Return the same split on another dimension."""

@@ -1,6 +1,7 @@
 """The native operators and their pure-torch twins, behind one set of functions.
 
-Every operator returns squared norms as float64. The native module is optional: without it the twins run, and a
+Every operator returns squared norms as float64, for K cotangents at once: what the forward pass showed has no K
+dimension, gradients have it in front. The native module is optional: without it the twins run, and a
 warning says once that they are slower. ``use_backend("torch")`` forces the twins (for tests and comparisons).
 """
 
@@ -58,15 +59,16 @@ def native_module() -> Any | None:
 def _register_fakes() -> None:
     """Tell torch the shapes of the operators' results, for tracing without data."""
 
-    def one_number_per_sample(first: Tensor, *rest: Any) -> Tensor:
-        return first.new_empty(first.shape[0], dtype=torch.float64)
+    def one_per_sample(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], dtype=torch.float64)
 
-    def two_per_channel(g: Tensor, x: Tensor) -> Tensor:
-        return g.new_empty(2, g.shape[0], g.shape[2], dtype=torch.float64)
+    def one_per_cotangent_and_sample(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+        g = max(first, second, key=lambda t: t.dim())
+        return g.new_empty(g.shape[:2], dtype=torch.float64)
 
-    for name in ("sq_norms", "linear_sq_norms", "conv_sq_norms"):
-        torch.library.register_fake(f"cape::{name}", one_number_per_sample)
-    torch.library.register_fake("cape::pair_sums", two_per_channel)
+    torch.library.register_fake("cape::sq_norms", one_per_sample)
+    for name in ("linear_sq_norms", "conv_sq_norms", "affine_sq_norms"):
+        torch.library.register_fake(f"cape::{name}", one_per_cotangent_and_sample)
 
 
 @contextmanager
@@ -83,7 +85,8 @@ def use_backend(backend: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def _native(*tensors: Tensor) -> bool:
+def native(*tensors: Tensor) -> bool:
+    """Whether the native operators take these tensors."""
     if _backend.get() == "torch" or any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
         return False
     module = native_module()
@@ -92,89 +95,114 @@ def _native(*tensors: Tensor) -> bool:
     return tensors[0].device.type == "cpu" or bool(module.build_info()["cuda"])
 
 
-def sq_norms(x: Tensor) -> Tensor:
-    """Return Σ_j x[b, j]², [B] float64, for ``x`` [B, ...]."""
-    x = x.reshape(x.shape[0], x.shape[1:].numel())
-    return torch.ops.cape.sq_norms(x) if _native(x) else sq_norms_torch(x)
+def sq_norms(x: Tensor, leading: int = 1) -> Tensor:
+    """Return the sum of squares over all but the ``leading`` dimensions of ``x``, float64."""
+    lead = x.shape[:leading]
+    rows = x.reshape(lead.numel(), x.shape[leading:].numel())
+    return (torch.ops.cape.sq_norms(rows) if native(x) else sq_norms_torch(rows)).view(lead)
 
 
 def sq_norms_torch(x: Tensor) -> Tensor:
-    """Pure-torch twin of ``sq_norms``."""
+    """Pure-torch twin of ``sq_norms``: [N, n] to [N]."""
     return x.double().square().sum(1)
 
 
-def pair_sums(g: Tensor, x: Tensor) -> Tensor:
-    """Return the sums over R and S of G and of G·X, [2, B, C] float64, for ``g`` and ``x`` [B, R, C, S]."""
-    if g.device.type == "cpu" and _native(g, x):
-        return torch.ops.cape.pair_sums(g, x)
-    return pair_sums_torch(g, x)
+def affine_sq_norms(
+    g: Tensor, x: Tensor, mean: Tensor | None, inverse: Tensor, *, scale: bool = True, shift: bool = True
+) -> Tensor:
+    """Return Σ_c (Σ_{r,s} G·x̂)² (where ``scale``) + Σ_c (Σ_{r,s} G)² (where ``shift``), [K, B] float64.
+
+    Args:
+        g: gradients of a normalization layer's output [K, B, R, C, S].
+        x: its input [B, R, C, S]; x̂ = (x - mean)·inverse.
+        mean: broadcasts to [B, R, C]; ``None`` is zero.
+        inverse: the inverse standard deviation, in the shape of ``mean``.
+    """
+    if x.device.type == "cpu" and native(g, x):
+        return torch.ops.cape.affine_sq_norms(g, x, mean, inverse, scale, shift)
+    return affine_sq_norms_torch(g, x, mean, inverse, scale, shift)
 
 
-def pair_sums_torch(g: Tensor, x: Tensor) -> Tensor:
-    """Pure-torch twin of ``pair_sums``."""
-    return torch.stack([g.sum((1, 3), dtype=torch.float64), (g * x).sum((1, 3), dtype=torch.float64)])
+def affine_sq_norms_torch(
+    g: Tensor, x: Tensor, mean: Tensor | None, inverse: Tensor, scale: bool, shift: bool
+) -> Tensor:
+    """Pure-torch twin of ``affine_sq_norms``."""
+    total = torch.zeros(g.shape[:2], dtype=torch.float64, device=g.device)
+    if scale:
+        hat = (x if mean is None else x - mean.unsqueeze(-1)) * inverse.unsqueeze(-1)
+        total += (g * hat).sum((2, 4), dtype=torch.float64).square().sum(2)
+    if shift:
+        total += g.sum((2, 4), dtype=torch.float64).square().sum(2)
+    return total
 
 
-def linear_sq_norms(a: Tensor, g: Tensor) -> Tensor:
-    """Return ‖A_bᵀ G_b‖²_F for each sample, [B] float64.
+def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto") -> Tensor:
+    """Return ‖A_bᵀ G_kb‖²_F + biases·‖Σ_t G_kbt‖² for each cotangent and sample, [K, B] float64.
 
     Args:
         a: inputs [B, T, d], float32 or float64, any strides.
-        g: output gradients [B, T, p], same dtype and device.
+        g: output gradients [K, B, T, p], same dtype and device.
+        biases: how many biases have the same output gradient.
+        form: ``auto``, ``direct`` or ``gram``.
     """
-    return torch.ops.cape.linear_sq_norms(a, g) if _native(a, g) else linear_sq_norms_torch(a, g)
+    if native(a, g):
+        return torch.ops.cape.linear_sq_norms(a, g, biases, form=form)
+    return linear_sq_norms_torch(a, g, biases)
 
 
-def linear_sq_norms_torch(a: Tensor, g: Tensor) -> Tensor:
+def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0) -> Tensor:
     """Pure-torch twin of ``linear_sq_norms``: the cheaper of the direct and the Gram form."""
     batch, length, d = a.shape
-    p = g.shape[2]
+    cotangents, p = g.shape[0], g.shape[3]
     if length == 1:
-        return sq_norms_torch(a[:, 0]) * sq_norms_torch(g[:, 0])
-    if length * (d + p) < 2 * d * p:
-        size, form = length * length, _gram_form
+        return (sq_norms_torch(a[:, 0]) + biases) * sq_norms_torch(g.reshape(-1, p)).view(cotangents, batch)
+    if length * (d + cotangents * p) < 2 * cotangents * d * p:
+        size, form = length * length * (1 + cotangents), _gram_form
     else:
-        size, form = d * p, _direct_form
+        size, form = cotangents * d * p, _direct_form
     step = max(1, MATERIALIZE_ELEMENTS // max(1, size))
-    parts = [form(a[lo : lo + step], g[lo : lo + step]) for lo in range(0, batch, step)]
-    return torch.cat(parts) if parts else a.new_zeros(0, dtype=torch.float64)
+    parts = [form(a[lo : lo + step], g[:, lo : lo + step], biases) for lo in range(0, batch, step)]
+    return torch.cat(parts, 1) if parts else a.new_zeros(cotangents, 0, dtype=torch.float64)
 
 
-def _gram_form(a: Tensor, g: Tensor) -> Tensor:
-    return ((a @ a.mT).double() * (g @ g.mT)).sum((1, 2)).clamp(min=0)
+def _gram_form(a: Tensor, g: Tensor, biases: int) -> Tensor:
+    return (((a @ a.mT).double() + biases) * (g @ g.mT)).sum((2, 3)).clamp(min=0)
 
 
-def _direct_form(a: Tensor, g: Tensor) -> Tensor:
-    return (a.mT @ g).double().square().sum((1, 2))
+def _direct_form(a: Tensor, g: Tensor, biases: int) -> Tensor:
+    total = (a.mT @ g).double().square().sum((2, 3))
+    return total + biases * g.sum(2).double().square().sum(2) if biases else total
 
 
-def conv_sq_norms(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return the squared norms of a convolution's per-sample weight gradients, [B] float64.
+def conv_sq_norms(x: Tensor, g: Tensor, geometry: ConvGeometry, *, form: str = "auto") -> Tensor:
+    """Return the squared norms of a convolution's per-sample weight gradients, [K, B] float64.
 
     Args:
         x: inputs [B, F, C, *S] (F images per sample, 1 to 3 spatial dimensions), unpadded.
-        g: output gradients [B, F, O, *L].
+        g: output gradients [K, B, F, O, *L].
         geometry: kernel, stride, padding, dilation and groups.
+        form: ``auto``, ``direct``, ``gram``, ``shifted``, ``winograd``, ``channelwise`` or ``narrow``, where the
+            convolution has it.
     """
-    if x.device.type != "cpu" or not _native(x, g):
+    if x.device.type != "cpu" or not native(x, g):
         return conv_sq_norms_torch(x, g, geometry)
     c = geometry
-    return torch.ops.cape.conv_sq_norms(x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups)
+    return torch.ops.cape.conv_sq_norms(x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups, form=form)
 
 
 def conv_sq_norms_torch(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     """Pure-torch twin of ``conv_sq_norms``: unfold a few samples at a time, then the linear form per group."""
-    batch = x.shape[0]
+    cotangents, batch = g.shape[:2]
     parts = []
-    for lo, hi in _sample_chunks(x, g, geometry):
-        cols, rows = _unfold(x[lo:hi], geometry, g.shape[3:]), _group_rows(g[lo:hi], geometry.groups)
-        norms = linear_sq_norms(cols.flatten(0, 1), rows.flatten(0, 1))
-        parts.append(norms.view(-1, geometry.groups).sum(1))
-    return torch.cat(parts) if batch else x.new_zeros(0, dtype=torch.float64)
+    for lo, hi in _sample_chunks(x, g[0], geometry):
+        cols = _unfold(x[lo:hi], geometry, g.shape[4:]).flatten(0, 1)
+        rows = torch.stack([_group_rows(one[lo:hi], geometry.groups).flatten(0, 1) for one in g])
+        parts.append(linear_sq_norms_torch(cols, rows).view(cotangents, -1, geometry.groups).sum(2))
+    return torch.cat(parts, 1) if parts else x.new_zeros(cotangents, batch, dtype=torch.float64)
 
 
 def conv_grads(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return the per-sample weight gradients themselves, [B, O, C/groups · prod(kernel)] (arguments as above)."""
+    """Return the per-sample weight gradients themselves, [B, O, C/groups · prod(kernel)], for one g [B, F, O, *L]."""
     parts = []
     for lo, hi in _sample_chunks(x, g, geometry):
         cols, rows = _unfold(x[lo:hi], geometry, g.shape[3:]), _group_rows(g[lo:hi], geometry.groups)

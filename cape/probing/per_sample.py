@@ -1,13 +1,14 @@
 """Per-sample gradient norms of any model, without per-sample gradients.
 
 ``per_sample_norms`` scans the model once for its batch layouts (two samples, two forward passes), then runs the
-unmodified forward over the batch with every parameter use intercepted, and one input-gradient backward pass per
-cotangent (loss, target logit). What interception cannot follow is computed by ``fallback_norms`` for those parameters
+unmodified forward over the batch with every parameter use intercepted, and one input-gradient backward pass that
+carries all cotangents (loss, target logit) at once. What interception cannot follow is computed by ``fallback_norms`` for those parameters
 alone, so that no model is refused and no number is wrong; only models whose samples influence each other are refused.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,23 @@ from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
 from cape.probing import handlers, ops, raw, recurrent
-from cape.probing.assemble import group_norms, parameters_behind, plan
+from cape.probing.assemble import group_norms, leaves_behind, plan
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded, judge, opened
 from cape.probing.layout import interacts, two_samples
 from cape.state import Inputs, call, check_batch, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
+_log = logging.getLogger(__name__)
+
+# Without their override checks, so that the mode sees what a checkpoint recomputes inside them.
+_backward = opened(torch.autograd.backward) or torch.autograd.backward
+_grad = opened(torch.autograd.grad) or torch.autograd.grad
+
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
+_COTANGENTS = 16  # of a full Jacobian, in one backward pass
 _CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
 
 
@@ -36,15 +44,22 @@ class Norms:
 
     Attributes:
         g2: ‖∇θ ℓ_b‖² of each sample, [B] float64 (Eq. 10).
-        tau: squared gradient norm of the target logit, or of the whole output, of each sample, [B] float64 (Eq. 11).
+        tau: squared gradient norm of the target logit of each sample, [B] float64.
+        tau_full: the same for the whole output (Eq. 11), exact or estimated; ``None`` unless asked for.
         losses: each sample's loss in eval mode, [B].
         fallback: names of the parameters that interception could not follow.
     """
 
     g2: Tensor
     tau: Tensor
+    tau_full: Tensor | None
     losses: Tensor
     fallback: tuple[str, ...]
+
+    def first(self, n: int) -> Norms:
+        """Return the norms of the first ``n`` samples."""
+        full = None if self.tau_full is None else self.tau_full[:n]
+        return Norms(self.g2[:n], self.tau[:n], full, self.losses[:n], self.fallback)
 
 
 def per_sample_norms(
@@ -66,8 +81,8 @@ def per_sample_norms(
         model: any ``nn.Module`` whose outputs have the batch as first dimension.
         batch: (inputs, targets); inputs are a tensor, a tuple (``model(*x)``) or a dict (``model(**x)``).
         loss: a name, an ``nn.Module`` or a callable ``(outputs, targets) -> per-sample or mean loss``.
-        tau: ``true_logit`` (one backward pass), ``full`` (the whole output Jacobian, one backward pass per output), or
-            ``hutchinson`` (its unbiased estimate from ``probes`` random sign vectors).
+        tau: ``true_logit``, ``full`` (the whole output Jacobian: one cotangent per output), or ``hutchinson`` (its
+            unbiased estimate from ``probes`` random sign vectors).
         probes: number of sign vectors for ``hutchinson``.
         micro_batch: samples run at a time; chosen automatically where ``None``. Results do not depend on it.
         backend: ``auto``, ``native`` or ``torch`` operators.
@@ -80,7 +95,7 @@ def per_sample_norms(
         SpecError: an unknown loss, tau or backend.
     """
     norms = all_norms(model, batch, loss=loss, tau=tau, probes=probes, micro_batch=micro_batch, backend=backend)
-    return norms.g2, norms.tau
+    return norms.g2, norms.tau if norms.tau_full is None else norms.tau_full
 
 
 def all_norms(
@@ -103,18 +118,18 @@ def all_norms(
         pair = torch.tensor([0, 0], device=y.device)
         twice = (slice_inputs(x, pair, 1), y[pair])
         norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
-        return Norms(norms.g2[:1], norms.tau[:1], norms.losses[:1], norms.fallback)
+        return norms.first(1)
     with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
         model.eval()
         verdicts = _scan(model, x, batch_size, list(params.values()))
         pieces = _pieces(batch_size, micro_batch or _automatic_chunk(verdicts, y.device, batch_size))
         engine = _Engine(model, params, criterion, tau, probes, verdicts)
-        parts = []
-        for piece in pieces:
-            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece]))
+        parts = [engine.run(slice_inputs(x, piece, batch_size), y[piece]) for piece in pieces]
+    full = [p.tau_full for p in parts if p.tau_full is not None]
     return Norms(
         torch.cat([p.g2 for p in parts]),
         torch.cat([p.tau for p in parts]),
+        torch.cat(full) if full else None,
         torch.cat([p.losses for p in parts]),
         tuple(sorted({n for p in parts for n in p.fallback})),
     )
@@ -158,7 +173,7 @@ def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Paramete
 
 
 class _Engine:
-    """Runs one piece of the batch: a forward pass and one backward pass per cotangent."""
+    """Runs one piece of the batch: a forward pass, and a backward pass for all cotangents or for a few at a time."""
 
     def __init__(
         self,
@@ -176,67 +191,87 @@ class _Engine:
         self.tau = tau
         self.probes = probes
         self.verdicts = verdicts
+        self.together = True
 
     def run(self, x: Inputs, y: Tensor) -> Norms:
+        """Return the norms of one piece, [B] each."""
+        if self.together:
+            try:
+                return self._run(x, y)
+            except ModelError:
+                raise
+            except (RuntimeError, ValueError, TypeError) as error:  # an operator without a batching rule, say
+                _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
+                self.together = False
+        return self._run(x, y)
+
+    def _run(self, x: Inputs, y: Tensor) -> Norms:
         size = int(y.shape[0])
         if self.verdicts is None:
             with torch.no_grad():
                 out = call(self.model, x)
-            losses, cotangents, weights = self._cotangents(out, y)
-            return self._norms(
-                losses, fallback_norms(self.model, x, cotangents, self.params, size), weights, tuple(self.params)
-            )
+            losses, cotangents = self._cotangents(out, y)
+            total = torch.cat([fallback_norms(self.model, x, v, self.params, size) for v in cotangents])
+            return self._norms(losses, total, tuple(self.params))
         mode = Interceptor(list(self.params.values()), size, self.verdicts)
         with mode:
             out = call(self.model, mode.inputs(x))
-        losses, cotangents, weights = self._cotangents(out, y)
+        losses, cotangents = self._cotangents(out, y)
         total, leaked = self._backward(mode, out, cotangents, size)
         if leaked:
             missing = {self.names[p]: self.params[self.names[p]] for p in leaked}
-            total = total + fallback_norms(self.model, x, cotangents, missing, size)
-        return self._norms(losses, total, weights, tuple(self.names[p] for p in leaked))
+            total = total + torch.cat([fallback_norms(self.model, x, v, missing, size) for v in cotangents])
+        return self._norms(losses, total, tuple(self.names[p] for p in leaked))
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
     ) -> tuple[Tensor, set[int]]:
         """Return the norms of all intercepted parameters, [K, B], and the ids of those that slipped through."""
-        total = torch.zeros(len(cotangents), size, dtype=torch.float64, device=out.device)
+        count = sum(len(v) for v in cotangents)
+        total = torch.zeros(count, size, dtype=torch.float64, device=out.device)
         if mode.mismatch:
             return total, set(self.names)
-        escaped = parameters_behind([out], mode.parameters)
-        leaked = {id(p) for p in escaped}
+        leaves = leaves_behind([out])
+        leaked = {id(p) for p in leaves} & set(self.names)
         if not out.requires_grad:
             return total, leaked
         work = plan(mode.uses, mode.parameters, leaked)
-        row = total[0]
-        backward = opened(torch.autograd.backward) or torch.autograd.backward
+        rows = total[:0]
 
         def consume(recorded: Recorded) -> None:
             wanted = work.alone.get(id(recorded))
             if wanted is not None and recorded.gradient is not None:
-                row.add_(recorded.use.norms(recorded.gradient, wanted))
+                rows.add_(recorded.use.norms(recorded.gradient, wanted))
             if id(recorded) not in work.waits:
                 recorded.gradient = None
 
         mode.in_backward = True
-        if mode.steered and not self._in_order(mode, out, cotangents[0], backward):
+        if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
             return total, set(self.names)
         mode.on_gradient = consume
-        for k, v in enumerate(cotangents):
-            row = total[k]
+        # With no leaf but the anchor, the anchor reaches every use; other leaves would gather gradients of their own.
+        together = self.together and all(leaf is mode.anchor for leaf in leaves)
+        passes = list(cotangents) if together else [v for many in cotangents for v in many.split(1)]
+        done = 0
+        for v in passes:
+            rows = total[done : done + len(v)]
+            done += len(v)
             with mode:  # stays active: a checkpoint recomputes its forward pass in here
-                backward(out, v, retain_graph=k < len(cotangents) - 1)
-            for p in escaped:
-                p.grad = None
+                if together:
+                    _grad(out, mode.anchor, v, retain_graph=done < count, allow_unused=True, is_grads_batched=True)
+                else:
+                    _backward(out, v[0], retain_graph=done < count)
+            for leaf in leaves:
+                leaf.grad = None
             for parameters, items in work.groups:
                 if parameters:
-                    row.add_(group_norms(parameters, items, size))
+                    rows.add_(group_norms(parameters, items, len(v), size))
             for recorded in mode.uses:
                 recorded.gradient = None
         return total, leaked | mode.late
 
     @staticmethod
-    def _in_order(mode: Interceptor, out: Tensor, v: Tensor, backward: Any) -> bool:
+    def _in_order(mode: Interceptor, out: Tensor, v: Tensor) -> bool:
         """Whether every use met the samples in their own order, where data could have permuted them.
 
         Scaling each sample's cotangent by a number of its own must scale its rows of every gradient by just that.
@@ -248,12 +283,12 @@ class _Engine:
 
             def weigh(recorded: Recorded, seen: dict[int, Tensor] = seen) -> None:
                 if recorded.gradient is not None:
-                    seen[id(recorded)] = recorded.use.weight_of_samples(recorded.gradient)
+                    seen[id(recorded)] = recorded.use.weight_of_samples(recorded.gradient)[0]
                 recorded.gradient = None
 
             mode.on_gradient = weigh
             with mode:
-                backward(out, cotangent, retain_graph=True)
+                _backward(out, cotangent, retain_graph=True)
         for p in mode.parameters.values():
             p.grad = None
         plain, scaled = weights
@@ -262,28 +297,32 @@ class _Engine:
             for k in plain
         )
 
-    def _cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor], list[float]]:
-        """Return the losses [B], the cotangents (the loss's first) and the weights of the others in τ."""
+    def _cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the losses [B] and the cotangents [k, *out.shape], in portions that fit one backward pass.
+
+        The first portion begins with the loss's and the target logit's.
+        """
         self.criterion.check(out, y)
         leaf = out.detach().requires_grad_()
         losses = self.criterion.per_sample(leaf, y)
         if not bool(torch.isfinite(losses).all()):
             raise ModelError("The loss is NaN or infinite at initialization; check the targets and the loss function.")
         (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
+        (of_logit,) = torch.autograd.grad(self.criterion.target_logit(leaf, y).sum(), leaf)
+        first = torch.stack([of_loss, of_logit])
         if self.tau == "true_logit":
-            (of_logit,) = torch.autograd.grad(self.criterion.target_logit(leaf, y).sum(), leaf)
-            return losses.detach(), [of_loss, of_logit], [1.0]
-        flat = leaf.detach().reshape(leaf.shape[0], -1)
+            return losses.detach(), [first]
+        outputs = leaf.shape[1:].numel()
         if self.tau == "full":
-            units = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
-            others = [u.expand_as(flat).reshape(leaf.shape) for u in units]
-            return losses.detach(), [of_loss, *others], [1.0] * len(others)
-        generator = torch.Generator().manual_seed(0)
-        signs = [torch.randint(0, 2, flat.shape, generator=generator) * 2 - 1 for _ in range(self.probes)]
-        others = [s.to(flat).reshape(leaf.shape) for s in signs]
-        return losses.detach(), [of_loss, *others], [1.0 / self.probes] * self.probes
+            rows = torch.eye(outputs, dtype=leaf.dtype, device=leaf.device).unsqueeze(1).expand(-1, len(leaf), -1)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            signs = torch.randint(0, 2, (self.probes, len(leaf), outputs), generator=generator) * 2 - 1
+            rows = signs.to(leaf)
+        others = [part.reshape(-1, *leaf.shape) for part in rows.split(_COTANGENTS)]
+        return losses.detach(), [first, *others]
 
-    @staticmethod
-    def _norms(losses: Tensor, total: Tensor, weights: list[float], fallback: tuple[str, ...]) -> Norms:
-        scale = torch.tensor(weights, dtype=torch.float64, device=total.device).unsqueeze(1)
-        return Norms(total[0].clamp(min=0), (total[1:] * scale).sum(0).clamp(min=0), losses, fallback)
+    def _norms(self, losses: Tensor, total: Tensor, fallback: tuple[str, ...]) -> Norms:
+        total = total.clamp(min=0)
+        full = None if self.tau == "true_logit" else total[2:].sum(0) / (self.probes if self.tau == "hutchinson" else 1)
+        return Norms(total[0], total[1], full, losses, fallback)

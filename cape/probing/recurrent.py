@@ -1,178 +1,65 @@
-"""LSTM, GRU and plain recurrent layers, run step by step so that the gate gradients can be read.
+"""LSTM, GRU and plain recurrent layers, run so that the gate gradients can be read.
 
-Each cell takes the whole sequence's input projections in one product and keeps only what its backward needs. The
-backward passes return the gradient at the gate pre-activations, [T, B, gates·H]: with the inputs and the previous
-hidden states, that is all a per-sample norm of the four parameters needs. No weight gradient is ever formed.
+A layer takes the whole sequence's input projections in one product and keeps only what its backward pass needs (see
+``recurrent_ops``). The backward pass gives the gradient at the gate pre-activations for all cotangents: with the inputs
+and the previous hidden states, that is all a per-sample norm of the four parameters needs. No weight gradient is ever
+formed.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from cape.probing import recurrent_ops
+from cape.probing.cotangents import physical
 from cape.probing.handlers import watched_linear
 from cape.probing.intercept import Interceptor, handles
 from cape.probing.layout import Layout
 from cape.probing.uses import LinearUse, Part
 
-Backward = TypeVar("Backward", bound=Callable[..., Any])
-HiddenSink = Callable[[Tensor], None]
+Sink = Callable[[Tensor], None]
+_CELLS: dict[Any, recurrent_ops.Cell] = {
+    torch.lstm: recurrent_ops.LSTM(),
+    torch.gru: recurrent_ops.GRU(),
+    torch.rnn_tanh: recurrent_ops.Elman("tanh"),
+    torch.rnn_relu: recurrent_ops.Elman("relu"),
+}
 
 
-def _unwatched(backward: Backward) -> Backward:
-    """Run a backward pass outside the function mode: its thousands of small operators hold no parameter use."""
+class _Sequence(torch.autograd.Function):
+    """One direction of one layer: x [T, B, d] and states [B, H] to h [T, B, H] (and the last cell state of an LSTM).
 
-    @functools.wraps(backward)
-    def run(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return backward(*args)
-
-    return cast(Backward, run)
-
-
-class LSTMSequence(torch.autograd.Function):
-    """h_t, c_t of an LSTM given its input projections.
-
-    Inputs: ``pre`` [T, B, 4H] (gates i, f, g, o; both biases included), ``w_hh`` [4H, H], ``h0``, ``c0`` [B, H].
-    Outputs: ``h`` [T, B, H], last cell state [B, H].
+    ``sinks`` receive the gradients at the gates, [K, T, B, gates·H]: of the input side, and of the hidden side where
+    the cell has one of its own. ``anchor`` makes autograd visit a layer whose inputs need no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
-        steps, batch, width = pre.shape
-        hidden = width // 4
-        gates = torch.empty_like(pre)
-        h = pre.new_empty(steps, batch, hidden)
-        c = pre.new_empty(steps, batch, hidden)
-        h_prev, c_prev, w = h0, c0, w_hh.t()
-        for t in range(steps):
-            g = torch.addmm(pre[t], h_prev, w, out=gates[t])
-            g[:, : 2 * hidden].sigmoid_()
-            g[:, 2 * hidden : 3 * hidden].tanh_()
-            g[:, 3 * hidden :].sigmoid_()
-            i, f, n, o = g.chunk(4, 1)
-            torch.mul(f, c_prev, out=c[t]).addcmul_(i, n)
-            torch.tanh(c[t], out=h[t]).mul_(o)
-            h_prev, c_prev = h[t], c[t]
-        ctx.save_for_backward(gates, c, w_hh, c0)
-        return h, c[-1].clone()
+    def forward(ctx: Any, anchor: Tensor, cell: recurrent_ops.Cell, sinks: list[Sink], x: Tensor, *rest: Any) -> Any:
+        w_ih, w_hh, b_ih, b_hh, *states = rest
+        h, saved = cell.forward(F.linear(x, w_ih, b_ih), w_hh, b_hh, states)
+        ctx.save_for_backward(w_ih, w_hh, *states, *saved)
+        ctx.cell, ctx.sinks, ctx.states = cell, sinks, len(states)
+        return (h, cell.last(saved)) if len(states) > 1 else h
 
     @staticmethod
-    @once_differentiable
-    @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        grad_h, grad_c_last = grads
-        gates, c, w_hh, c0 = ctx.saved_tensors
-        steps, batch, width = gates.shape
-        d_pre = torch.empty_like(gates)
-        dh = torch.zeros_like(c0)
-        dc = grad_c_last.clone()
-        for t in range(steps - 1, -1, -1):
-            i, f, n, o = gates[t].chunk(4, 1)
-            di, df, dn, do = d_pre[t].chunk(4, 1)
-            dh = dh + grad_h[t]
-            tanh_c = c[t].tanh()
-            torch.mul(dh, tanh_c, out=do).mul_(o).mul_(1 - o)
-            dc.addcmul_(dh * o, 1 - tanh_c * tanh_c)
-            torch.mul(dc, n, out=di).mul_(i).mul_(1 - i)
-            torch.mul(dc, c[t - 1] if t else c0, out=df).mul_(f).mul_(1 - f)
-            torch.mul(dc, i, out=dn).mul_(1 - n * n)
-            dc = dc * f
-            dh = d_pre[t] @ w_hh
-        return d_pre, None, dh, dc
-
-
-class GRUSequence(torch.autograd.Function):
-    """h_t of a GRU given its input projections.
-
-    Inputs: ``pre`` [T, B, 3H] (gates r, z, n; input biases included), ``w_hh`` [3H, H], ``b_hh`` [3H] or None, ``h0``
-    [B, H], ``sink``. Output: ``h`` [T, B, H]. The hidden side of the new gate has a gradient of its own (it is
-    multiplied by r); ``sink`` receives the hidden-side gradient [T, B, 3H] in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, h0: Tensor, sink: HiddenSink) -> Tensor:
-        steps, batch, width = pre.shape
-        hidden = width // 3
-        gates = torch.empty_like(pre)
-        hidden_n = pre.new_empty(steps, batch, hidden)
-        h = pre.new_empty(steps, batch, hidden)
-        h_prev, w = h0, w_hh.t()
-        for t in range(steps):
-            side = torch.mm(h_prev, w) if b_hh is None else torch.addmm(b_hh, h_prev, w)
-            rz = torch.add(pre[t, :, : 2 * hidden], side[:, : 2 * hidden], out=gates[t, :, : 2 * hidden]).sigmoid_()
-            hidden_n[t] = side[:, 2 * hidden :]
-            r, z = rz.chunk(2, 1)
-            n = gates[t, :, 2 * hidden :]
-            torch.addcmul(pre[t, :, 2 * hidden :], r, hidden_n[t], out=n).tanh_()
-            torch.lerp(n, h_prev, z, out=h[t])
-            h_prev = h[t]
-        ctx.save_for_backward(gates, hidden_n, h, w_hh, h0)
-        ctx.sink = sink
-        return h
-
-    @staticmethod
-    @once_differentiable
-    @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-        (grad_h,) = grads
-        gates, hidden_n, h, w_hh, h0 = ctx.saved_tensors
-        steps = gates.shape[0]
-        d_pre = torch.empty_like(gates)
-        d_side = torch.empty_like(gates)
-        dh = torch.zeros_like(h0)
-        for t in range(steps - 1, -1, -1):
-            r, z, n = gates[t].chunk(3, 1)
-            dr, dz, dn = d_pre[t].chunk(3, 1)
-            dh = dh + grad_h[t]
-            h_prev = h[t - 1] if t else h0
-            torch.mul(dh, 1 - z, out=dn).mul_(1 - n * n)
-            torch.mul(dh, h_prev - n, out=dz).mul_(z).mul_(1 - z)
-            torch.mul(dn, hidden_n[t], out=dr).mul_(r).mul_(1 - r)
-            d_side[t].copy_(d_pre[t])
-            d_side[t].chunk(3, 1)[2].mul_(r)
-            dh = torch.addmm(dh * z, d_side[t], w_hh)
-        ctx.sink(d_side)
-        return d_pre, None, None, dh, None
-
-
-class ElmanSequence(torch.autograd.Function):
-    """h_t = act(pre_t + W_hh h_{t-1}) for ``tanh`` or ``relu``. ``pre`` [T, B, H], ``w_hh`` [H, H], ``h0`` [B, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, w_hh: Tensor, h0: Tensor, activation: str) -> Tensor:
-        h = torch.empty_like(pre)
-        h_prev, w = h0, w_hh.t()
-        for t in range(pre.shape[0]):
-            torch.addmm(pre[t], h_prev, w, out=h[t])
-            h_prev = h[t].tanh_() if activation == "tanh" else h[t].relu_()
-        ctx.save_for_backward(h, w_hh, h0)
-        ctx.activation = activation
-        return h
-
-    @staticmethod
-    @once_differentiable
-    @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        (grad_h,) = grads
-        h, w_hh, h0 = ctx.saved_tensors
-        d_pre = torch.empty_like(h)
-        dh = torch.zeros_like(h0)
-        for t in range(h.shape[0] - 1, -1, -1):
-            dh = dh + grad_h[t]
-            slope = 1 - h[t] * h[t] if ctx.activation == "tanh" else (h[t] > 0).to(h.dtype)
-            torch.mul(dh, slope, out=d_pre[t])
-            dh = d_pre[t] @ w_hh
-        return d_pre, None, dh, None
-
-
-# ---- handlers ------------------------------------------------------------------------------------------------------
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # Outside the function mode and the gradient tape: these many small operators hold no parameter use.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            (grad_h, *grad_last), rewrap = physical(*grads)
+            w_ih, w_hh, *rest = ctx.saved_tensors
+            states, saved = rest[: ctx.states], rest[ctx.states :]
+            sides, d_states = ctx.cell.backward(grad_h.transpose(0, 1), grad_last, w_hh, states, saved)
+            for sink, side in zip(ctx.sinks, sides, strict=False):
+                sink(side.transpose(0, 1))
+            needs_x, needs_states = ctx.needs_input_grad[3], ctx.needs_input_grad[8:]
+            d_x = rewrap((sides[0] @ w_ih).transpose(0, 1)) if needs_x else None
+            back = [rewrap(d) if need else None for d, need in zip(d_states, needs_states, strict=True)]
+        return (None, None, None, d_x, None, None, None, None, *back)
 
 
 @handles(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -217,31 +104,22 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run one direction of one layer over [T, B, d]; return h [T, B, H] and the last states."""
     w_ih, w_hh, *biases = (w.detach() for w in weights)
-    fused_bias = func in (torch.lstm, torch.rnn_tanh, torch.rnn_relu)
-    bias = None if not biases else biases[0] + biases[1] if fused_bias else biases[0]
-    pre = F.linear(x, w_ih, bias)
-    sinks: list[HiddenSink] = []
+    cell = _CELLS[func]
+    b_ih, b_hh = biases or (None, None)
+    if b_ih is not None and not cell.own_hidden_side:
+        b_ih, b_hh = b_ih + b_hh, None
+    sinks: list[Sink] = []
+    out = _Sequence.apply(mode.anchor, cell, sinks, x, w_ih, w_hh, b_ih, b_hh, *states)
+    h, *lasts = out if isinstance(out, tuple) else (out,)
     if layout is not None:
-        mode.tap(pre, lambda g: sinks[0](g))
-    h0 = states[0]
-    if func is torch.lstm:
-        h, c_last = LSTMSequence.apply(pre, w_hh, h0, states[1])
-        lasts = [h[-1], c_last]
-    elif func is torch.gru:
-        h = GRUSequence.apply(pre, w_hh, biases[1] if biases else None, h0, lambda g: sinks[1](g) if sinks else None)
-        lasts = [h[-1]]
-    else:
-        h = ElmanSequence.apply(pre, w_hh, h0, "tanh" if func is torch.rnn_tanh else "relu")
-        lasts = [h[-1]]
-    if layout is not None:
-        before = torch.cat([h0.detach().unsqueeze(0), h.detach()[:-1]])
+        before = torch.cat([states[0].detach().unsqueeze(0), h.detach()[:-1]])
         input_side = [(w, Part(x.detach() if i == 0 else None)) for i, w in enumerate(weights[::2])]
         hidden_side = [(w, Part(before if i == 0 else None)) for i, w in enumerate(weights[1::2])]
-        groups = [input_side + hidden_side] if fused_bias else [input_side, hidden_side]
+        groups = [input_side, hidden_side] if cell.own_hidden_side else [input_side + hidden_side]
         for group in groups:
             use = LinearUse([w for w, _ in group], [part for _, part in group], layout)
-            sinks.append(mode.register(use).arrive)
-    return h, lasts
+            sinks.append(mode.register(use).take)
+    return h, [h[-1], *lasts]
 
 
 @handles(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)

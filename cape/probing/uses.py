@@ -9,11 +9,10 @@ matter, the gradients of a few samples.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cape.probing import ops
@@ -21,22 +20,25 @@ from cape.probing.layout import Layout
 
 
 class Use(ABC):
-    """One consumption of parameters by one operator call."""
+    """One consumption of parameters by one operator call.
+
+    Gradients arrive as [K, *shape], one for each cotangent; gradients of single samples are formed for one of them.
+    """
 
     targets: tuple[Tensor, ...]
     layout: Layout
 
     def weight_of_samples(self, g: Tensor) -> Tensor:
-        """Return Σ G² over each sample's part of G, [B] float64."""
-        return ops.sq_norms(self.layout.batch_first(wide(g)))
+        """Return Σ G² over each sample's part of G, [K, B] float64."""
+        return ops.sq_norms(self.layout.batch_first(wide(g), 1), 2)
 
     @abstractmethod
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        """Return Σ over the wanted targets of the squared per-sample gradient norms, [B] float64."""
+        """Return Σ over the wanted targets of the squared per-sample gradient norms, [K, B] float64."""
 
     @abstractmethod
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
-        """Return the gradients of ``targets[target]`` for a slice of samples, [b, *target.shape]."""
+        """Return, for one gradient G, that of ``targets[target]`` for a slice of samples, [b, *target.shape]."""
 
 
 def wide(t: Tensor) -> Tensor:
@@ -61,16 +63,14 @@ class LinearUse(Use):
         self.layout = layout
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        g3 = self.rows_of(g)
-        chosen = [p for p, w in zip(self.parts, wanted, strict=True) if w]
-        biases = sum(p.rows is None for p in chosen)
-        total = torch.zeros(g3.shape[0], dtype=torch.float64, device=g.device)
-        for part in chosen:
-            if part.rows is not None:
-                total += ops.linear_sq_norms(self.rows_of(part.rows), g3)
-        if biases:
-            total += biases * ops.sq_norms(g3.sum(1))
-        return total
+        g4 = self.layout.rows(wide(g), 1, 1)
+        chosen = [p.rows for p, w in zip(self.parts, wanted, strict=True) if w]
+        inputs = [self.rows_of(rows) for rows in chosen if rows is not None]
+        biases = len(chosen) - len(inputs)
+        if not inputs:
+            return biases * ops.sq_norms(g4.sum(2), 2)
+        # Σ_parts ‖A_partᵀG‖² is the norm for the parts side by side.
+        return ops.linear_sq_norms(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 2), g4, biases=biases)
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         part = self.parts[target]
@@ -105,30 +105,25 @@ class ConvUse(Use):
         self.transposed = transposed
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        image, out = self._pair(g)
-        total = torch.zeros(image.shape[0], dtype=torch.float64, device=g.device)
+        spatial = len(self.geometry.kernel) + 1
+        x, grad = self.layout.rows(wide(self.x), spatial), self.layout.rows(wide(g), spatial, 1)
+        total = torch.zeros(grad.shape[:2], dtype=torch.float64, device=g.device)
         for kind, want in zip(self.kinds, wanted, strict=True):
-            if want and kind == "weight":
-                total += ops.conv_sq_norms(image, out, self.geometry)
+            if want and kind == "bias":
+                total += ops.sq_norms(grad.flatten(4).sum((2, 4)), 2)
+            elif want and self.transposed:  # the gradient slides under the kernel, the input is what comes out
+                total += torch.cat([ops.conv_sq_norms(one, x.unsqueeze(0), self.geometry) for one in grad])
             elif want:
-                total += ops.sq_norms(self._bias(g, slice(None)))
+                total += ops.conv_sq_norms(x, grad, self.geometry)
         return total
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
-        if self.kinds[target] == "bias":
-            return self._bias(g, samples)
-        image, out = self._pair(g)
-        return ops.conv_grads(image[samples], out[samples], self.geometry).reshape(-1, *self.targets[target].shape)
-
-    def _pair(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ([B, F, C, *S] that slides under the kernel, [B, F, O, *L]); a transposed one swaps the roles."""
         spatial = len(self.geometry.kernel) + 1
-        x, g = self.layout.rows(wide(self.x), spatial), self.layout.rows(wide(g), spatial)
-        return (g, x) if self.transposed else (x, g)
-
-    def _bias(self, g: Tensor, samples: slice) -> Tensor:
-        g = self.layout.rows(wide(g), len(self.geometry.kernel) + 1)[samples]
-        return g.flatten(3).sum((1, 3))
+        x, grad = self.layout.rows(wide(self.x), spatial)[samples], self.layout.rows(wide(g), spatial)[samples]
+        if self.kinds[target] == "bias":
+            return grad.flatten(3).sum((1, 3))
+        image, out = (grad, x) if self.transposed else (x, grad)
+        return ops.conv_grads(image, out, self.geometry).reshape(-1, *self.targets[target].shape)
 
 
 class BroadcastUse(Use):
@@ -143,24 +138,26 @@ class BroadcastUse(Use):
         self.layout = layout
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        return ops.sq_norms(reduce_to(wide(g), self.aligned, self.layout))
+        return ops.sq_norms(reduce_to(wide(g), self.aligned, self.layout, 1), 2)
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         return reduce_to(wide(g), self.aligned, self.layout)[samples].reshape(-1, *self.targets[0].shape)
 
 
-def reduce_to(g: Tensor, aligned: Sequence[int], layout: Layout) -> Tensor:
+def reduce_to(g: Tensor, aligned: Sequence[int], layout: Layout, leading: int = 0) -> Tensor:
     """Sum G over every dimension where the parameter has size 1, except the batch: [B, *aligned without dim]."""
-    first = layout.batch_first(g)  # [B, outer, inner, rest...]
+    first = layout.batch_first(g, leading)  # [B, outer, inner, rest...]
     rest = [n for d, n in enumerate(aligned) if d != layout.dim]
-    dims = [1, 2] + [3 + i for i, n in enumerate(rest) if n == 1 and first.shape[3 + i] != 1]
-    return first.sum(dims).reshape(first.shape[0], *rest)
+    at = leading + 3
+    dims = [leading + 1, leading + 2] + [at + i for i, n in enumerate(rest) if n == 1 and first.shape[at + i] != 1]
+    return first.sum(dims).reshape(*first.shape[: leading + 1], *rest)
 
 
 class AffineUse(Use):
-    """Scale and shift of a normalization layer: y = x̂·weight + bias. ``normalize`` gives x̂ from x again.
+    """Scale and shift of a normalization layer: y = x̂·weight + bias with x̂ = (x - mean)·inverse.
 
-    ``aligned`` is the shape of weight and bias, aligned to x, with size 1 where they broadcast.
+    ``aligned`` is the shape of weight and bias, aligned to x, with size 1 where they broadcast; ``statistics`` gives
+    mean (or ``None``) and inverse deviation, both of the rank of x, with size 1 where they do not vary.
     """
 
     def __init__(
@@ -168,65 +165,60 @@ class AffineUse(Use):
         targets: Sequence[Tensor],
         kinds: Sequence[str],
         x: Tensor,
-        normalize: NormalizeFn,
+        statistics: Callable[[], tuple[Tensor | None, Tensor]],
         aligned: Sequence[int],
         layout: Layout,
     ) -> None:
         self.targets = tuple(targets)
         self.kinds = tuple(kinds)
         self.x = x
-        self.normalize = normalize
+        self.statistics = statistics
         self.aligned = tuple(aligned)
         self.layout = layout
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        shift, scale = self._sums(g)
         chosen = [kind for kind, want in zip(self.kinds, wanted, strict=True) if want]
-        return torch.stack([ops.sq_norms(scale if kind == "weight" else shift) for kind in chosen]).sum(0)
+        x, mean, inverse = self._parts()
+        return ops.affine_sq_norms(
+            self._shaped(wide(g), 1), x, mean, inverse, scale="weight" in chosen, shift="bias" in chosen
+        )
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
-        shift, scale = self._sums(g)
-        chosen = scale if self.kinds[target] == "weight" else shift
-        return chosen[samples].to(wide(g).dtype).reshape(-1, *self.targets[target].shape)
+        grad = self._shaped(wide(g))[samples]
+        if self.kinds[target] == "weight":
+            x, mean, inverse = self._parts()
+            hat = (x if mean is None else x - mean.unsqueeze(-1)) * inverse.unsqueeze(-1)
+            grad = grad * hat[samples]
+        return grad.sum((1, 3)).reshape(-1, *self.targets[target].shape)
 
-    def _sums(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (Σ G, Σ G·x̂) per sample and channel, [B, C] float64 each."""
+    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return x [B, R, C, S], and mean and inverse deviation so that they broadcast to [B, R, C]."""
+        mean, inverse = self.statistics()
+        return self._shaped(wide(self.x)), None if mean is None else self._small(wide(mean)), self._small(wide(inverse))
+
+    def _split(self) -> tuple[int, int]:
+        """Return the first channel dimension and the number of channels."""
         first = next(d for d, n in enumerate(self.aligned) if n != 1) if max(self.aligned) > 1 else 1
-        tail = len(self.aligned) - first  # dimensions from the first channel dimension on
-        channels = torch.Size(self.aligned).numel()
+        return first, torch.Size(self.aligned).numel()
 
-        def shaped(t: Tensor) -> Tensor:
-            rows = self.layout.rows(t, tail)
-            return rows.reshape(*rows.shape[:2], channels, t.shape[first:].numel() // channels)
+    def _shaped(self, t: Tensor, leading: int = 0) -> Tensor:
+        """Return [B, R, C, S] of a tensor in the shape of x."""
+        first, channels = self._split()
+        rows = self.layout.rows(t, len(self.aligned) - first, leading)
+        tail = t.shape[leading + first :].numel()
+        return rows.reshape(*rows.shape[: leading + 2], channels, tail // channels)
 
-        g = wide(g)
-        statistics = self.normalize.statistics()
-        if statistics is None:
-            shift, scale = ops.pair_sums(shaped(g), shaped(self.normalize(wide(self.x))))
-            return shift, scale
-        mean, deviation = statistics  # x̂ = (x - mean) / deviation: no need to form it
-        shift, product = ops.pair_sums(shaped(g), shaped(wide(self.x)))
-        return shift, (product - mean * shift) / deviation
-
-
-class NormalizeFn:
-    """x̂ of one normalization call, recomputed in the backward pass instead of stored."""
-
-    def __init__(self, kind: str, **settings: object) -> None:
-        self.kind = kind
-        self.settings = settings
-
-    def __call__(self, x: Tensor) -> Tensor:
-        s = {k: wide(v) if isinstance(v, Tensor) else v for k, v in self.settings.items()}
-        with torch.no_grad():
-            return getattr(F, self.kind)(x, **s)
-
-    def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Return the running mean and standard deviation, [C] float64, where x̂ follows from them alone."""
-        mean, var, eps = (self.settings.get(k) for k in ("running_mean", "running_var", "eps"))
-        if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(eps, float)):
-            return None
-        return mean.double(), (var.double() + eps).sqrt()
+    def _small(self, statistic: Tensor) -> Tensor:
+        """Return a statistic as [B or 1, R or 1, C or 1]."""
+        first, channels = self._split()
+        if statistic.shape[:first].numel() == 1:  # the same for every sample and row: one number per channel
+            return statistic.reshape(1, 1, -1)
+        if statistic.shape[first:].numel() == 1:  # one number per row
+            shape = (*self.x.shape[:first], 1)
+            return self.layout.rows(statistic.reshape(*statistic.shape[:first], 1).expand(shape), 1)
+        if statistic.shape[first:].numel() == channels:
+            return self._shaped(statistic)[..., 0]
+        return self._shaped(statistic.expand(self.x.shape))[..., 0]
 
 
 class EmbeddingUse(Use):
@@ -245,14 +237,17 @@ class EmbeddingUse(Use):
         self.scale = scale
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
-        g3, keep = self._rows(g), self.keep
         batch, length = self.index.shape
         table = self.targets[0].shape[0]
         owner = torch.arange(batch, device=g.device).unsqueeze(1).expand(batch, length)
-        picked, inverse = torch.unique((owner * table + self.index)[keep], return_inverse=True)
-        sums = g3.new_zeros(len(picked), g3.shape[-1]).index_add_(0, inverse, g3[keep])
-        rows = ops.sq_norms(sums)
-        return rows.new_zeros(batch).index_add_(0, picked // table, rows)
+        picked, inverse = torch.unique((owner * table + self.index)[self.keep], return_inverse=True)
+        norms = []
+        for one in g:
+            g3 = self._rows(one)
+            sums = g3.new_zeros(len(picked), g3.shape[-1]).index_add_(0, inverse, g3[self.keep])
+            rows = ops.sq_norms(sums)
+            norms.append(rows.new_zeros(batch).index_add_(0, picked // table, rows))
+        return torch.stack(norms)
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         g3, index = (self._rows(g) * self.keep.unsqueeze(-1))[samples], self.index[samples]
@@ -284,13 +279,13 @@ class EinsumUse(Use):
         self.y_dim = y_dim
 
     def weight_of_samples(self, g: Tensor) -> Tensor:
-        return ops.sq_norms(self.layout.on(self.y_dim).batch_first(wide(g)))
+        return ops.sq_norms(self.layout.on(self.y_dim).batch_first(wide(g), 1), 2)
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
         batch = self.layout.batch_first(self.x).shape[0]
         step = max(1, ops.MATERIALIZE_ELEMENTS // max(1, self.targets[0].numel()))
-        parts = [ops.sq_norms(self.grads(g, 0, slice(lo, min(lo + step, batch)))) for lo in range(0, batch, step)]
-        return torch.cat(parts)
+        pieces = [slice(lo, min(lo + step, batch)) for lo in range(0, batch, step)]
+        return torch.stack([torch.cat([ops.sq_norms(self.grads(one, 0, piece)) for piece in pieces]) for one in g])
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         xs, ws, ys = self.letters

@@ -39,15 +39,15 @@ double squares(const scalar_t* x, int64_t n, int64_t stride) {
 }
 
 // The CPU always works in the tensors' own precision, whatever lower one is allowed.
-Tensor linear_sq_norms(const Tensor& a, const Tensor& g, c10::string_view, c10::string_view form_name) {
+Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::string_view, c10::string_view form_name) {
   check_inputs(a, g);
   const int64_t batch = a.size(0), t = a.size(1), d = a.size(2), p = g.size(3), cotangents = g.size(0);
   Tensor out = at::empty({cotangents, batch}, a.options().dtype(at::kDouble));
   double* result = out.mutable_data_ptr<double>();
-  if (t == 0 || d == 0 || p == 0) return out.zero_();
+  if (t == 0 || p == 0 || (d == 0 && biases == 0)) return out.zero_();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "linear_sq_norms", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
-    const cape::LinearShape shape{t, d, p, cotangents};
+    const cape::LinearShape shape{t, d, p, cotangents, biases};
     cape::Form form = cape::form_of({form_name.data(), form_name.size()});
     if (form == cape::Form::automatic) form = cape::choose(kernels.tile, shape);
     TORCH_CHECK(form == cape::Form::direct || form == cape::Form::gram, "linear_sq_norms: no form '", form_name, "'.");
@@ -62,7 +62,7 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, c10::string_view, c10::
         const scalar_t* ab = a_data + b * a.stride(0);
         const scalar_t* gb = g_data + b * g.stride(1);
         if (t == 1) {  // a rank-one gradient: its norm is a product of norms
-          const double left = squares(ab, d, a.stride(2));
+          const double left = squares(ab, d, a.stride(2)) + double(biases);
           for (int64_t k = 0; k < cotangents; ++k) {
             total[size_t(k)] = left * squares(gb + k * g.stride(0), p, g.stride(3));
           }

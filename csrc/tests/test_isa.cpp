@@ -44,7 +44,7 @@ template <typename scalar>
 void check_linear(const cape::Kernels<scalar>& kernels) {
   const int64_t shapes[][3] = {{2, 7, 5}, {17, 13, 33}, {40, 12, 32}, {65, 48, 3}, {129, 1, 70}, {66, 31, 40}};
   for (const auto& [t, d, p] : shapes) {
-    const cape::LinearShape shape{t, d, p, 2};
+    const cape::LinearShape shape{t, d, p, 2, d % 3};
     const auto a = random_numbers<scalar>(t * d), g = random_numbers<scalar>(2 * t * p);
     for (const bool turned : {false, true}) {  // the same numbers read as rows of features or of positions
       const cape::Strided<scalar> left{a.data(), turned ? 1 : d, turned ? t : 1};
@@ -64,6 +64,11 @@ void check_linear(const cape::Kernels<scalar>& kernels) {
               }
               expected += sum * sum;
             }
+          }
+          for (int64_t j = 0; j < p; ++j) {
+            double sum = 0.0;
+            for (int64_t x = 0; x < t; ++x) sum += double(right.data[k * t * p + x * right.row + j * right.col]);
+            expected += double(shape.biases) * sum * sum;
           }
           expect(total[k], expected, tolerance<scalar>(), kernels.name, "linear", int(form));
         }

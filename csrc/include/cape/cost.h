@@ -53,7 +53,7 @@ inline double direct(TileSize tile, const ConvShape& s) {
 }
 
 inline double gram(TileSize tile, const ConvShape& s) {
-  const LinearShape flat{s.positions(), s.group_channels() * s.taps(), s.group_outputs(), s.cotangents};
+  const LinearShape flat{s.positions(), s.group_channels() * s.taps(), s.group_outputs(), s.cotangents, 0};
   return double(s.groups) * (gram(tile, flat, kCopy) + kGather * double(flat.d * flat.t));
 }
 
@@ -126,7 +126,7 @@ inline ScratchSize scratch_of(TileSize tile, Form form, const ConvShape& s) {
   const int64_t t = s.positions(), blocks = round_to(s.group_channels(), tile.width);
   switch (form) {
     case Form::gram: {
-      const LinearShape flat{t, s.group_channels() * s.taps(), s.group_outputs(), s.cotangents};
+      const LinearShape flat{t, s.group_channels() * s.taps(), s.group_outputs(), s.cotangents, 0};
       const ScratchSize inner = scratch_of(tile, Form::gram, flat);
       return {flat.d * t + s.cotangents * flat.p * t + inner.values, inner.offsets};
     }

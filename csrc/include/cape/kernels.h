@@ -17,6 +17,15 @@ struct Kernels {
                double* total);
   void (*affine)(const AffineShape& a, const scalar* x, const scalar* g, int64_t g_step, const scalar* mean,
                  const scalar* inverse, double* sums, double* total);
+  // The pointwise part of a step of a recurrent cell, for one sample (isa/recurrent.h).
+  void (*lstm_step)(scalar* gates, const scalar* c_prev, scalar* c, scalar* h, int64_t n);
+  void (*lstm_step_back)(const scalar* gates, const scalar* c_prev, const scalar* c, const scalar* dh,
+                         const scalar* grad, int64_t grad_step, scalar* dc, scalar* d_pre, int64_t n,
+                         int64_t cotangents, int64_t batch);
+  void (*gru_step)(scalar* gates, const scalar* hidden, const scalar* h_prev, scalar* side, scalar* h, int64_t n);
+  void (*gru_step_back)(const scalar* gates, const scalar* side, const scalar* h_prev, scalar* dh, const scalar* grad,
+                        int64_t grad_step, scalar* d_pre, scalar* d_side, int64_t n, int64_t cotangents,
+                        int64_t batch);
 };
 
 // Defined once per instruction set, by cpu/isa_*.cpp.

@@ -23,9 +23,9 @@ struct Scratch {
   int64_t* offsets;
 };
 
-// One linear map of one sample: A [t, d], G_k [t, p] for `cotangents` k.
+// One linear map of one sample: A [t, d], G_k [t, p] for `cotangents` k, and `biases` with the same output gradient.
 struct LinearShape {
-  int64_t t, d, p, cotangents;
+  int64_t t, d, p, cotangents, biases;
 };
 
 // One convolution of one sample: `frames` images of `channels` x size, and G_k [frames, outputs, *out]. Three spatial

@@ -62,7 +62,7 @@ template <typename scalar>
 void conv_gram(const ConvShape& s, const scalar* x, const scalar* g, int64_t g_step, Scratch<scalar> scratch,
                double* total, double* group_total) {
   const int64_t t = s.positions(), c = s.group_channels(), p = s.group_outputs(), pixels = s.out_pixels();
-  const LinearShape flat{t, c * s.taps(), p, s.cotangents};
+  const LinearShape flat{t, c * s.taps(), p, s.cotangents, 0};
   scalar* rows = scratch.values;
   scalar* outputs = rows + flat.d * t;
   const Scratch<scalar> rest{outputs + s.cotangents * p * t, scratch.offsets};

@@ -1,4 +1,4 @@
-// || A^T G_k ||_F^2 of one sample for K cotangents that share A. Direct form: tiles of A^T G, squared in place. Gram
+// || A^T G_k ||_F^2 (and biases) of one sample for K cotangents that share A. Direct form: tiles of A^T G, squared in place. Gram
 // form: tiles of A A^T, kept, against those of every G_k G_k^T; only tiles that touch the lower triangle exist.
 #pragma once
 
@@ -52,6 +52,18 @@ void linear_direct(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, i
         T::template multiply<true>(r, v, panels + i * s.t, offset, 1, right, width, s.t, c);
         sum += T::dot(c, c, r * width);
       }
+      if (s.biases) {
+        for (int q = 0; q < v; ++q) {
+          typename T::Vector column = {};
+          for (int64_t start = 0; start < s.t; start += 32) {  // two levels: rounding grows with neither
+            typename T::Vector part = {};
+            for (int64_t x = start; x < least(s.t, start + 32); ++x) part += T::load(right + x * width + q * T::kWidth);
+            column += part;
+          }
+          T::store(c + q * T::kWidth, column);
+        }
+        sum += double(s.biases) * T::dot(c, c, width);
+      }
     }
     total[k] = sum;
   }
@@ -92,7 +104,10 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
   };
 
   visit(a, s.d,
-        [](scalar* tile, int64_t row, int r, int64_t column, int width) {
+        [&](scalar* tile, int64_t row, int r, int64_t column, int width) {
+          if (s.biases) {  // a bias is one more feature, always one
+            for (int x = 0; x < r * width; ++x) tile[x] += scalar(s.biases);
+          }
           weigh_triangle(tile, row, r, column, width);
         },
         kept, true);

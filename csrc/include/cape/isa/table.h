@@ -4,6 +4,7 @@
 #include <cape/isa/affine.h>
 #include <cape/isa/conv.h>
 #include <cape/isa/linear.h>
+#include <cape/isa/recurrent.h>
 #include <cape/isa/winograd.h>
 #include <cape/kernels.h>
 
@@ -39,7 +40,15 @@ void conv(Form form, const ConvShape& s, const scalar* x, const scalar* g, int64
 
 template <typename scalar>
 constexpr Kernels<scalar> table(const char* name) {
-  return {{Tile<scalar>::kRows, Tile<scalar>::kWidth}, name, linear<scalar>, conv<scalar>, affine_squares<scalar>};
+  return {{Tile<scalar>::kRows, Tile<scalar>::kWidth},
+          name,
+          linear<scalar>,
+          conv<scalar>,
+          affine_squares<scalar>,
+          lstm_step<scalar>,
+          lstm_step_back<scalar>,
+          gru_step<scalar>,
+          gru_step_back<scalar>};
 }
 
 }  // namespace CAPE_ISA

@@ -1,0 +1,38 @@
+"""All cotangents in one backward pass: gradients carry a hidden batch dimension, which this module takes off and puts on.
+
+``torch.autograd.grad(..., is_grads_batched=True)`` runs the backward pass under a vmap layer. Operators of torch have
+batching rules; what is ours (hooks, recurrent layers) works on the physical tensors, [K, *shape], with K in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_functorch: Any = torch._C._functorch
+
+Rewrap = Callable[[Tensor], Tensor]
+
+
+def physical(*grads: Tensor) -> tuple[list[Tensor], Rewrap]:
+    """Return gradients as [K, *shape], and what gives a result [K, *shape] back to autograd.
+
+    K is 1 outside a batched pass. A gradient that does not depend on the cotangent is expanded.
+    """
+    levels = [_functorch.maybe_get_level(g) for g in grads if _functorch.is_batchedtensor(g)]
+    if not levels:
+        return [g.unsqueeze(0) for g in grads], lambda t: t.squeeze(0)
+    level = max(levels)
+    bare = [_bare(g, level) for g in grads]
+    count = next(g.shape[0] for g, batched in bare if batched)
+    tensors = [g if batched else g.expand(count, *g.shape) for g, batched in bare]
+    return tensors, lambda t: _functorch._add_batch_dim(t, 0, level)
+
+
+def _bare(g: Tensor, level: int) -> tuple[Tensor, bool]:
+    if not _functorch.is_batchedtensor(g) or _functorch.maybe_get_level(g) != level:
+        return g, False
+    return _functorch.get_unwrapped(g).movedim(_functorch.maybe_get_bdim(g), 0), True

@@ -1,0 +1,228 @@
+"""Recurrent cells over a whole sequence: forward, and backward to the gates for K cotangents at once.
+
+``pre`` [T, B, gates·H] holds the input projections, biases included; gradients are [T, K, B, ...]. On a CPU a native
+operator runs each cell's steps; elsewhere, and as its twin, plain torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cape.probing import ops
+
+
+class Cell(Protocol):
+    """How one kind of recurrent layer steps."""
+
+    own_hidden_side: bool  # the hidden projections' gradient differs from that of the input projections
+
+    def forward(
+        self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return h [T, B, H] and what ``backward`` needs."""
+
+    def last(self, saved: Sequence[Tensor]) -> Tensor:
+        """Return the last cell state, [B, H]."""
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        grad_last: Sequence[Tensor],
+        w_hh: Tensor,
+        states: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients at the gates [T, K, B, gates·H] and those of the initial states [K, B, H]."""
+
+
+class LSTM:
+    """Gates i, f, g, o."""
+
+    own_hidden_side = False
+
+    def forward(
+        self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h0, c0 = states
+        h, gates, c = _op("lstm_sequence", pre, pre, w_hh, h0, c0)
+        return h, (gates, c)
+
+    def last(self, saved: Sequence[Tensor]) -> Tensor:
+        return saved[1][-1].clone()
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        grad_last: Sequence[Tensor],
+        w_hh: Tensor,
+        states: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gates, c = saved
+        d_pre, d_h0, d_c0 = _op("lstm_sequence_backward", gates, grad_h, grad_last[0], gates, c, w_hh, states[1])
+        return [d_pre], [d_h0, d_c0]
+
+
+class GRU:
+    """Gates r, z, n. The hidden side of the new gate is multiplied by r, so it has a gradient of its own."""
+
+    own_hidden_side = True
+
+    def forward(
+        self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        bias = pre.new_zeros(w_hh.shape[0]) if b_hh is None else b_hh
+        h, gates, side = _op("gru_sequence", pre, pre, w_hh, bias, states[0])
+        return h, (gates, side, h)
+
+    def last(self, saved: Sequence[Tensor]) -> Tensor:
+        return saved[2][-1].clone()
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        grad_last: Sequence[Tensor],
+        w_hh: Tensor,
+        states: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gates, side, h = saved
+        d_pre, d_side, d_h0 = _op("gru_sequence_backward", gates, grad_h, gates, side, h, w_hh, states[0])
+        return [d_pre, d_side], [d_h0]
+
+
+class Elman:
+    """h_t = act(pre_t + W_hh h_{t-1}) for ``tanh`` or ``relu``."""
+
+    own_hidden_side = False
+
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
+
+    def forward(
+        self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, h_prev, w = torch.empty_like(pre), states[0], w_hh.t()
+        for t in range(pre.shape[0]):
+            torch.addmm(pre[t], h_prev, w, out=h[t])
+            h_prev = h[t].tanh_() if self.activation == "tanh" else h[t].relu_()
+        return h, (h,)
+
+    def last(self, saved: Sequence[Tensor]) -> Tensor:
+        return saved[0][-1].clone()
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        grad_last: Sequence[Tensor],
+        w_hh: Tensor,
+        states: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        (h,) = saved
+        d_pre = torch.empty_like(grad_h, memory_format=torch.contiguous_format)
+        dh = torch.zeros_like(grad_h[0])
+        for t in range(h.shape[0] - 1, -1, -1):
+            slope = 1 - h[t] * h[t] if self.activation == "tanh" else (h[t] > 0).to(h.dtype)
+            torch.mul(dh + grad_h[t], slope, out=d_pre[t])
+            dh = d_pre[t] @ w_hh
+        return [d_pre], [dh]
+
+
+def _op(name: str, like: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    """Run the native operator on a CPU, else its twin."""
+    if like.device.type == "cpu" and ops.native(*args):
+        return getattr(torch.ops.cape, name)(*args)
+    return TWINS[name](*args)
+
+
+def lstm_sequence_torch(pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h, c [T, B, H] and the gates after their activations [T, B, 4H]."""
+    steps, batch, width = pre.shape
+    hidden = width // 4
+    gates = torch.empty_like(pre)
+    h, c = pre.new_empty(steps, batch, hidden), pre.new_empty(steps, batch, hidden)
+    h_prev, c_prev, w = h0, c0, w_hh.t()
+    for t in range(steps):
+        g = torch.addmm(pre[t], h_prev, w, out=gates[t])
+        g[:, : 2 * hidden].sigmoid_()
+        g[:, 2 * hidden : 3 * hidden].tanh_()
+        g[:, 3 * hidden :].sigmoid_()
+        i, f, n, o = g.chunk(4, 1)
+        torch.mul(f, c_prev, out=c[t]).addcmul_(i, n)
+        torch.tanh(c[t], out=h[t]).mul_(o)
+        h_prev, c_prev = h[t], c[t]
+    return h, gates, c
+
+
+def lstm_sequence_backward_torch(
+    grad_h: Tensor, grad_c: Tensor, gates: Tensor, c: Tensor, w_hh: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients at the gates [T, K, B, 4H] and of h0 and c0 [K, B, H]; grad_h [T, K, B, H], grad_c [K, B, H]."""
+    steps, cotangents, batch, hidden = grad_h.shape
+    d_pre = gates.new_empty(steps, cotangents, batch, 4 * hidden)
+    dh, dc = torch.zeros_like(grad_c), grad_c
+    for t in range(steps - 1, -1, -1):
+        i, f, n, o = gates[t].chunk(4, 1)
+        di, df, dn, do = d_pre[t].chunk(4, 2)
+        dh = dh + grad_h[t]
+        tanh_c = c[t].tanh()
+        torch.mul(dh, tanh_c * o * (1 - o), out=do)
+        dc = dc + dh * (o * (1 - tanh_c * tanh_c))
+        torch.mul(dc, n * i * (1 - i), out=di)
+        torch.mul(dc, (c[t - 1] if t else c0) * f * (1 - f), out=df)
+        torch.mul(dc, i * (1 - n * n), out=dn)
+        dc = dc * f
+        dh = d_pre[t] @ w_hh
+    return d_pre, dh, dc
+
+
+def gru_sequence_torch(pre: Tensor, w_hh: Tensor, b_hh: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h [T, B, H], the gates after their activations [T, B, 3H] and the new gate's hidden side [T, B, H]."""
+    steps, batch, width = pre.shape
+    hidden = width // 3
+    gates = torch.empty_like(pre)
+    side, h = pre.new_empty(steps, batch, hidden), pre.new_empty(steps, batch, hidden)
+    h_prev, w = h0, w_hh.t()
+    for t in range(steps):
+        projected = torch.addmm(b_hh, h_prev, w)
+        rz = torch.add(pre[t, :, : 2 * hidden], projected[:, : 2 * hidden], out=gates[t, :, : 2 * hidden]).sigmoid_()
+        side[t] = projected[:, 2 * hidden :]
+        r, z = rz.chunk(2, 1)
+        n = torch.addcmul(pre[t, :, 2 * hidden :], r, side[t], out=gates[t, :, 2 * hidden :]).tanh_()
+        torch.lerp(n, h_prev, z, out=h[t])
+        h_prev = h[t]
+    return h, gates, side
+
+
+def gru_sequence_backward_torch(
+    grad_h: Tensor, gates: Tensor, side: Tensor, h: Tensor, w_hh: Tensor, h0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients at the gates' input side and hidden side [T, K, B, 3H] and of h0 [K, B, H]."""
+    steps, cotangents, batch, hidden = grad_h.shape
+    d_pre = gates.new_empty(steps, cotangents, batch, 3 * hidden)
+    d_side = torch.empty_like(d_pre)
+    dh = torch.zeros_like(grad_h[0])
+    for t in range(steps - 1, -1, -1):
+        r, z, n = gates[t].chunk(3, 1)
+        dr, dz, dn = d_pre[t].chunk(3, 2)
+        dh = dh + grad_h[t]
+        torch.mul(dh, (1 - z) * (1 - n * n), out=dn)
+        torch.mul(dh, ((h[t - 1] if t else h0) - n) * z * (1 - z), out=dz)
+        torch.mul(dn, side[t] * r * (1 - r), out=dr)
+        d_side[t].copy_(d_pre[t])
+        d_side[t][..., 2 * hidden :].mul_(r)
+        dh = dh * z + d_side[t] @ w_hh
+    return d_pre, d_side, dh
+
+
+TWINS = {
+    "lstm_sequence": lstm_sequence_torch,
+    "lstm_sequence_backward": lstm_sequence_backward_torch,
+    "gru_sequence": gru_sequence_torch,
+    "gru_sequence_backward": gru_sequence_backward_torch,
+}
