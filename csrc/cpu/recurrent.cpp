@@ -1,25 +1,24 @@
-// CPU kernels of cape::lstm_sequence, cape::gru_sequence and their backward passes: one product per step for all samples
-// and cotangents, and one fused pointwise pass.
+// CPU kernels of cape::lstm_sequence, cape::gru_sequence and their backward passes. The recurrent weights are packed once;
+// each thread takes its samples through all steps: a product of rows, then one fused pointwise pass.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <cape/kernels.h>
 
 #include <tuple>
 
+#include "scratch.h"
+
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kGrain = 8192;  // gate numbers that are worth a thread
 
 struct Sizes {
   int64_t steps, batch, hidden, cotangents;
@@ -33,32 +32,57 @@ Sizes check(const char* name, const Tensor& gates, const Tensor& w_hh, int64_t c
   return {gates.size(0), gates.size(1), w_hh.size(1), 1};
 }
 
-// dst[T, K, B, H] gradients, any strides but the last.
-Tensor rows_of(const Tensor& grad) { return grad.stride(-1) == 1 || grad.size(-1) == 1 ? grad : grad.contiguous(); }
+// The last dimension of gradients [T, K, B, H] must be contiguous; the others may have any stride.
+Tensor rows_of(const Tensor& grad) { return grad.stride(-1) == 1 ? grad : grad.contiguous(); }
+
+template <typename scalar>
+cape::Scratch<scalar> product_scratch(const cape::Kernels<scalar>& kernels, int64_t rows, int64_t depth) {
+  return cape::scratch<scalar>({cape::round_to(rows, kernels.tile.width) * depth, depth});
+}
+
+// Panels of a matrix [depth, columns] whose number (k, n) lies at k * k_step + n * n_step.
+template <typename scalar>
+Tensor panels_of(const cape::Kernels<scalar>& kernels, const Tensor& w, int64_t k_step, int64_t n_step, int64_t depth,
+                 int64_t columns) {
+  const Tensor panels = at::empty({cape::round_to(columns, kernels.tile.cols()) * depth}, w.options());
+  kernels.pack_matrix(w.const_data_ptr<scalar>(), k_step, n_step, depth, columns, panels.mutable_data_ptr<scalar>());
+  return panels;
+}
+
+// Samples are independent: each thread takes some of them through all steps.
+template <typename Body>
+void over_samples(int64_t batch, const Body& body) {
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, batch, std::max<int64_t>(1, (batch + threads - 1) / threads), body);
+}
 
 std::tuple<Tensor, Tensor, Tensor> lstm_sequence(const Tensor& pre, const Tensor& w_hh, const Tensor& h0,
                                                  const Tensor& c0) {
   const at::AutoDispatchBelowAutograd guard;
   const Sizes n = check("lstm_sequence", pre, w_hh, 4);
+  const Tensor input = pre.contiguous(), w = w_hh.contiguous(), first_h = h0.contiguous(), first_c = c0.contiguous();
   const Tensor gates = at::empty({n.steps, n.batch, 4 * n.hidden}, pre.options());
   const Tensor h = at::empty({n.steps, n.batch, n.hidden}, pre.options()), c = at::empty_like(h);
-  const Tensor start = c0.contiguous(), w = w_hh.t();
   AT_DISPATCH_FLOATING_TYPES(pre.scalar_type(), "lstm_sequence", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
     const int64_t row = n.hidden, step = n.batch * row;
-    for (int64_t t = 0; t < n.steps; ++t) {
-      Tensor now = gates.select(0, t);
-      at::addmm_out(now, pre.select(0, t), t ? h.select(0, t - 1) : h0, w);
-      scalar_t* g = gates.mutable_data_ptr<scalar_t>() + 4 * t * step;
-      scalar_t* cell = c.mutable_data_ptr<scalar_t>() + t * step;
-      const scalar_t* before = t ? cell - step : start.const_data_ptr<scalar_t>();
-      scalar_t* out = h.mutable_data_ptr<scalar_t>() + t * step;
-      at::parallel_for(0, n.batch, std::max<int64_t>(1, kGrain / (4 * row)), [&](int64_t begin, int64_t end) {
+    const Tensor panels = panels_of<scalar_t>(kernels, w, 1, row, row, 4 * row);
+    over_samples(n.batch, [&](int64_t begin, int64_t end) {
+      const auto scratch = product_scratch<scalar_t>(kernels, end - begin, row);
+      for (int64_t t = 0; t < n.steps; ++t) {
+        scalar_t* g = gates.mutable_data_ptr<scalar_t>() + 4 * t * step;
+        scalar_t* cell = c.mutable_data_ptr<scalar_t>() + t * step;
+        scalar_t* out = h.mutable_data_ptr<scalar_t>() + t * step;
+        const scalar_t* before_c = t ? cell - step : first_c.const_data_ptr<scalar_t>();
+        const scalar_t* before_h = t ? out - step : first_h.const_data_ptr<scalar_t>();
+        const scalar_t* from = input.const_data_ptr<scalar_t>() + 4 * t * step;
+        kernels.multiply_rows(before_h + begin * row, row, end - begin, row, panels.const_data_ptr<scalar_t>(), 4 * row,
+                              from + 4 * begin * row, 4 * row, g + 4 * begin * row, 4 * row, scratch);
         for (int64_t b = begin; b < end; ++b) {
-          kernels.lstm_step(g + 4 * b * row, before + b * row, cell + b * row, out + b * row, row);
+          kernels.lstm_step(g + 4 * b * row, before_c + b * row, cell + b * row, out + b * row, row);
         }
-      });
-    }
+      }
+    });
   });
   return {h, gates, c};
 }
@@ -67,61 +91,71 @@ std::tuple<Tensor, Tensor, Tensor> lstm_sequence_backward(const Tensor& grad_h, 
                                                           const Tensor& kept_gates, const Tensor& kept_c,
                                                           const Tensor& w_hh, const Tensor& c0) {
   const at::AutoDispatchBelowAutograd guard;
-  const Tensor gates = kept_gates.contiguous(), c = kept_c.contiguous();
-  Sizes n = check("lstm_sequence_backward", gates, w_hh, 4);
+  Sizes n = check("lstm_sequence_backward", kept_gates, w_hh, 4);
   n.cotangents = grad_h.size(1);
-  const Tensor grad = rows_of(grad_h), start = c0.contiguous();
+  const Tensor gates = kept_gates.contiguous(), c = kept_c.contiguous(), w = w_hh.contiguous();
+  const Tensor grad = rows_of(grad_h), first_c = c0.contiguous();
   const Tensor d_pre = at::empty({n.steps, n.cotangents, n.batch, 4 * n.hidden}, gates.options());
-  Tensor dh = at::zeros({n.cotangents * n.batch, n.hidden}, gates.options());
-  const Tensor dc = at::empty({n.cotangents, n.batch, n.hidden}, gates.options()).copy_(grad_c);
+  const Tensor dh = at::zeros({n.cotangents, n.batch, n.hidden}, gates.options()), zero = at::zeros_like(dh);
+  const Tensor dc = at::empty_like(dh).copy_(grad_c);
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "lstm_sequence_backward", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
     const int64_t row = n.hidden, step = n.batch * row;
-    for (int64_t t = n.steps - 1; t >= 0; --t) {
-      const scalar_t* g = gates.const_data_ptr<scalar_t>() + 4 * t * step;
-      const scalar_t* cell = c.const_data_ptr<scalar_t>() + t * step;
-      const scalar_t* before = t ? cell - step : start.const_data_ptr<scalar_t>();
-      const scalar_t* from = grad.const_data_ptr<scalar_t>() + t * grad.stride(0);
-      const scalar_t* next = dh.const_data_ptr<scalar_t>();
+    const Tensor panels = panels_of<scalar_t>(kernels, w, row, 1, 4 * row, row);
+    over_samples(n.batch, [&](int64_t begin, int64_t end) {
+      const auto scratch = product_scratch<scalar_t>(kernels, end - begin, 4 * row);
+      scalar_t* back = dh.mutable_data_ptr<scalar_t>();
       scalar_t* dcell = dc.mutable_data_ptr<scalar_t>();
-      scalar_t* out = d_pre.mutable_data_ptr<scalar_t>() + 4 * t * n.cotangents * step;
-      at::parallel_for(0, n.batch, std::max<int64_t>(1, kGrain / (4 * row)), [&](int64_t begin, int64_t end) {
+      for (int64_t t = n.steps - 1; t >= 0; --t) {
+        const scalar_t* g = gates.const_data_ptr<scalar_t>() + 4 * t * step;
+        const scalar_t* cell = c.const_data_ptr<scalar_t>() + t * step;
+        const scalar_t* before = t ? cell - step : first_c.const_data_ptr<scalar_t>();
+        const scalar_t* from = grad.const_data_ptr<scalar_t>() + t * grad.stride(0);
+        scalar_t* out = d_pre.mutable_data_ptr<scalar_t>() + 4 * t * n.cotangents * step;
         for (int64_t b = begin; b < end; ++b) {
-          kernels.lstm_step_back(g + 4 * b * row, before + b * row, cell + b * row, next + b * row,
+          kernels.lstm_step_back(g + 4 * b * row, before + b * row, cell + b * row, back + b * row,
                                  from + b * grad.stride(2), grad.stride(1), dcell + b * row, out + 4 * b * row, row,
                                  n.cotangents, n.batch);
         }
-      });
-      at::mm_out(dh, d_pre.select(0, t).view({n.cotangents * n.batch, 4 * row}), w_hh);
-    }
+        for (int64_t k = 0; k < n.cotangents; ++k) {
+          const int64_t at = k * step + begin * row;
+          kernels.multiply_rows(out + 4 * at, 4 * row, end - begin, 4 * row, panels.const_data_ptr<scalar_t>(), row,
+                                zero.const_data_ptr<scalar_t>() + at, row, back + at, row, scratch);
+        }
+      }
+    });
   });
-  return {d_pre, dh.view({n.cotangents, n.batch, n.hidden}), dc};
+  return {d_pre, dh, dc};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_sequence(const Tensor& pre, const Tensor& w_hh, const Tensor& b_hh,
                                                 const Tensor& h0) {
   const at::AutoDispatchBelowAutograd guard;
   const Sizes n = check("gru_sequence", pre, w_hh, 3);
+  const Tensor w = w_hh.contiguous(), bias = b_hh.contiguous(), first = h0.contiguous();
   const Tensor gates = at::empty({n.steps, n.batch, 3 * n.hidden}, pre.options()).copy_(pre);
   const Tensor h = at::empty({n.steps, n.batch, n.hidden}, pre.options()), side = at::empty_like(h);
-  const Tensor start = h0.contiguous(), w = w_hh.t();
-  Tensor hidden = at::empty({n.batch, 3 * n.hidden}, pre.options());
+  const Tensor hidden = at::empty({n.batch, 3 * n.hidden}, pre.options());
   AT_DISPATCH_FLOATING_TYPES(pre.scalar_type(), "gru_sequence", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
     const int64_t row = n.hidden, step = n.batch * row;
-    for (int64_t t = 0; t < n.steps; ++t) {
-      at::addmm_out(hidden, b_hh, t ? h.select(0, t - 1) : start, w);
-      scalar_t* g = gates.mutable_data_ptr<scalar_t>() + 3 * t * step;
-      scalar_t* out = h.mutable_data_ptr<scalar_t>() + t * step;
-      const scalar_t* before = t ? out - step : start.const_data_ptr<scalar_t>();
-      scalar_t* kept = side.mutable_data_ptr<scalar_t>() + t * step;
-      const scalar_t* from = hidden.const_data_ptr<scalar_t>();
-      at::parallel_for(0, n.batch, std::max<int64_t>(1, kGrain / (4 * row)), [&](int64_t begin, int64_t end) {
+    const Tensor panels = panels_of<scalar_t>(kernels, w, 1, row, row, 3 * row);
+    over_samples(n.batch, [&](int64_t begin, int64_t end) {
+      const auto scratch = product_scratch<scalar_t>(kernels, end - begin, row);
+      scalar_t* projected = hidden.mutable_data_ptr<scalar_t>();
+      for (int64_t t = 0; t < n.steps; ++t) {
+        scalar_t* g = gates.mutable_data_ptr<scalar_t>() + 3 * t * step;
+        scalar_t* out = h.mutable_data_ptr<scalar_t>() + t * step;
+        const scalar_t* before = t ? out - step : first.const_data_ptr<scalar_t>();
+        scalar_t* kept = side.mutable_data_ptr<scalar_t>() + t * step;
+        kernels.multiply_rows(before + begin * row, row, end - begin, row, panels.const_data_ptr<scalar_t>(), 3 * row,
+                              bias.const_data_ptr<scalar_t>(), 0, projected + 3 * begin * row, 3 * row, scratch);
         for (int64_t b = begin; b < end; ++b) {
-          kernels.gru_step(g + 3 * b * row, from + 3 * b * row, before + b * row, kept + b * row, out + b * row, row);
+          kernels.gru_step(g + 3 * b * row, projected + 3 * b * row, before + b * row, kept + b * row, out + b * row,
+                           row);
         }
-      });
-    }
+      }
+    });
   });
   return {h, gates, side};
 }
@@ -130,35 +164,41 @@ std::tuple<Tensor, Tensor, Tensor> gru_sequence_backward(const Tensor& grad_h, c
                                                          const Tensor& kept_side, const Tensor& kept_h,
                                                          const Tensor& w_hh, const Tensor& h0) {
   const at::AutoDispatchBelowAutograd guard;
-  const Tensor gates = kept_gates.contiguous(), side = kept_side.contiguous(), h = kept_h.contiguous();
-  Sizes n = check("gru_sequence_backward", gates, w_hh, 3);
+  Sizes n = check("gru_sequence_backward", kept_gates, w_hh, 3);
   n.cotangents = grad_h.size(1);
-  const Tensor grad = rows_of(grad_h), start = h0.contiguous();
+  const Tensor gates = kept_gates.contiguous(), side = kept_side.contiguous(), h = kept_h.contiguous();
+  const Tensor grad = rows_of(grad_h), first = h0.contiguous(), w = w_hh.contiguous();
   const Tensor d_pre = at::empty({n.steps, n.cotangents, n.batch, 3 * n.hidden}, gates.options());
   const Tensor d_side = at::empty_like(d_pre);
-  Tensor dh = at::zeros({n.cotangents * n.batch, n.hidden}, gates.options());
+  const Tensor dh = at::zeros({n.cotangents, n.batch, n.hidden}, gates.options());
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "gru_sequence_backward", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
     const int64_t row = n.hidden, step = n.batch * row;
-    for (int64_t t = n.steps - 1; t >= 0; --t) {
-      const scalar_t* g = gates.const_data_ptr<scalar_t>() + 3 * t * step;
-      const scalar_t* kept = side.const_data_ptr<scalar_t>() + t * step;
-      const scalar_t* before = t ? h.const_data_ptr<scalar_t>() + (t - 1) * step : start.const_data_ptr<scalar_t>();
-      const scalar_t* from = grad.const_data_ptr<scalar_t>() + t * grad.stride(0);
+    const Tensor panels = panels_of<scalar_t>(kernels, w, row, 1, 3 * row, row);
+    over_samples(n.batch, [&](int64_t begin, int64_t end) {
+      const auto scratch = product_scratch<scalar_t>(kernels, end - begin, 3 * row);
       scalar_t* back = dh.mutable_data_ptr<scalar_t>();
-      scalar_t* out = d_pre.mutable_data_ptr<scalar_t>() + 3 * t * n.cotangents * step;
-      scalar_t* hidden = d_side.mutable_data_ptr<scalar_t>() + 3 * t * n.cotangents * step;
-      at::parallel_for(0, n.batch, std::max<int64_t>(1, kGrain / (4 * row)), [&](int64_t begin, int64_t end) {
+      for (int64_t t = n.steps - 1; t >= 0; --t) {
+        const scalar_t* g = gates.const_data_ptr<scalar_t>() + 3 * t * step;
+        const scalar_t* kept = side.const_data_ptr<scalar_t>() + t * step;
+        const scalar_t* before = t ? h.const_data_ptr<scalar_t>() + (t - 1) * step : first.const_data_ptr<scalar_t>();
+        const scalar_t* from = grad.const_data_ptr<scalar_t>() + t * grad.stride(0);
+        scalar_t* out = d_pre.mutable_data_ptr<scalar_t>() + 3 * t * n.cotangents * step;
+        scalar_t* hidden = d_side.mutable_data_ptr<scalar_t>() + 3 * t * n.cotangents * step;
         for (int64_t b = begin; b < end; ++b) {
           kernels.gru_step_back(g + 3 * b * row, kept + b * row, before + b * row, back + b * row,
                                 from + b * grad.stride(2), grad.stride(1), out + 3 * b * row, hidden + 3 * b * row, row,
                                 n.cotangents, n.batch);
         }
-      });
-      at::addmm_out(dh, dh, d_side.select(0, t).view({n.cotangents * n.batch, 3 * row}), w_hh);
-    }
+        for (int64_t k = 0; k < n.cotangents; ++k) {
+          const int64_t at = k * step + begin * row;
+          kernels.multiply_rows(hidden + 3 * at, 3 * row, end - begin, 3 * row, panels.const_data_ptr<scalar_t>(), row,
+                                back + at, row, back + at, row, scratch);
+        }
+      }
+    });
   });
-  return {d_pre, d_side, dh.view({n.cotangents, n.batch, n.hidden})};
+  return {d_pre, d_side, dh};
 }
 
 }  // namespace

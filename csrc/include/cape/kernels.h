@@ -17,6 +17,11 @@ struct Kernels {
                double* total);
   void (*affine)(const AffineShape& a, const scalar* x, const scalar* g, int64_t g_step, const scalar* mean,
                  const scalar* inverse, double* sums, double* total);
+  // Rows times a packed matrix (isa/product.h).
+  void (*pack_matrix)(const scalar* w, int64_t k_step, int64_t n_step, int64_t depth, int64_t columns, scalar* panels);
+  void (*multiply_rows)(const scalar* a, int64_t a_row, int64_t rows, int64_t depth, const scalar* panels,
+                        int64_t columns, const scalar* add, int64_t add_row, scalar* out, int64_t out_row,
+                        Scratch<scalar> scratch);
   // The pointwise part of a step of a recurrent cell, for one sample (isa/recurrent.h).
   void (*lstm_step)(scalar* gates, const scalar* c_prev, scalar* c, scalar* h, int64_t n);
   void (*lstm_step_back)(const scalar* gates, const scalar* c_prev, const scalar* c, const scalar* dh,

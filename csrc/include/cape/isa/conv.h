@@ -46,7 +46,7 @@ void conv_direct(const ConvShape& s, const scalar* x, const scalar* g, int64_t g
           for (int64_t i = 0; i < c; i += T::kRows) {
             const int64_t b = i / T::kWidth;
             const int r = T::cover(least(T::kRows, c - i));
-            T::template multiply<true>(r, v, images + b * image + taps[tap] + i % T::kWidth, windows, 1, right, width, t,
+            T::multiply(r, v, images + b * image + taps[tap] + i % T::kWidth, windows, right, width, t,
                                        tile);
             sum += T::dot(tile, tile, r * width);
           }
@@ -131,7 +131,7 @@ void conv_shifted(const ConvShape& s, const scalar* x, const scalar* g, int64_t 
   for (int64_t group = 0; group < s.groups; ++group) {
     lay(x + group * c * s.pixels(), c, s.size, origin);
     visit(s.size, origin, [&](int64_t row, int r, int64_t column, int v) {
-      T::template multiply<true>(r, v, plane + row, offset, 1, plane + column, ld, c, tile);
+      T::multiply(r, v, plane + row, offset, plane + column, ld, c, tile);
       for (int i = 0; i < r; ++i) {
         __builtin_memcpy(pixels + (row + i) * ld + column, tile + i * v * T::kWidth, static_cast<unsigned long>(v * T::kWidth) * sizeof(scalar));
       }
@@ -155,7 +155,7 @@ void conv_shifted(const ConvShape& s, const scalar* x, const scalar* g, int64_t 
       const scalar* other = kept;
       double sum = 0.0;
       visit(s.out, 0, [&](int64_t row, int r, int64_t column, int v) {
-        T::template multiply<true>(r, v, plane + row, offset, 1, plane + column, ld, p, tile);
+        T::multiply(r, v, plane + row, offset, plane + column, ld, p, tile);
         sum += T::dot(tile, other, r * v * T::kWidth);
         other += r * v * T::kWidth;
       });

@@ -49,7 +49,7 @@ void linear_direct(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, i
       T::pack(g.data + k * g_step + j * g.col, g.row, g.col, s.t, count, width, right);
       for (int64_t i = 0; i < s.d; i += T::kRows) {
         const int r = T::cover(least(T::kRows, s.d - i));
-        T::template multiply<true>(r, v, panels + i * s.t, offset, 1, right, width, s.t, c);
+        T::multiply(r, v, panels + i * s.t, offset, right, width, s.t, c);
         sum += T::dot(c, c, r * width);
       }
       if (s.biases) {
@@ -84,18 +84,14 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
     for (int64_t j = 0; j < s.t; j += T::kCols) {
       T::pack(m.data + j * m.row, m.col, m.row, depth, least(T::kCols, s.t - j), T::kCols, panels + j * depth);
     }
-    for (int64_t x = 0; x < depth; ++x) offset[x] = x * m.col;
+    for (int64_t x = 0; x < depth; ++x) offset[x] = x * T::kCols;
     for (int64_t row = 0; row < s.t;) {
       const int r = T::fill(s.t - row);
       for (int64_t column = 0; column < row + r; column += T::kCols) {
         const int v = tile_columns<scalar>(row, r, column), width = v * T::kWidth;
-        const scalar* left = m.data + row * m.row;
-        const scalar* right = panels + column * depth;
-        if (m.row == 1) {
-          T::template multiply<true>(r, v, left, offset, 1, right, T::kCols, depth, into);
-        } else {
-          T::template multiply<false>(r, v, left, offset, m.row, right, T::kCols, depth, into);
-        }
+        // Rows are read from the same panels: positions lie side by side there, whatever the strides.
+        const scalar* left = panels + row / T::kCols * T::kCols * depth + row % T::kCols;
+        T::multiply(r, v, left, offset, panels + column * depth, T::kCols, depth, into);
         take(into, row, r, column, width);
         if (advance) into += r * width;
       }

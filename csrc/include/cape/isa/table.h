@@ -4,6 +4,7 @@
 #include <cape/isa/affine.h>
 #include <cape/isa/conv.h>
 #include <cape/isa/linear.h>
+#include <cape/isa/product.h>
 #include <cape/isa/recurrent.h>
 #include <cape/isa/winograd.h>
 #include <cape/kernels.h>
@@ -45,6 +46,8 @@ constexpr Kernels<scalar> table(const char* name) {
           linear<scalar>,
           conv<scalar>,
           affine_squares<scalar>,
+          pack_matrix<scalar>,
+          multiply_rows<scalar>,
           lstm_step<scalar>,
           lstm_step_back<scalar>,
           gru_step<scalar>,

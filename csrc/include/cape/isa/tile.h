@@ -23,10 +23,9 @@ struct Tile {
   static CAPE_INLINE Vector load(const scalar* p) { return *reinterpret_cast<const Vector*>(p); }
   static CAPE_INLINE void store(scalar* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
-  // c[i * v * kWidth + j] = sum_k a[offset[k] + i * step] * b[k * ldb + j] for i < r, j < v * kWidth.
-  template <int r, int v, bool unit>
-  static void product(const scalar* a, const int64_t* offset, int64_t step, const scalar* b, int64_t ldb, int64_t depth,
-                      scalar* c) {
+  // c[i * v * kWidth + j] = sum_k a[offset[k] + i] * b[k * ldb + j] for i < r, j < v * kWidth.
+  template <int r, int v>
+  static void product(const scalar* a, const int64_t* offset, const scalar* b, int64_t ldb, int64_t depth, scalar* c) {
     Vector acc[r][v] = {};
     for (int64_t k = 0; k < depth; ++k) {
       const scalar* row = a + offset[k];
@@ -34,8 +33,7 @@ struct Tile {
       for (int q = 0; q < v; ++q) right[q] = load(b + k * ldb + q * kWidth);
 #pragma GCC unroll 8
       for (int i = 0; i < r; ++i) {
-        const scalar left = unit ? row[i] : row[i * step];
-        for (int q = 0; q < v; ++q) acc[i][q] += left * right[q];
+        for (int q = 0; q < v; ++q) acc[i][q] += row[i] * right[q];
       }
     }
     for (int i = 0; i < r; ++i) {
@@ -43,19 +41,18 @@ struct Tile {
     }
   }
 
-  template <bool unit>
-  static CAPE_INLINE void multiply(int r, int v, const scalar* a, const int64_t* offset, int64_t step, const scalar* b,
-                                   int64_t ldb, int64_t depth, scalar* c) {
+  static CAPE_INLINE void multiply(int r, int v, const scalar* a, const int64_t* offset, const scalar* b, int64_t ldb,
+                                   int64_t depth, scalar* c) {
     if (v == 2) {
-      if (r == kRows) return product<kRows, 2, unit>(a, offset, step, b, ldb, depth, c);
-      if (r == 4) return product<4, 2, unit>(a, offset, step, b, ldb, depth, c);
-      if (r == 2) return product<2, 2, unit>(a, offset, step, b, ldb, depth, c);
-      return product<1, 2, unit>(a, offset, step, b, ldb, depth, c);
+      if (r == kRows) return product<kRows, 2>(a, offset, b, ldb, depth, c);
+      if (r == 4) return product<4, 2>(a, offset, b, ldb, depth, c);
+      if (r == 2) return product<2, 2>(a, offset, b, ldb, depth, c);
+      return product<1, 2>(a, offset, b, ldb, depth, c);
     }
-    if (r == kRows) return product<kRows, 1, unit>(a, offset, step, b, ldb, depth, c);
-    if (r == 4) return product<4, 1, unit>(a, offset, step, b, ldb, depth, c);
-    if (r == 2) return product<2, 1, unit>(a, offset, step, b, ldb, depth, c);
-    return product<1, 1, unit>(a, offset, step, b, ldb, depth, c);
+    if (r == kRows) return product<kRows, 1>(a, offset, b, ldb, depth, c);
+    if (r == 4) return product<4, 1>(a, offset, b, ldb, depth, c);
+    if (r == 2) return product<2, 1>(a, offset, b, ldb, depth, c);
+    return product<1, 1>(a, offset, b, ldb, depth, c);
   }
 
   // The smallest tile height that holds n rows, and the largest that n rows fill.

@@ -112,7 +112,7 @@ void conv_winograd(const ConvShape& s, const scalar* x, const scalar* g, int64_t
           const int r = T::cover(least(T::kRows, c - i));
           const scalar* left = inputs + i / T::kWidth * 16 * n * T::kWidth + i % T::kWidth;
           for (int64_t f = 0; f < 16; ++f) {
-            T::template multiply<true>(r, v, left + f * n * T::kWidth, offset, 1, right + f * n * width, width, n,
+            T::multiply(r, v, left + f * n * T::kWidth, offset, right + f * n * width, width, n,
                                        products + f * T::kRows * T::kCols);
           }
           sum += winograd_squares(products, T::kRows * T::kCols, r * width);
