@@ -1,7 +1,7 @@
 """All cotangents in one backward pass: gradients carry a hidden batch dimension, which this module takes off and puts on.
 
-``torch.autograd.grad(..., is_grads_batched=True)`` runs the backward pass under a vmap layer. Operators of torch have
-batching rules; what is ours (hooks, recurrent layers) works on the physical tensors, [K, *shape], with K in front.
+The backward pass runs under one vmap layer. Operators of torch have batching rules; what is ours (hooks, recurrent
+layers) works on the physical tensors, [K, *shape], with K in front.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ alone, so that no model is refused and no number is wrong; only models whose sam
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +173,22 @@ def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Paramete
     return judge(modes[0].sightings, modes[1].sightings)
 
 
+def _pull_together(out: Tensor, anchor: Tensor, v: Tensor, retain_graph: bool) -> None:
+    """Pull the cotangents v [K, *out.shape] back through the graph between ``out`` and ``anchor``, all at once.
+
+    Raises:
+        RuntimeError: an operator has no batching rule, or works in place on what has no batch dimension.
+    """
+
+    def pull(one: Tensor) -> Tensor:
+        _grad(out, anchor, one, retain_graph=retain_graph, allow_unused=True)
+        return one.new_zeros(())
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the operator takes turns instead
+        torch.func.vmap(pull)(v)
+
+
 class _Engine:
     """Runs one piece of the batch: a forward pass, and a backward pass for all cotangents or for a few at a time."""
 
@@ -258,7 +275,7 @@ class _Engine:
             done += len(v)
             with mode:  # stays active: a checkpoint recomputes its forward pass in here
                 if together:
-                    _grad(out, mode.anchor, v, retain_graph=done < count, allow_unused=True, is_grads_batched=True)
+                    _pull_together(out, mode.anchor, v, retain_graph=done < count)
                 else:
                     _backward(out, v[0], retain_graph=done < count)
             for leaf in leaves:
