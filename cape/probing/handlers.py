@@ -56,7 +56,11 @@ def watched_linear(mode: Interceptor, kind: str, data: Tensor, x: Tensor, w: Ten
         live = [(t, part) for t, part in pairs if t is not None and mode.of_parameters(t)]
         return LinearUse([t for t, _ in live], [part for _, part in live], layout)
 
-    return mode.meet(kind, data, (w, b), lambda w, b: F.linear(x, w, b), make)
+    def back(g: Tensor) -> Tensor:
+        return (g.reshape(-1, g.shape[-1]) @ w.detach()).view(*g.shape[:-1], w.shape[1])
+
+    # Only what the layout is read from can be pulled back here; a cell's hidden state goes its own way.
+    return mode.meet(kind, data, (w, b), lambda w, b: F.linear(x, w, b), make, back if data is x else None)
 
 
 @handles(torch.mm, torch.matmul, torch.bmm, Tensor.mm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -192,7 +196,18 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
             seen = padded.detach()
             return ConvUse([t for t, _ in live], [k for _, k in live], seen, layout, geometry, transposed)
 
-        return mode.meet("convolution", x, (w, b), lambda w, b: func(x, w, b, **settings), make)
+        def back(g: Tensor) -> Tensor:
+            flat = g.flatten(0, 1)
+            image = x.new_empty(flat.shape[0], *x.shape[1:])  # only its shape is read
+            extra = _tuple(bound.get("output_padding") or 0, spatial)
+            grad, _, _ = torch.ops.aten.convolution_backward(
+                flat, image, w.detach(), None, stride, geometry.padding, dilation, transposed, extra,
+                geometry.groups, [True, False, False],
+            )  # fmt: skip
+            return grad.view(g.shape[0], *x.shape)
+
+        run = lambda w, b: func(x, w, b, **settings)  # noqa: E731
+        return mode.meet("convolution", x, (w, b), run, make, back if padded is x else None)
 
     return handler
 
@@ -221,6 +236,7 @@ def _affine(
     aligned: Sequence[int],
     statistics: Statistics,
     run: Callable[..., Tensor],
+    back: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b):
         return NotImplemented
@@ -231,7 +247,7 @@ def _affine(
         live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
         return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), statistics, aligned, layout)
 
-    return mode.meet(kind, x, (w, b), run, make)
+    return mode.meet(kind, x, (w, b), run, make, back)
 
 
 def _per_channel(x: Tensor) -> list[int]:
@@ -257,9 +273,13 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
         shape = _per_channel(x)
         return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(shape)
 
+    def back(g: Tensor) -> Tensor:
+        _, inverse = statistics()
+        return g * (inverse if w is None else inverse * w.detach().view(inverse.shape)).to(g.dtype)
+
     return _affine(
         mode, "batch_norm", x, w, b, _per_channel(x), statistics,
-        lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps),
+        lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps), back,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from cape.probing.cotangents import physical
@@ -70,6 +71,30 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         ctx.sink(grads[0])
         return None, None, None
+
+
+Back = Callable[[Tensor], Tensor]
+
+
+class _Watched(torch.autograd.Function):
+    """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
+
+    ``back`` maps gradients [K, *output shape] to those of the data, [K, *data shape]: one operator for all cotangents,
+    where a batching rule would often copy or repeat.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: GradSink) -> Tensor:
+        ctx.back, ctx.sink = back, sink
+        return run()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            (g,), rewrap = physical(*grads)
+            ctx.sink(g)
+            return None, rewrap(ctx.back(g)) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -164,6 +189,7 @@ class Interceptor(TorchFunctionMode):
         self.on_gradient: Callable[[Recorded], None] = lambda recorded: None
         self._derived: dict[int, Tensor] = {}
         self._names: dict[int, int] = {}
+        self._watched: set[tuple[Any, ...]] = set()
         self._next = 0
         device = parameters[0].device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -239,6 +265,7 @@ class Interceptor(TorchFunctionMode):
         weights: Sequence[Tensor | None],
         run: Callable[..., Tensor],
         make: Callable[[Layout], Use | None],
+        back: Back | None = None,
     ) -> Tensor:
         """Run an operator with its weights detached and read the gradient of its output.
 
@@ -248,6 +275,7 @@ class Interceptor(TorchFunctionMode):
             weights: the operator's parameter arguments, in the order in which ``run`` takes them.
             run: computes the output from those arguments.
             make: builds the use for a layout, or gives ``None`` where it cannot serve that layout.
+            back: pulls gradients [K, *output shape] back to ``data``; autograd does it where ``None``.
         """
         detached = [
             w.detach() if w is not None and self.of_parameters(w) else w
@@ -261,9 +289,17 @@ class Interceptor(TorchFunctionMode):
         use = make(layout) if layout is not None else None
         if state == "record" and use is None:
             return run(*weights)
+        place = (kind, *map(id, live))
+        if state == "again" and place in self._watched:  # what a checkpoint saves must come again in the same order
+            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, lambda g: None)
+        if state != "record" or use is None:
+            return run(*detached)
+        arrival = self.register(use)
+        if back is not None and not torch.is_autocast_enabled(data.device.type):
+            self._watched.add(place)
+            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, arrival.take)
         y = run(*detached)
-        if state == "record" and use is not None:
-            self.tap(y, self.register(use).arrive)
+        self.tap(y, arrival.arrive)
         return y
 
     def verdict(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> tuple[str, Layout | None]:

@@ -212,19 +212,21 @@ class _Engine:
 
     def run(self, x: Inputs, y: Tensor) -> Norms:
         """Return the norms of one piece, [B] each."""
-        if self.together:
+        for attempt in ("together", "in turn"):
+            if attempt == "together" and not self.together:
+                continue
+            self.together = attempt == "together"
             try:
                 return self._run(x, y)
             except ModelError:
                 raise
-            except (RuntimeError, ValueError, TypeError) as error:  # an operator without a batching rule, say
-                _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
-                self.together = False
-        return self._run(x, y)
+            except (RuntimeError, ValueError, TypeError) as error:  # no batching rule; or interception in the way
+                _log.debug("the cotangents cannot go back %s: %s", attempt, error)
+        return self._run(x, y, intercept=False)  # what is wrong with the model itself is raised here
 
-    def _run(self, x: Inputs, y: Tensor) -> Norms:
+    def _run(self, x: Inputs, y: Tensor, intercept: bool = True) -> Norms:
         size = int(y.shape[0])
-        if self.verdicts is None:
+        if self.verdicts is None or not intercept:
             with torch.no_grad():
                 out = call(self.model, x)
             losses, cotangents = self._cotangents(out, y)
