@@ -95,11 +95,14 @@ def _native(*tensors: Tensor) -> bool:
 def sq_norms(x: Tensor) -> Tensor:
     """Return Σ_j x[b, j]², [B] float64, for ``x`` [B, ...]."""
     x = x.reshape(x.shape[0], x.shape[1:].numel())
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj()).flatten(1)
     return torch.ops.cape.sq_norms(x) if _native(x) else sq_norms_torch(x)
 
 
 def sq_norms_torch(x: Tensor) -> Tensor:
     """Pure-torch twin of ``sq_norms``."""
+    x = x.abs() if x.is_complex() else x
     return x.double().square().sum(1)
 
 
