@@ -7,14 +7,14 @@ along T, anything else is summed as gradients of a few samples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from cape.probing import ops
-from cape.probing.intercept import Recorded
+from cape.probing.intercept import Recorded, parameters_behind
 from cape.probing.uses import LinearUse
 
 
@@ -39,23 +39,6 @@ class Plan:
     alone: dict[int, list[bool]] = field(default_factory=dict)
     waits: set[int] = field(default_factory=set)
     groups: list[tuple[list[nn.Parameter], list[Item]]] = field(default_factory=list)
-
-
-def parameters_behind(roots: Iterable[Tensor | None], among: dict[int, nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that the autograd graph behind some tensors still reaches."""
-    found: dict[int, nn.Parameter] = {id(t): among[id(t)] for t in roots if t is not None and id(t) in among}
-    stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in among:
-            found[id(variable)] = among[id(variable)]
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return list(found.values())
 
 
 def _region(t: Tensor) -> tuple[int, int] | None:

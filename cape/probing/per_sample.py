@@ -8,25 +8,34 @@ alone, so that no model is refused and no number is wrong; only models whose sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
 from cape.probing import handlers, ops, raw, recurrent
-from cape.probing.assemble import group_norms, parameters_behind, plan
+from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
-from cape.probing.intercept import Interceptor, Recorded, judge, opened
-from cape.probing.layout import interacts, two_samples
-from cape.state import Inputs, call, check_batch, preserved, slice_inputs, trainable
+from cape.probing.intercept import Interceptor, Recorded, Verdict, judge, opened, parameters_behind
+from cape.probing.layout import interacts, middle_samples, moved, two_samples
+from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
+
+_log = logging.getLogger(__name__)
 
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
+INTERACTING = (
+    "The model's samples influence each other (changing one sample changes another's output), so there is no"
+    " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
+    " normalization."
+)
 _CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
 
 
@@ -96,7 +105,8 @@ def all_norms(
     """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
     if tau not in TAUS:
         raise SpecError(f"Unknown tau '{tau}'. Known: {', '.join(TAUS)}.")
-    x, y, batch_size = check_batch(batch)
+    with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
+        x, y, batch_size = check_batch(map_tensors(lambda t: t.clone() if t.is_inference() else t.detach(), batch))
     criterion = Loss(loss)
     params = trainable(model)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
@@ -104,14 +114,23 @@ def all_norms(
         twice = (slice_inputs(x, pair, 1), y[pair])
         norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
         return Norms(norms.g2[:1], norms.tau[:1], norms.losses[:1], norms.fallback)
-    with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        preserved(model, seed=0) as kept,
+        ops.use_backend(backend),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         model.eval()
-        verdicts = _scan(model, x, batch_size, list(params.values()))
+        verdicts, seen = _scan(model, x, batch_size, list(params.values()), kept)
         pieces = _pieces(batch_size, micro_batch or _automatic_chunk(verdicts, y.device, batch_size))
-        engine = _Engine(model, params, criterion, tau, probes, verdicts)
+        engine = _Engine(model, params, criterion, tau, probes, verdicts, kept, seen)
         parts = []
         for piece in pieces:
-            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece]))
+            places = {
+                k: s - piece.start for k, s in enumerate(middle_samples(batch_size)) if piece.start <= s < piece.stop
+            }
+            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], places))
     return Norms(
         torch.cat([p.g2 for p in parts]),
         torch.cat([p.tau for p in parts]),
@@ -127,34 +146,50 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
     return [slice(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
 
 
-def _automatic_chunk(verdicts: list[Any] | None, device: torch.device, batch_size: int) -> int:
+def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
     """Convolutional networks run a few samples at a time on a CPU; products prefer the whole batch."""
-    kinds = [key[0] for key, _ in verdicts or ()]
+    kinds = [v.key[0] for v in verdicts or ()]
     convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
     return min(batch_size, _CONVOLUTION_CHUNK) if convolutional and device.type == "cpu" else batch_size
 
 
-def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter]) -> list[Any] | None:
-    """Return the layout of every use, in order; ``None`` where the inputs of two samples cannot be told apart."""
-    pair = two_samples(x, batch_size)
-    if pair is None:
-        return None
-    modes, outputs = [], []
-    for inputs in pair:
+def _scan(
+    model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter], kept: Kept
+) -> tuple[list[Verdict] | None, Tensor | None]:
+    """Return the layout of every use, in order, and the outputs of two samples.
+
+    ``None`` where the inputs of two samples cannot be told apart; an empty list where the uses cannot be matched.
+    """
+
+    def look(inputs: Inputs) -> tuple[Interceptor, Any]:
+        kept.rewind()
         torch.random.default_generator.manual_seed(0)
-        mode = Interceptor(params, 2, None)
+        mode = Interceptor(params, 2, None, kept.parameter)
         with mode:
             out = call(model, mode.inputs(inputs))
-        modes.append(mode)
-        outputs.append(out)
-    batched = all(isinstance(out, Tensor) and out.dim() > 0 and out.shape[0] == 2 for out in outputs)
-    if batched and interacts(outputs[0].detach(), outputs[1].detach()):
-        raise ModelError(
-            "The model's samples influence each other (changing one sample changes another's output), so there is"
-            " no per-sample gradient; a batch norm without running statistics does this: use running statistics"
-            " or another normalization."
-        )
-    return judge(modes[0].sightings, modes[1].sightings)
+        return mode, out.detach() if isinstance(out, Tensor) else out
+
+    first = None
+    for kinds in ("fib", "f", "i"):  # lengths and masks can decide what happens: then they must stay as they are
+        pair = two_samples(x, batch_size, kinds)
+        if pair is None:
+            continue
+        try:
+            first = first or look(pair[0])
+            changed, out = look(pair[1])
+        except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
+            if kinds == "fib":
+                _log.debug("a scan of two samples failed: %s", error)
+            continue
+        batched = all(isinstance(o, Tensor) and o.dim() > 0 and o.shape[0] == 2 for o in (first[1], out))
+        if batched and interacts(first[1], out):
+            raise ModelError(INTERACTING)
+        verdicts = judge(first[0].sightings, changed.sightings)
+        if first[0].mismatch or changed.mismatch:  # derivatives inside the model
+            return [], first[1]
+        if verdicts:
+            return verdicts, first[1]
+    return (None, None) if first is None else ([], first[1])
 
 
 class _Engine:
@@ -167,9 +202,13 @@ class _Engine:
         criterion: Loss,
         tau: str,
         probes: int,
-        verdicts: list[Any] | None,
+        verdicts: list[Verdict] | None,
+        kept: Kept,
+        seen: Tensor | None,
     ) -> None:
         self.model = model
+        self.kept = kept
+        self.seen = seen
         self.params = params
         self.names = {id(p): n for n, p in params.items()}
         self.criterion = criterion
@@ -177,32 +216,49 @@ class _Engine:
         self.probes = probes
         self.verdicts = verdicts
 
-    def run(self, x: Inputs, y: Tensor) -> Norms:
+    def run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
+        """Return the norms of a piece of the batch; ``places`` says where the scan's two samples are in it."""
         size = int(y.shape[0])
-        if self.verdicts is None:
-            with torch.no_grad():
-                out = call(self.model, x)
-            losses, cotangents, weights = self._cotangents(out, y)
-            return self._norms(
-                losses, fallback_norms(self.model, x, cotangents, self.params, size), weights, tuple(self.params)
-            )
-        mode = Interceptor(list(self.params.values()), size, self.verdicts)
+        self.kept.rewind()
+        mode = Interceptor(list(self.params.values()), size, self.verdicts or [], self.kept.parameter, places)
         with mode:
             out = call(self.model, mode.inputs(x))
         losses, cotangents, weights = self._cotangents(out, y)
+        moving = mode.out_of_order()
+        self._check_interaction(x, out.detach(), places, moving)
+        mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
         if leaked:
-            missing = {self.names[p]: self.params[self.names[p]] for p in leaked}
-            total = total + fallback_norms(self.model, x, cotangents, missing, size)
+            missing = {n: p for n, p in self.params.items() if id(p) in leaked}
+            total = total + fallback_norms(self.model, x, cotangents, missing, size, self.kept.rewind)
         return self._norms(losses, total, weights, tuple(self.names[p] for p in leaked))
+
+    def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:
+        """Raise where a sample's output depends on which samples it is in one batch with."""
+        size = len(out)
+        for k, place in places.items():
+            if self.seen is not None and size > 2 and not suspect and not moved(out[place], self.seen[k], 0.5):
+                continue  # the same as beside one other sample
+            others = torch.arange(size, device=out.device).roll(-1)
+            others[place - 1] = (place + 1) % size
+            others[place] = place
+            outputs = []
+            for inputs in (x, slice_inputs(x, others, size)):
+                self.kept.rewind()
+                torch.random.default_generator.manual_seed(0)
+                with torch.no_grad():
+                    outputs.append(call(self.model, inputs))
+            if moved(outputs[0][place], outputs[1][place], 0.95 if suspect else 0.7):
+                raise ModelError(INTERACTING)
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
     ) -> tuple[Tensor, set[int]]:
         """Return the norms of all intercepted parameters, [K, B], and the ids of those that slipped through."""
         total = torch.zeros(len(cotangents), size, dtype=torch.float64, device=out.device)
+        everything = set(self.names)
         if mode.mismatch:
-            return total, set(self.names)
+            return total, everything
         escaped = parameters_behind([out], mode.parameters)
         leaked = {id(p) for p in escaped}
         if not out.requires_grad:
@@ -220,12 +276,17 @@ class _Engine:
 
         mode.in_backward = True
         if mode.steered and not self._in_order(mode, out, cotangents[0], backward):
-            return total, set(self.names)
+            return total, everything
         mode.on_gradient = consume
         for k, v in enumerate(cotangents):
             row = total[k]
-            with mode:  # stays active: a checkpoint recomputes its forward pass in here
-                backward(out, v, retain_graph=k < len(cotangents) - 1)
+            try:
+                with mode:  # stays active: a checkpoint recomputes its forward pass in here
+                    backward(out, v, retain_graph=k < len(cotangents) - 1)
+            except torch.utils.checkpoint.CheckpointError:  # one use was recorded, an equal one was not
+                return torch.zeros_like(total), everything
+            if mode.mismatch or mode.late & mode.recorded:
+                return torch.zeros_like(total), everything
             for p in escaped:
                 p.grad = None
             for parameters, items in work.groups:
