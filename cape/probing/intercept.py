@@ -137,7 +137,7 @@ _READING = {
 # Functions that take shape or type, but no value, from their second tensor.
 _TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Derivatives inside the model: what they consume of a parameter goes past the operators that the mode watches.
-_DERIVATIVES = {torch.autograd.grad, torch._VF._make_dual, torch._VF._unpack_dual}
+_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._VF._make_dual}
 _RENORMALIZING = {F.embedding, F.embedding_bag}
 
 
@@ -208,6 +208,7 @@ class Interceptor(TorchFunctionMode):
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
+        dropped: those whose uses a derivative inside the model may pass through: a second-order use is not recorded.
     """
 
     def __init__(
@@ -231,6 +232,7 @@ class Interceptor(TorchFunctionMode):
         self.steered = False
         self.late: set[int] = set()
         self.recorded: set[int] = set()
+        self.dropped: set[int] = set()
         self.in_backward = False
         self.on_gradient: Callable[[Recorded], None] = lambda recorded: None
         self._derived: dict[int, Tensor] = {}
@@ -279,8 +281,8 @@ class Interceptor(TorchFunctionMode):
         written = _written(func, args, kwargs)
         if written:
             self._write(written, data)
-        if func in _DERIVATIVES:
-            self.mismatch = True
+        if func in _DERIVATIVES and torch._C._functorch.peek_interpreter_stack() is None:
+            self._differentiate(func)
         if data and (func in _READING or (func in _INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))):
             self.steered = True
         if not any(self.of_parameters(t) for t in found):
@@ -305,6 +307,13 @@ class Interceptor(TorchFunctionMode):
             with self:
                 return self.mark_data(inner(*args, **kwargs))
         return self.mark_data(func(*args, **kwargs))
+
+    def _differentiate(self, func: Any) -> None:
+        """Take what a derivative inside the model may pass through out of the record."""
+        if func is torch._VF._make_dual or (self.in_backward and func is torch.autograd.grad):
+            self.mismatch = True
+        elif not self.in_backward:  # inside the backward pass, a re-entrant checkpoint calls backward
+            self.dropped |= self.recorded
 
     def _write(self, written: Sequence[Tensor], data: bool) -> None:
         """Note what a call writes into: parameters are put back later, and what data is written into is data."""
@@ -466,7 +475,8 @@ class Interceptor(TorchFunctionMode):
 def _row(t: Tensor, layout: Layout, sample: int) -> Tensor:
     """Return the beginning of a sample's first row, as float64."""
     row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:256]
-    return (torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row).double()
+    row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
+    return row.to(torch.float64, copy=True)
 
 
 def _digits(t: Tensor) -> float:

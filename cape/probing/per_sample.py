@@ -260,7 +260,7 @@ class _Engine:
         if mode.mismatch:
             return total, everything
         escaped = parameters_behind([out], mode.parameters)
-        leaked = {id(p) for p in escaped}
+        leaked = {id(p) for p in escaped} | mode.dropped
         if not out.requires_grad:
             return total, leaked
         work = plan(mode.uses, mode.parameters, leaked)

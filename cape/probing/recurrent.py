@@ -27,12 +27,16 @@ HiddenSink = Callable[[Tensor], None]
 
 
 def _unwatched(backward: Backward) -> Backward:
-    """Run a backward pass outside the function mode: its thousands of small operators hold no parameter use."""
+    """Run a backward pass outside the function mode: its thousands of small operators hold no parameter use.
+
+    What was saved is unpacked before, inside the mode: a checkpoint recomputes its forward pass there.
+    """
 
     @functools.wraps(backward)
-    def run(*args: Any) -> Any:
+    def run(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            return backward(*args)
+            return backward(ctx, saved, *grads)
 
     return cast(Backward, run)
 
@@ -67,9 +71,9 @@ class LSTMSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         grad_h, grad_c_last = grads
-        gates, c, w_hh, c0 = ctx.saved_tensors
+        gates, c, w_hh, c0 = saved
         steps, batch, width = gates.shape
         d_pre = torch.empty_like(gates)
         dh = torch.zeros_like(c0)
@@ -121,9 +125,9 @@ class GRUSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
         (grad_h,) = grads
-        gates, hidden_n, h, w_hh, h0 = ctx.saved_tensors
+        gates, hidden_n, h, w_hh, h0 = saved
         steps = gates.shape[0]
         d_pre = torch.empty_like(gates)
         d_side = torch.empty_like(gates)
@@ -160,9 +164,9 @@ class ElmanSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_unwatched
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (grad_h,) = grads
-        h, w_hh, h0 = ctx.saved_tensors
+        h, w_hh, h0 = saved
         d_pre = torch.empty_like(h)
         dh = torch.zeros_like(h0)
         for t in range(h.shape[0] - 1, -1, -1):
