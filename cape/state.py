@@ -24,16 +24,19 @@ class Kept:
         self._attributes = [(vars(m), {k: v for k, v in vars(m).items() if k != "training"}) for m in plain]
         self._tables = [(table, dict(table)) for m in plain for table in (m._parameters, m._buffers, m._modules)]
         self._params = list(model.parameters())
-        self._flags = [
-            (p, p.requires_grad, p.grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self._params
-        ]
+        self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
         self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in model.buffers()]
         self._values = {id(p): (p, p.detach().clone()) for p in self._params} if parameters else {}
         self.devices = sorted({t.device.index for t in [*self._params, *model.buffers()] if t.device.type == "cuda"})
-        for p in self._params:  # a backward pass inside the block adds to no gradient and starts no optimizer
-            p.grad = p._post_accumulate_grad_hooks = None
-            if not parameters:  # what hooks make of a gradient is part of training, not of the gradient
-                p._backward_hooks = None
+        # A backward pass inside the block adds to no gradient and steps no optimizer. What hooks make of a gradient is
+        # part of training, but not of the gradient.
+        hooks = [p._post_accumulate_grad_hooks for p in self._params]
+        hooks += [] if parameters else [p._backward_hooks for p in self._params]
+        self._hooks = [(table, dict(table)) for table in hooks if table]
+        for table, _ in self._hooks:
+            table.clear()
+        for p in self._params:
+            p.grad = None
 
     def parameter(self, p: Tensor) -> None:
         """Remember a parameter's value: something is about to change it in place."""
@@ -61,10 +64,11 @@ class Kept:
     def restore(self) -> None:
         """Put everything back."""
         self.rewind()
-        for p, requires_grad, grad, hooks, after in self._flags:
+        for p, requires_grad, grad in self._flags:
             p.requires_grad_(requires_grad)
             p.grad = grad
-            p._backward_hooks, p._post_accumulate_grad_hooks = hooks, after
+        for table, held in self._hooks:
+            table.update(held)
         for module, training in self._modes:
             module.training = training
 

@@ -52,11 +52,19 @@ class Sighting:
 
 
 class Verdict(NamedTuple):
-    """What two scans say of one use: which call it is, its layout (``None``: leave it attached), two samples' rows."""
+    """What two scans say of one use.
+
+    Attributes:
+        key: which call it is.
+        layout: of the data (``None``: leave the parameter attached).
+        rows: the two samples' rows of the data.
+        puzzling: the data changed, but not as the rows of one sample: samples may have met.
+    """
 
     key: tuple[Any, ...]
     layout: Layout | None
     rows: tuple[Tensor, Tensor] | None
+    puzzling: bool
 
 
 @dataclass
@@ -405,7 +413,7 @@ class Interceptor(TorchFunctionMode):
             self.mismatch = True
         if self.mismatch:
             return "live", None
-        _, layout, rows = self.verdicts[index]
+        _, layout, rows, _ = self.verdicts[index]
         if layout is None or rows is None or not layout.fits(data, self.batch_size):
             return "live", None
         self._decisions[key] = self._decisions.get(key, True) or None
@@ -542,5 +550,5 @@ def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     for a, b in zip(first, second, strict=True):
         layout = observe(a.data, b.data)
         rows = None if layout is None else (_row(a.data, layout, 0), _row(a.data, layout, 1))
-        verdicts.append(Verdict(a.key, layout, rows))
+        verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
     return verdicts

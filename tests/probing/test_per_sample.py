@@ -152,12 +152,6 @@ def test_leaves_everything_as_it_was() -> None:
         assert torch.equal(old, new)
 
 
-def test_samples_that_interact_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30, track_running_stats=False), nn.Linear(30, 10))
-    with pytest.raises(ModelError, match="influence each other"):
-        cape.per_sample_norms(model, (vectors(), labels(6)))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
