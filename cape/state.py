@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,71 @@ from cape.errors import ModelError
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
+class Kept:
+    """What ``preserved`` remembers of a model, and how to go back to it before the block ends."""
+
+    def __init__(self, model: nn.Module, parameters: bool) -> None:
+        modules = list(model.modules())
+        plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # whose state lies in Python
+        self._modes = [(m, m.training) for m in modules]
+        self._attributes = [(vars(m), {k: v for k, v in vars(m).items() if k != "training"}) for m in plain]
+        self._tables = [(table, dict(table)) for m in plain for table in (m._parameters, m._buffers, m._modules)]
+        self._params = list(model.parameters())
+        self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
+        self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in model.buffers()]
+        self._values = {id(p): (p, p.detach().clone()) for p in self._params} if parameters else {}
+        self.devices = sorted({t.device.index for t in [*self._params, *model.buffers()] if t.device.type == "cuda"})
+        # A backward pass inside the block adds to no gradient and steps no optimizer. What hooks make of a gradient is
+        # part of training, but not of the gradient.
+        hooks = [p._post_accumulate_grad_hooks for p in self._params]
+        hooks += [] if parameters else [p._backward_hooks for p in self._params]
+        self._hooks = [(table, dict(table)) for table in hooks if table]
+        for table, _ in self._hooks:
+            table.clear()
+        for p in self._params:
+            p.grad = None
+
+    def parameter(self, p: Tensor) -> None:
+        """Remember a parameter's value: something is about to change it in place."""
+        self._values.setdefault(id(p), (p, p.detach().clone()))
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Put back what forward passes may change: buffers, attributes, and the parameters remembered."""
+        for p, value in self._values.values():
+            p.copy_(value)
+        for table, held in self._tables:  # a forward may have rebound a buffer to a new tensor
+            if any(table.get(name) is not value for name, value in held.items()) or len(table) != len(held):
+                table.clear()
+                table.update(held)
+        for now, held in self._attributes:
+            for name in [n for n in now if n not in held and n != "training"]:
+                del now[name]
+            now.update(held)
+        for b, value, marks in self._buffers:
+            if not _same(b, value):
+                b.copy_(value)
+            vars(b).clear()
+            vars(b).update(marks)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self.rewind()
+        for p, requires_grad, grad in self._flags:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        for table, held in self._hooks:
+            table.update(held)
+        for module, training in self._modes:
+            module.training = training
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device.type == "cpu" and torch.equal(a, b)
+
+
 @contextmanager
-def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = False) -> Iterator[None]:
+def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = False) -> Iterator[Kept]:
     """Run a block and put everything of ``model`` back bit for bit, also where the block raises.
 
     Args:
@@ -23,42 +86,17 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
         seed: seeds the (forked) RNG of the CPU and of the model's devices inside the block.
         parameters: also restore parameter values (needed only by what trains the model).
     """
-    modes = [(m, m.training) for m in model.modules()]
-    params = list(model.parameters())
-    flags = [(p, p.requires_grad, p.grad) for p in params]
-    buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    saved_buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    saved_params = [(p, p.detach().clone()) for p in params] if parameters else []
-    cuda = sorted({t.device.index for t in [*params, *model.buffers()] if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
-        for p in params:
-            p.grad = None  # a backward inside the block must not add to the caller's gradients
-        if seed is not None:
-            torch.random.default_generator.manual_seed(seed)
-            for index in cuda:
-                with torch.cuda.device(index):
-                    torch.cuda.manual_seed(seed)
+    kept = Kept(model, parameters)
+    with torch.random.fork_rng(devices=kept.devices):
         try:
-            yield
+            if seed is not None:
+                torch.random.default_generator.manual_seed(seed)
+                for index in kept.devices:
+                    with torch.cuda.device(index):
+                        torch.cuda.manual_seed(seed)
+            yield kept
         finally:
-            with torch.no_grad():
-                for p, value in saved_params:
-                    p.copy_(value)
-                for module, held in buffers:  # a forward may have rebound a buffer to a new tensor
-                    module._buffers.clear()
-                    module._buffers.update(held)
-                for b, value in saved_buffers:
-                    if not _same(b, value):
-                        b.copy_(value)
-            for p, requires_grad, grad in flags:
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-            for module, training in modes:
-                module.training = training
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device.type == "cpu" and torch.equal(a, b)
+            kept.restore()
 
 
 def call(model: nn.Module, x: Inputs) -> Any:
@@ -70,17 +108,29 @@ def call(model: nn.Module, x: Inputs) -> Any:
     return model(x)
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and mappings; leave everything else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(function, v) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(map_tensors(function, v) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, v) for v in value) if type(value) in (tuple, list) else value
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return every tensor of nested tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
 def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:
     """Return the samples ``index`` of the inputs: every tensor whose first dimension is the batch is cut."""
-
-    def cut(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) and value.dim() and len(value) == batch_size else value
-
-    if isinstance(x, Mapping):
-        return {k: cut(v) for k, v in x.items()}
-    if isinstance(x, (tuple, list)):
-        return tuple(cut(v) for v in x)
-    return cut(x)
+    return map_tensors(lambda t: t[index] if t.dim() and len(t) == batch_size else t, x)
 
 
 def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
@@ -92,8 +142,7 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
         raise ModelError("The targets of a batch must be a tensor whose first dimension is the batch.")
     if y.shape[0] == 0:
         raise ModelError("The batch is empty; at least one sample is needed.")
-    tensors = [t for t in (x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x])]
-    if not any(isinstance(t, Tensor) and t.dim() and t.shape[0] == y.shape[0] for t in tensors):
+    if not any(t.dim() and t.shape[0] == y.shape[0] for t in tensors_of(x)):
         raise ModelError(f"No input has {y.shape[0]} samples, as the targets do.")
     return x, y, int(y.shape[0])
 
@@ -101,6 +150,9 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require grad, each once, by name; raises ``ModelError`` where there is none."""
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    lazy = [n for n, p in found.items() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise ModelError(f"The parameter '{lazy[0]}' has no shape yet; run the model once on a batch to initialize it.")
     if not found:
         raise ModelError("The model has no trainable parameter.")
     return found

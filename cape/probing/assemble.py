@@ -7,14 +7,14 @@ along T, anything else is summed as gradients of a few samples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from cape.probing import ops
-from cape.probing.intercept import Recorded
+from cape.probing.intercept import Recorded, parameters_behind
 from cape.probing.uses import LinearUse, wide
 
 
@@ -41,23 +41,6 @@ class Plan:
     groups: list[tuple[list[nn.Parameter], list[Item]]] = field(default_factory=list)
 
 
-def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
-    """Return the leaves that the autograd graph behind some tensors reaches."""
-    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
-    stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return list(found.values())
-
-
 def _region(t: Tensor) -> tuple[int, int] | None:
     """Return the storage interval of a view that shows each element once, else ``None``."""
     extent = 0
@@ -78,8 +61,7 @@ def _item(recorded: Recorded, target: int, parameters: dict[int, nn.Parameter]) 
         region = _region(t)
         if region is not None:
             return Item(recorded, target, (parameters[id(base)],), region)
-    behind = [parameters[id(leaf)] for leaf in leaves_behind([t]) if id(leaf) in parameters]
-    return Item(recorded, target, tuple(behind), None)
+    return Item(recorded, target, tuple(parameters_behind([t], parameters)), None)
 
 
 def plan(uses: Sequence[Recorded], parameters: dict[int, nn.Parameter], leaked: set[int]) -> Plan:
@@ -119,9 +101,7 @@ def _disjoint(items: Sequence[Item]) -> bool:
     return len(known) == len(regions) and all(a[1] < b[0] for a, b in zip(known, known[1:], strict=False))
 
 
-def group_norms(
-    parameters: Sequence[nn.Parameter], items: Sequence[Item], cotangents: int, batch_size: int
-) -> Tensor:
+def group_norms(parameters: Sequence[nn.Parameter], items: Sequence[Item], cotangents: int, batch_size: int) -> Tensor:
     """Return the squared per-sample norms of a group's summed gradients, [K, B] float64."""
     reached = [i for i in items if i.recorded.gradient is not None]
     if not reached:

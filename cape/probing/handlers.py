@@ -7,6 +7,7 @@ the call attached to the autograd graph, where the fallback finds it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ from cape.probing.uses import (
     wide,
 )
 
+# Largest outer product of two inputs, per row, that a bilinear map may form.
+_OUTER_ELEMENTS = 1 << 16
+
 
 def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
@@ -43,6 +47,9 @@ def linear(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
     x, w, b = bind("input weight bias", args, kwargs)
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() < 2 or w.dim() != 2:
         return NotImplemented
+    if w.is_complex():
+        with mode:
+            return torch.matmul(x, w.mT) if b is None else torch.matmul(x, w.mT) + b
     return watched_linear(mode, "linear", x, x, w, b)
 
 
@@ -63,100 +70,170 @@ def watched_linear(mode: Interceptor, kind: str, data: Tensor, x: Tensor, w: Ten
     return mode.meet(kind, data, (w, b), lambda w, b: F.linear(x, w, b), make, back if data is x else None)
 
 
-@handles(torch.mm, torch.matmul, torch.bmm, Tensor.mm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+_PRODUCTS = (torch.mm, torch.matmul, torch.bmm, torch.mv, Tensor.mm, Tensor.matmul, Tensor.bmm, Tensor.mv)
+
+
+@handles(*_PRODUCTS, Tensor.__matmul__)
 def matmul(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 2:
+    operands = [*args, *kwargs.values()]
+    if len(operands) != 2 or not set(kwargs) <= {"other", "mat2", "tensor2", "vec"}:
         return NotImplemented
-    return _matmul(mode, func, args[0], args[1])
+    return _matmul(mode, operands[0], operands[1])
 
 
 @handles(Tensor.__rmatmul__)
 def rmatmul(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return _matmul(mode, torch.matmul, args[1], args[0])
+    return _matmul(mode, args[1], args[0])
 
 
-def _matmul(mode: Interceptor, func: Any, a: Tensor, b: Tensor) -> Any:
+def _matmul(mode: Interceptor, a: Tensor, b: Tensor) -> Any:
     if mode.is_data(a) and mode.is_data(b):
         return NotImplemented
-    if mode.is_data(a) and b.dim() == 2:
-        return _right_product(mode, a, b, None, lambda w, _: func(a, w))
+    if mode.is_data(a) and b.dim() == 2 and a.dim() > 1 and not b.is_complex():
+        return _right_product(mode, a, b)
     batch = "abcdefgh"[: max(a.dim(), b.dim()) - 2]
     left = batch[len(batch) - a.dim() + 2 :] + "mk" if a.dim() > 1 else "k"
     right = batch[len(batch) - b.dim() + 2 :] + "kn" if b.dim() > 1 else "k"
     out = batch + ("m" if a.dim() > 1 else "") + ("n" if b.dim() > 1 else "")
-    if mode.is_data(a):
-        return _contract(mode, a, b, (left, right, out), lambda w: func(a, w))
-    return _contract(mode, b, a, (right, left, out), lambda w: func(w, b))
+    return _contract(mode, a, b, (left, right, out)) if mode.is_data(a) else _contract(mode, b, a, (right, left, out))
 
 
-def _right_product(mode: Interceptor, x: Tensor, w: Tensor, b: Tensor | None, run: Callable[..., Tensor]) -> Any:
-    """y = x W (+ b) with W [d, p]."""
-    if x.dim() < 2:
-        return NotImplemented
+def _right_product(mode: Interceptor, x: Tensor, w: Tensor) -> Any:
+    """y = x W with W [d, p]."""
 
     def make(layout: Layout) -> Use | None:
         if layout.dim == x.dim() - 1:
             return None
         return LinearUse([w], [Part(x.detach(), transposed=True)], layout)
 
-    return mode.meet("product", x, (w, b), run, make)
+    return mode.meet("product", x, (w,), lambda w: torch.matmul(x, w), make)
 
 
-@handles(torch.addmm, Tensor.addmm)
-def addmm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 3:
+@handles(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.addmv, Tensor.addmv)
+def add_product(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 3 or not set(kwargs) <= {"alpha", "beta"}:
         return NotImplemented
     b, x, w = args
-    if not mode.is_data(x) or mode.is_data(w):
+    with mode:  # as watched operators
+        y = torch.matmul(x, w)
+        return y * kwargs.get("alpha", 1) + b * kwargs.get("beta", 1) if kwargs else y + b
+
+
+@handles(torch.linalg.multi_dot)
+def multi_dot(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs:
         return NotImplemented
-    with mode:  # as two watched operators
-        return torch.mm(x, w) + b
+    with mode:
+        return functools.reduce(torch.matmul, args[0])
+
+
+@handles(torch.inner, Tensor.inner)
+def inner(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    a, b = bind("input other", args, kwargs)
+    if a.dim() == 0 or b.dim() == 0:
+        return NotImplemented
+    left, right = "abcdefgh"[: a.dim() - 1], "ijklmnop"[: b.dim() - 1]
+    with mode:
+        return torch.einsum(f"{left}z,{right}z->{left}{right}", a, b)
+
+
+@handles(torch.tensordot)
+def tensordot(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    a, b, dims, out = bind("a b dims out", args, kwargs, dims=2)
+    if isinstance(dims, Tensor) or out is not None:
+        return NotImplemented
+    pairs = (list(range(-dims, 0)), list(range(dims))) if isinstance(dims, int) else dims
+    first, second = ([d] if isinstance(d, int) else list(d) for d in pairs)
+    left, right = list("abcdefgh"[: a.dim()]), list("ijklmnop"[: b.dim()])
+    for i, k in zip(first, second, strict=True):
+        right[k] = left[i]
+    kept = [c for c in left if c not in right] + [c for c in right if c not in left]
+    with mode:
+        return torch.einsum(f"{''.join(left)},{''.join(right)}->{''.join(kept)}", a, b)
+
+
+@handles(F.bilinear)
+def bilinear(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, z, w, b = bind("input1 input2 weight bias", args, kwargs)
+    if not mode.of_parameters(w) or x.shape[-1] * z.shape[-1] > _OUTER_ELEMENTS:
+        return NotImplemented
+    with mode:
+        return F.linear((x.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2), w.flatten(1), b)
 
 
 @handles(torch.einsum)
 def einsum(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    equation, *operands = args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+    parsed = _letters(args)
+    if parsed is None:
         return NotImplemented
+    operands, inputs, out = parsed
+    if len(operands) > 2:  # two at a time, from the left
+        kept = "".join(c for c in dict.fromkeys(inputs[0] + inputs[1]) if c in "".join(inputs[2:]) + out)
+        with mode:
+            pair = torch.einsum(f"{inputs[0]},{inputs[1]}->{kept}", operands[0], operands[1])
+            return torch.einsum(f"{','.join([kept, *inputs[2:]])}->{out}", pair, *operands[2:])
     first, second = operands
-    inputs, out = equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    if "..." in equation:
-        if "..." in left and "..." in right:
-            return NotImplemented
-        spread = first.dim() - len(left) + 3 if "..." in left else second.dim() - len(right) + 3
-        letters = "".join(c for c in "ZYXWVUTSRQPONMLK" if c not in equation)[:spread]
-        left, right, out = (s.replace("...", letters) for s in (left, right, out))
     if mode.is_data(first) == mode.is_data(second):
         return NotImplemented
+    left, right = inputs
     if mode.is_data(first):
-        return _contract(
-            mode, first, second, (left, right, out), lambda w: torch.einsum(f"{left},{right}->{out}", first, w)
-        )
-    return _contract(
-        mode, second, first, (right, left, out), lambda w: torch.einsum(f"{left},{right}->{out}", w, second)
-    )
+        return _contract(mode, first, second, (left, right, out))
+    return _contract(mode, second, first, (right, left, out))
 
 
-def _contract(
-    mode: Interceptor, x: Tensor, w: Tensor, letters: tuple[str, str, str], run: Callable[[Tensor], Tensor]
-) -> Any:
+def _letters(args: Sequence[Any]) -> tuple[list[Tensor], list[str], str] | None:
+    """Return the operands of an einsum, their letters and the output's: no ellipsis, an output in any case."""
+    if isinstance(args[0], str):
+        equation, *operands = args
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = list(operands[0])
+        terms, arrow, out = equation.replace(" ", "").partition("->")
+        inputs = terms.split(",")
+    else:  # operand, sublist, operand, sublist, ..., [output sublist]
+        operands, lists = list(args[: len(args) // 2 * 2 : 2]), [list(s) for s in args[1::2]]
+        alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+        named = ["".join("..." if i is Ellipsis else alphabet[i] for i in s) for s in lists]
+        arrow = "->" if len(args) % 2 else ""
+        out = "".join("..." if i is Ellipsis else alphabet[i] for i in args[-1]) if arrow else ""
+        inputs = named
+    if len(operands) < 2 or len(operands) != len(inputs) or not all(isinstance(t, Tensor) for t in operands):
+        return None
+    spare = [c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in "".join(inputs) + out]
+    spread = [t.dim() - len(s) + 3 if "..." in s else 0 for t, s in zip(operands, inputs, strict=True)]
+    if min(spread) < 0 or max(spread) > len(spare):
+        return None
+    common = "".join(spare[: max(spread)])
+    inputs = [s.replace("...", common[len(common) - n :]) for s, n in zip(inputs, spread, strict=True)]
+    if arrow:
+        return operands, inputs, out.replace("...", common)
+    every = "".join(inputs)
+    return operands, inputs, common + "".join(c for c in sorted(set(every)) if every.count(c) == 1 and c not in common)
+
+
+def _contract(mode: Interceptor, x: Tensor, w: Tensor, letters: tuple[str, str, str]) -> Any:
+    """y = einsum(x, W) for data x and a parameter W, where neither has a letter twice."""
     xs, ws, ys = letters
     if any(len(set(s)) != len(s) for s in letters) or len(xs) != x.dim() or len(ws) != w.dim():
         return NotImplemented
-    sizes = dict(zip(xs, x.shape, strict=True))
-    if any(sizes.get(c, n) != n for c, n in zip(ws, w.shape, strict=True)) or any(c not in xs + ys for c in ws):
+    with mode:  # reduce W, in watched steps, to one that meets every number of x once
+        w = mode.core(w)
+        if summed := [i for i, c in enumerate(ws) if c not in xs + ys]:
+            w, ws = w.sum(summed), "".join(c for c in ws if c in xs + ys)
+        sizes = dict(zip(xs, x.shape, strict=True))
+        if spread := [i for i, c in enumerate(ws) if w.shape[i] == 1 and sizes.get(c, 1) != 1]:
+            w, ws = w.squeeze(spread), "".join(c for i, c in enumerate(ws) if i not in spread)
+    lengths = dict(zip(ws, w.shape, strict=True))
+    seen = x.detach().expand([lengths.get(c, n) if n == 1 else n for c, n in zip(xs, x.shape, strict=True)])
+    if any(n != lengths.get(c, n) for c, n in zip(xs, seen.shape, strict=True)) or not mode.of_parameters(w):
         return NotImplemented
 
     def make(layout: Layout) -> Use | None:
         letter = xs[layout.dim]
         if letter in ws or letter not in ys:
             return None
-        return EinsumUse(w, x.detach(), letters, layout, ys.index(letter))
+        return EinsumUse(w, seen, (xs, ws, ys), layout, ys.index(letter))
 
-    return mode.meet("contract", x, (w,), run, make)
+    return mode.meet("contract", x, (w,), lambda w: torch.einsum(f"{xs},{ws}->{ys}", x, w), make)
 
 
 # ---- convolutions --------------------------------------------------------------------------------------------------
@@ -176,7 +253,7 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
             zip(names.split(), bind(names, args, kwargs, stride=1, padding=0, dilation=1, groups=1), strict=True)
         )
         x, w, b = bound["input"], bound["weight"], bound["bias"]
-        if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() != spatial + 2:
+        if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() != spatial + 2 or w.is_complex():
             return NotImplemented
         stride, dilation = _tuple(bound["stride"], spatial), _tuple(bound["dilation"], spatial)
         kernel, padding, padded = tuple(w.shape[2:]), bound["padding"], x
@@ -271,7 +348,9 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
 
     def statistics() -> tuple[Tensor, Tensor]:
         shape = _per_channel(x)
-        return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(shape)
+        return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(
+            shape
+        )
 
     def back(g: Tensor) -> Tensor:
         _, inverse = statistics()

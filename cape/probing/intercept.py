@@ -11,12 +11,14 @@ The mode runs in two phases: ``scan`` (two samples, twice: learns the batch layo
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -24,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from cape.probing.cotangents import physical
 from cape.probing.layout import Layout, observe
 from cape.probing.uses import Use
+from cape.state import map_tensors
 
 GradSink = Callable[[Tensor], None]
 Handler = Callable[["Interceptor", Any, Sequence[Any], dict[str, Any]], Any]
@@ -48,6 +51,22 @@ class Sighting:
 
     key: tuple[Any, ...]
     data: Tensor
+
+
+class Verdict(NamedTuple):
+    """What two scans say of one use.
+
+    Attributes:
+        key: which call it is.
+        layout: of the data (``None``: leave the parameter attached).
+        rows: the two samples' rows of the data.
+        puzzling: the data changed, but not as the rows of one sample: samples may have met.
+    """
+
+    key: tuple[Any, ...]
+    layout: Layout | None
+    rows: tuple[Tensor, Tensor] | None
+    puzzling: bool
 
 
 @dataclass
@@ -84,7 +103,9 @@ class _Watched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: GradSink) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: GradSink
+    ) -> Tensor:
         ctx.back, ctx.sink = back, sink
         return run()
 
@@ -145,51 +166,120 @@ _INDEXING = {
     if hasattr(owner, name)
 }  # fmt: skip
 _READING = {
+    torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
     Tensor.__array__,
 }  # fmt: skip
+# Functions that take shape or type, but no value, from their second tensor.
+_TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+# Derivatives inside the model: what they consume of a parameter goes past the operators that the mode watches.
+_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._VF._make_dual}
+_RENORMALIZING = {F.embedding, F.embedding_bag}
 
 
-def _repeat_as_view(args: Sequence[Any]) -> Tensor:
-    """Return ``p.repeat(...)`` as an expanded, traceable view where only dimensions of size 1 repeat."""
-    p, *sizes = args
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
-        sizes = list(sizes[0])
-    shape = [1] * (len(sizes) - p.dim()) + list(p.shape)
-    if all(isinstance(r, int) for r in sizes) and all(n == 1 or r == 1 for n, r in zip(shape, sizes, strict=True)):
-        return p.expand([n * r for n, r in zip(shape, sizes, strict=True)])
-    return p.repeat(*sizes)
+@functools.cache
+def _in_place(func: Any) -> bool:
+    """Whether an operator writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or (
+            name.startswith("__i") and name not in ("__init__", "__invert__", "__index__", "__int__", "__iter__")
+        )
+    return name.endswith("_")
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that a call writes into."""
+    written = tensors_in(kwargs["out"]) if "out" in kwargs else []
+    if _in_place(func):
+        written += tensors_in(args[:1])
+    elif func in _RENORMALIZING and (len(args) > 3 or kwargs.get("max_norm") is not None):
+        written += [args[1]] if len(args) > 1 else [kwargs["weight"]]
+    return written
+
+
+def _ignore(g: Tensor) -> None:
+    """Take a gradient that nobody needs."""
+
+
+_COPIES = {Tensor.contiguous, Tensor.clone, torch.clone}
+_VIEWS = {
+    Tensor.__getitem__, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.unsqueeze,
+    torch.unsqueeze, Tensor.select, torch.select,
+}  # fmt: skip
+
+
+def _core_of_copies(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return a tensor whose expansion a call on parameters gave, where the call made copies of the same numbers."""
+    if func is F.embedding and isinstance(args[0], Tensor):  # one row of indices for every sample
+        index = args[0]
+        same = index.dim() > 0 and len(index) == mode.batch_size and bool((index == index[:1]).all())
+        return func(index[:1], *args[1:], **kwargs) if same else None
+    if not args or not isinstance(args[0], Tensor) or kwargs:
+        return None
+    p = mode.core(args[0])
+    if func in _COPIES:
+        return p if p is not args[0] else None
+    if func in (Tensor.repeat, Tensor.tile, torch.tile):
+        sizes = list(args[1]) if len(args) == 2 and not isinstance(args[1], int) else list(args[1:])
+        sizes = [1] * (args[0].dim() - len(sizes)) + sizes
+        p = p.reshape([1] * (len(sizes) - p.dim()) + list(p.shape))
+        return p if all(n == 1 or r == 1 for n, r in zip(p.shape, sizes, strict=True)) else None
+    if func in _VIEWS and p is not args[0]:
+        try:
+            return func(p, *args[1:])
+        except IndexError:  # beyond the first of the copies
+            return None
+    return None
 
 
 class Interceptor(TorchFunctionMode):
-    """The mode. ``verdicts`` is ``None`` while scanning, else one layout (or ``None``: leave attached) per use.
+    """The mode. ``verdicts`` is ``None`` while scanning, else one verdict per use.
 
     Attributes:
         sightings: what a scan saw, in order.
         uses: what a recording saw, in order.
-        mismatch: a use came that the scan did not see in that place; the record cannot be trusted.
+        mismatch: a use came that the scan did not see in that place, or the model takes derivatives of its own; the
+            record cannot be trusted.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
-        late: parameters first used inside the backward pass (re-entrant checkpoints).
+        late: parameters used inside the backward pass only (re-entrant checkpoints).
+        recorded: parameters with a recorded use.
+        dropped: those whose uses a derivative inside the model may pass through: a second-order use is not recorded.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], batch_size: int, verdicts: list[tuple[Any, Layout | None]] | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        batch_size: int,
+        verdicts: list[Verdict] | None,
+        keep: Callable[[Tensor], None] = _ignore,
+        places: Mapping[int, int] | None = None,
     ) -> None:
+        """Args: ``keep`` is told of a parameter before it is written into; ``places``: see ``out_of_order``."""
         super().__init__()
         self.parameters = {id(p): p for p in parameters}
         self.batch_size = batch_size
         self.verdicts = verdicts
+        self.keep = keep
+        self.places = places or {}
         self.sightings: list[Sighting] = []
         self.uses: list[Recorded] = []
         self.mismatch = False
         self.steered = False
         self.late: set[int] = set()
-        self.known: set[int] = set()
+        self.recorded: set[int] = set()
+        self.dropped: set[int] = set()
         self.in_backward = False
+        self.level = 0  # of the backward pass's own vmap layer
         self.on_gradient: Callable[[Recorded], None] = lambda recorded: None
         self._derived: dict[int, Tensor] = {}
-        self._names: dict[int, int] = {}
-        self._watched: set[tuple[Any, ...]] = set()
+        self._filled: dict[int, Tensor] = {}  # tensors that data was written into
+        self._cores: dict[int, tuple[Tensor, int]] = {}
+        self._storages = {p.untyped_storage().data_ptr(): p for p in parameters}
+        self._names: dict[int, Any] = {}
+        self._decisions: dict[Any, bool | None] = {}
+        self._unwatched: set[Any] = set()  # names of what was used without grad mode
+        self._compared: list[tuple[Tensor, Tensor, float]] = []
         self._next = 0
         device = parameters[0].device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -200,10 +290,13 @@ class Interceptor(TorchFunctionMode):
         """Whether a value is a trainable parameter or was computed from such parameters alone."""
         return id(t) in self.parameters or id(t) in self._derived
 
-    @staticmethod
-    def is_data(t: Any) -> bool:
-        """Whether a value was computed from the inputs."""
-        return isinstance(t, Tensor) and getattr(t, "_cape_data", False)
+    def is_data(self, t: Any) -> bool:
+        """Whether a value was computed from the inputs (what has a gradient of unknown origin may have been)."""
+        if not isinstance(t, Tensor):
+            return False
+        if getattr(t, "_cape_data", False) or id(t) in self._filled:
+            return True
+        return t.requires_grad and not self.of_parameters(t)
 
     @staticmethod
     def mark_data(values: Any) -> Any:
@@ -214,31 +307,38 @@ class Interceptor(TorchFunctionMode):
 
     def inputs(self, x: Any) -> Any:
         """Return aliases of the input tensors, marked as data (the caller's own tensors stay unmarked)."""
-        if isinstance(x, Tensor):
-            return self.mark_data(x.detach().view_as(x))
-        if isinstance(x, Mapping):
-            return {k: self.inputs(v) for k, v in x.items()}
-        if isinstance(x, (tuple, list)):
-            return tuple(self.inputs(v) for v in x)
-        return x
+        return map_tensors(lambda t: self.mark_data(t.detach().view_as(t)), x)
 
     # ---- the mode ------------------------------------------------------------------------------------------------
 
+    def _transforming(self) -> bool:
+        """Whether the model itself is inside one of torch.func's transformations."""
+        inner = torch._C._functorch.peek_interpreter_stack()
+        return inner is not None and inner.level() > self.level
+
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = tensors_in(args) if not kwargs else tensors_in((args, kwargs))
-        data = any(getattr(t, "_cape_data", False) for t in found)
+        found = tensors_in(args[:1]) if func in _TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
+        data = any(self.is_data(t) for t in found)
+        written = _written(func, args, kwargs)
+        if written:
+            self._write(written, data)
+        if func in _DERIVATIVES and not self._transforming():
+            self._differentiate(func)
         if data and (func in _READING or (func in _INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))):
             self.steered = True
         if not any(self.of_parameters(t) for t in found):
             result = func(*args, **kwargs)
             return self.mark_data(result) if data and func not in _CONSTANTS else result
+        if self._transforming():
+            return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
         if not torch.is_grad_enabled():
             if self.in_backward or not data:
                 return func(*args, **kwargs)
+            self._unwatched.update(self._name(t) for t in found if self.of_parameters(t))
             return self.mark_data(func(*args, **kwargs))
         if not data:
-            return self._derive(_repeat_as_view(args) if func is Tensor.repeat else func(*args, **kwargs))
+            return self._derive(func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(self, func, args, kwargs)
@@ -250,11 +350,49 @@ class Interceptor(TorchFunctionMode):
                 return self.mark_data(inner(*args, **kwargs))
         return self.mark_data(func(*args, **kwargs))
 
-    def _derive(self, result: Any) -> Any:
+    def _differentiate(self, func: Any) -> None:
+        """Take what a derivative inside the model may pass through out of the record."""
+        if func is torch._VF._make_dual or (self.in_backward and func is torch.autograd.grad):
+            self.mismatch = True
+        elif not self.in_backward:  # inside the backward pass, a re-entrant checkpoint calls backward
+            self.dropped |= self.recorded
+
+    def _write(self, written: Sequence[Tensor], data: bool) -> None:
+        """Note what a call writes into: parameters are put back later, and what data is written into is data."""
+        for t in written:
+            if t.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+                p = self._storages.get(t.untyped_storage().data_ptr())
+                if p is not None:
+                    self.keep(p)
+            if data and not self.is_data(t) and id(t) not in self.parameters:
+                for changed in (t, t._base if t._is_view() else None):
+                    if changed is not None and id(changed) not in self.parameters:
+                        self._derived.pop(id(changed), None)
+                        self._filled[id(changed)] = changed
+
+    def _derive(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on parameters alone."""
+        result = func(*args, **kwargs)
         for t in tensors_in(result):
             if t.requires_grad and id(t) not in self.parameters:
                 self._derived[id(t)] = t
+        core = _core_of_copies(self, func, args, kwargs) if isinstance(result, Tensor) else None
+        if core is not None:
+            if id(core) not in self.parameters:
+                self._derived[id(core)] = core
+            self._cores[id(result)] = (core, result._version)
         return result
+
+    def core(self, p: Tensor) -> Tensor:
+        """Return a tensor that expands to ``p`` and holds each of its numbers once, as far as that is known."""
+        known, version = self._cores.get(id(p), (p, p._version))
+        if version != p._version:
+            return p
+        for d in range(known.dim()):
+            if known.stride(d) == 0 and known.shape[d] > 1:
+                known = known.narrow(d, 0, 1)
+                self._derived[id(known)] = known
+        return known
 
     # ---- what handlers call ------------------------------------------------------------------------------------
 
@@ -284,44 +422,68 @@ class Interceptor(TorchFunctionMode):
         ]
         live = [w for w in weights if self.of_parameters(w)]
         state, layout = self.verdict(kind, data, live)
-        if state == "live":
+        use = make(layout) if state == "record" and layout is not None else None
+        if state == "live" or (state == "record" and use is None):
+            self.undo(kind, data, live)
             return run(*weights)
-        use = make(layout) if layout is not None else None
-        if state == "record" and use is None:
-            return run(*weights)
-        place = (kind, *map(id, live))
-        if state == "again" and place in self._watched:  # what a checkpoint saves must come again in the same order
-            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, lambda g: None)
-        if state != "record" or use is None:
-            return run(*detached)
-        arrival = self.register(use)
-        if back is not None and not torch.is_autocast_enabled(data.device.type):
-            self._watched.add(place)
-            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, arrival.take)
+        arrival = self.register(use) if use is not None else None
+        if back is not None and state != "scan" and not torch.is_autocast_enabled(data.device.type):
+            take = arrival.take if arrival is not None else _ignore
+            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
         y = run(*detached)
-        self.tap(y, arrival.arrive)
+        self.tap(y, arrival.arrive if arrival is not None else None)
         return y
 
     def verdict(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> tuple[str, Layout | None]:
         """Return what to do with a use: ``scan``, ``record`` (with its layout), ``again`` or ``live``."""
-        key = (kind, tuple(self._name(w) for w in live), data.dim())
-        if self.in_backward:  # a checkpoint recomputes; what it showed in the forward pass is already recorded
-            unseen = [w for w in live if w is not None and self._name(w) not in self.known]
-            self.late.update(id(w) for w in unseen)
-            return ("live", None) if unseen else ("again", None)
-        self.known.update(key[1])
+        key = self._key(kind, data, live)
+        if self.in_backward:  # a checkpoint recomputes: do as in the forward pass, which holds what is recorded
+            decision = None if self._unwatched.intersection(key[1]) else self._decisions.get(key)
+            if decision is None:
+                self.late.update(p for w in live for p in self._behind(w))
+            return ("again" if decision else "live"), None
         if self.verdicts is None:
-            self.sightings.append(Sighting(key, data.detach()))
+            if self.mismatch:
+                return "live", None
+            self.sightings.append(Sighting(key, data.detach().clone()))  # the model may write into it
             return "scan", None
         index = self._next
         self._next += 1
-        if index >= len(self.verdicts) or self.verdicts[index][0] != key:
+        if index >= len(self.verdicts) or self.verdicts[index].key != key:
             self.mismatch = True
+        if self.mismatch:
             return "live", None
-        layout = self.verdicts[index][1]
-        if layout is None or not layout.fits(data, self.batch_size):
+        _, layout, rows, _ = self.verdicts[index]
+        if layout is None or rows is None or not layout.fits(data, self.batch_size):
             return "live", None
+        self._decisions[key] = self._decisions.get(key, True) or None
+        self.recorded.update(p for w in live for p in self._behind(w))
+        with torch._C.DisableTorchFunction():
+            for k, place in self.places.items():
+                self._compared.append((_row(data, layout, place), rows[k], _digits(data)))
         return "record", layout
+
+    def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
+        """Note that a use stays attached after all, so that a checkpoint leaves it attached too."""
+        if not self.in_backward and self.verdicts is not None:
+            key = self._key(kind, data, live)
+            self._decisions[key] = None if self._decisions.get(key) else False
+
+    def _key(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        return kind, tuple(self._name(w) for w in live), data.dim()
+
+    def out_of_order(self) -> bool:
+        """Whether a use met other rows than the scan did: something moves the samples about.
+
+        ``places`` says where in the batch the scan's two samples are: their rows at every use must be the same again,
+        to what rounding leaves of them.
+        """
+        if not self._compared:
+            return False
+        now, then, limits = zip(*self._compared, strict=True)
+        far = torch.stack(torch._foreach_norm(torch._foreach_sub(list(now), list(then)), float("inf")))
+        scale = torch.stack(torch._foreach_norm(list(then), float("inf")))
+        return bool((far > torch.tensor(limits, dtype=far.dtype, device=far.device) * scale).any())
 
     def register(self, use: Use) -> _Arrival:
         """Add a use and return what its gradient must be handed to."""
@@ -329,22 +491,69 @@ class Interceptor(TorchFunctionMode):
         self.uses.append(recorded)
         return _Arrival(self, recorded)
 
-    def tap(self, y: Tensor, sink: GradSink) -> None:
-        """Arrange that ``sink`` receives the gradient of ``y`` in every backward pass."""
-        if y.requires_grad:
-            y.register_hook(sink)
-        else:
-            _Tap.apply(y, self.anchor, sink)
+    def tap(self, y: Tensor, sink: GradSink | None) -> None:
+        """Arrange that ``sink`` receives the gradient of ``y`` in every backward pass.
 
-    def expand(self, p: Tensor, shape: Sequence[int], sink: GradSink) -> Tensor:
+        Without a sink (while scanning, or recomputing) ``y`` still requires a gradient, as it does while recording.
+        """
+        if not y.requires_grad:
+            _Tap.apply(y, self.anchor, sink or _ignore)
+        elif sink is not None:
+            y.register_hook(sink)
+
+    def expand(self, p: Tensor, shape: Sequence[int], sink: GradSink | None) -> Tensor:
         """Return a detached parameter expanded to ``shape``; ``sink`` receives the gradient there."""
-        return _Expand.apply(p.detach(), self.anchor, torch.Size(shape), sink)
+        return _Expand.apply(p.detach(), self.anchor, torch.Size(shape), sink or _ignore)
 
     def _name(self, w: Tensor | None) -> Any:
-        """Name a parameter (or a derived tensor, by order of use) alike in scan and recording."""
-        if id(w) in self.parameters:
+        """Name a parameter, or a tensor derived from parameters, alike in every pass."""
+        if w is None or id(w) in self.parameters:
             return id(w)
-        return -1 - self._names.setdefault(id(w), len(self._names))
+        if id(w) not in self._names:
+            self._names[id(w)] = (*sorted(self._behind(w)), w.dim())
+        return self._names[id(w)]
+
+    def _behind(self, w: Tensor | None) -> set[int]:
+        """Return the ids of the parameters that a tensor came from."""
+        if w is None or id(w) in self.parameters:
+            return set() if w is None else {id(w)}
+        return {id(p) for p in parameters_behind([w], self.parameters)}
+
+
+def _row(t: Tensor, layout: Layout, sample: int) -> Tensor:
+    """Return the beginning of a sample's first row, as float64."""
+    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:256]
+    row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
+    return row.to(torch.float64, copy=True)
+
+
+def _digits(t: Tensor) -> float:
+    """Return the relative difference that rounding may make between two batch sizes."""
+    return float(torch.finfo(t.dtype).eps ** 0.35) if t.is_floating_point() or t.is_complex() else 0.0
+
+
+def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the leaves that the autograd graph behind some tensors reaches."""
+    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
+    stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return list(found.values())
+
+
+def parameters_behind(roots: Iterable[Tensor | None], among: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that some tensors are, or that the autograd graph behind them still reaches."""
+    roots = [t for t in roots if t is not None]
+    reached = [*roots, *leaves_behind(roots)]
+    return list({id(t): among[id(t)] for t in reached if id(t) in among}.values())
 
 
 class _Arrival:
@@ -386,8 +595,13 @@ def opened(func: Any) -> Any | None:
     return _opened_functions[func]
 
 
-def judge(first: list[Sighting], second: list[Sighting]) -> list[tuple[Any, Layout | None]]:
+def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     """Return the verdicts of two scans (the same two samples, the first one changed in the second scan)."""
     if [s.key for s in first] != [s.key for s in second]:
         return []  # control flow depends on the data: nothing can be matched
-    return [(a.key, observe(a.data, b.data)) for a, b in zip(first, second, strict=True)]
+    verdicts = []
+    for a, b in zip(first, second, strict=True):
+        layout = observe(a.data, b.data)
+        rows = None if layout is None else (_row(a.data, layout, 0), _row(a.data, layout, 1))
+        verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
+    return verdicts

@@ -7,14 +7,12 @@ are the rows of that sample. The same two passes show whether samples influence 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cape.state import Inputs
+from cape.state import Inputs, map_tensors, tensors_of
 
 
 @dataclass(frozen=True)
@@ -53,43 +51,60 @@ class Layout:
         return Layout(dim, self.outer, self.inner)
 
 
-def two_samples(x: Inputs, batch_size: int) -> tuple[Inputs, Inputs] | None:
+def middle_samples(batch_size: int) -> tuple[int, int]:
+    """Return the two samples that a scan looks at: in order, and neither the first nor the last where that can be.
+
+    What a model does to the batch's order, or with its first or last sample, then shows.
+    """
+    return (0, batch_size - 1) if batch_size < 3 else (batch_size // 3, 2 * batch_size // 3)
+
+
+def two_samples(x: Inputs, batch_size: int, kinds: str = "fib") -> tuple[Inputs, Inputs] | None:
     """Return a batch of two samples and the same batch with the first sample changed (``None``: nothing could change).
 
     Floating-point inputs become another sample plus noise; integers move within the range that the batch uses, so
-    that token ids, lengths and masks stay valid; booleans flip.
+    that token ids, lengths and masks stay valid; booleans become the other sample's.
+
+    Args:
+        x: the inputs of the whole batch.
+        batch_size: number of samples in it.
+        kinds: which inputs may change: ``f``loats, ``i``ntegers, ``b``ooleans.
     """
     changed_any = False
     generator = torch.Generator().manual_seed(0)
+    samples = list(middle_samples(batch_size))
+    others = any(t.dtype != torch.bool for t in tensors_of(x))
 
-    def pair(value: Any) -> tuple[Any, Any]:
+    def change(value: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal changed_any
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch_size:
+        if value.dim() == 0 or value.shape[0] != batch_size:
             return value, value
-        base = value.detach()[[0, batch_size - 1]].clone()
+        base = value.detach()[samples].clone()
         other = base.clone()
-        if value.is_floating_point():
-            scale = base.float().nan_to_num(0.0, 0.0, 0.0).std(correction=0).item() or 1.0
-            noise = torch.randn(base.shape[1:], generator=generator) * scale
-            other[0] = base[1] + noise.to(base)
+        if value.is_floating_point() or value.is_complex():
+            if "f" in kinds:
+                real = torch.view_as_real(base) if value.is_complex() else base
+                scale = real.float().nan_to_num(0.0, 0.0, 0.0).std(correction=0).item() or 1.0
+                noise = torch.randn(real.shape[1:], generator=generator) * scale
+                other[0] = base[1] + (torch.view_as_complex(noise) if value.is_complex() else noise).to(base)
         elif value.dtype == torch.bool:
-            other[0] = ~base[0]
-        elif not value.is_complex():
+            if "b" in kinds:
+                other[0] = base[1] if others else ~base[0]
+        elif "i" in kinds:
             low, high = int(value.min()), int(value.max())
-            other[0] = (base[0] - low + 1) % (high - low + 1) + low
+            if low < high:
+                other[0] = (base[0] - low + 1) % (high - low + 1) + low
+            elif low > 0 or value.device.type == "cpu":  # a wrong index on a GPU would end the process
+                other[0] += -1 if low > 0 else 1
         if not torch.equal(base, other):
             changed_any = True
         return base, other
 
-    if isinstance(x, Mapping):
-        pairs = {k: pair(v) for k, v in x.items()}
-        result: tuple[Inputs, Inputs] = ({k: p[0] for k, p in pairs.items()}, {k: p[1] for k, p in pairs.items()})
-    elif isinstance(x, (tuple, list)):
-        parts = [pair(v) for v in x]
-        result = (tuple(p[0] for p in parts), tuple(p[1] for p in parts))
-    else:
-        result = pair(x)
-    return result if changed_any else None
+    pairs = [change(t) for t in tensors_of(x)]
+    if not changed_any:
+        return None
+    first, second = iter([p[0] for p in pairs]), iter([p[1] for p in pairs])
+    return map_tensors(lambda t: next(first), x), map_tensors(lambda t: next(second), x)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -140,7 +155,12 @@ def _explanations(changed: list[bool]) -> list[int]:
 
 def interacts(a: Tensor, b: Tensor) -> bool:
     """Whether the second sample's outputs moved when only the first sample changed. ``a``, ``b``: [2, ...]."""
-    if a.shape != b.shape:
+    return a.shape == b.shape and moved(a[1], b[1], 0.7)
+
+
+def moved(a: Tensor, b: Tensor, digits: float) -> bool:
+    """Whether two results of the same computation differ by more than a share ``digits`` of the type's digits."""
+    if not a.is_floating_point() or a.numel() == 0:
         return False
-    scale = a.abs().amax()
-    return bool(((a[1] - b[1]).abs().amax() > 1e-4 * scale).item()) if a.is_floating_point() else False
+    scale = torch.maximum(a.abs().amax(), b.abs().amax()).nan_to_num(0.0, 0.0, 0.0)
+    return bool(((a - b).abs().amax() > torch.finfo(a.dtype).eps ** digits * scale).item())

@@ -99,7 +99,9 @@ def sq_norms(x: Tensor, leading: int = 1) -> Tensor:
     """Return the sum of squares over all but the ``leading`` dimensions of ``x``, float64."""
     lead = x.shape[:leading]
     rows = x.reshape(lead.numel(), x.shape[leading:].numel())
-    return (torch.ops.cape.sq_norms(rows) if native(x) else sq_norms_torch(rows)).view(lead)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows.resolve_conj()).flatten(1)
+    return (torch.ops.cape.sq_norms(rows) if native(rows) else sq_norms_torch(rows)).view(lead)
 
 
 def sq_norms_torch(x: Tensor) -> Tensor:

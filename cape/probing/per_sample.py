@@ -8,22 +8,25 @@ alone, so that no model is refused and no number is wrong; only models whose sam
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
 from cape.probing import handlers, ops, raw, recurrent
-from cape.probing.assemble import group_norms, leaves_behind, plan
+from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
-from cape.probing.intercept import Interceptor, Recorded, judge, opened
-from cape.probing.layout import interacts, two_samples
-from cape.state import Inputs, call, check_batch, preserved, slice_inputs, trainable
+from cape.probing.intercept import Interceptor, Recorded, Verdict, judge, leaves_behind, opened
+from cape.probing.layout import interacts, middle_samples, moved, two_samples
+from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
@@ -35,6 +38,11 @@ _grad = opened(torch.autograd.grad) or torch.autograd.grad
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
+INTERACTING = (
+    "The model's samples influence each other (changing one sample changes another's output), so there is no"
+    " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
+    " normalization."
+)
 _COTANGENTS = 16  # of a full Jacobian, in one backward pass
 _CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
 
@@ -112,7 +120,8 @@ def all_norms(
     """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
     if tau not in TAUS:
         raise SpecError(f"Unknown tau '{tau}'. Known: {', '.join(TAUS)}.")
-    x, y, batch_size = check_batch(batch)
+    with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
+        x, y, batch_size = check_batch(map_tensors(lambda t: t.clone() if t.is_inference() else t.detach(), batch))
     criterion = Loss(loss)
     params = trainable(model)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
@@ -120,12 +129,23 @@ def all_norms(
         twice = (slice_inputs(x, pair, 1), y[pair])
         norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
         return norms.first(1)
-    with preserved(model, seed=0), ops.use_backend(backend), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        preserved(model, seed=0) as kept,
+        ops.use_backend(backend),
+        torch.enable_grad(),
+        _eagerly(),
+    ):
         model.eval()
-        verdicts = _scan(model, x, batch_size, list(params.values()))
+        verdicts, seen = _scan(model, x, batch_size, list(params.values()), kept)
         pieces = _pieces(batch_size, micro_batch or _automatic_chunk(verdicts, y.device, batch_size))
-        engine = _Engine(model, params, criterion, tau, probes, verdicts)
-        parts = [engine.run(slice_inputs(x, piece, batch_size), y[piece]) for piece in pieces]
+        engine = _Engine(model, params, criterion, tau, probes, verdicts, kept, seen)
+        parts = []
+        for piece in pieces:
+            places = {
+                k: s - piece.start for k, s in enumerate(middle_samples(batch_size)) if piece.start <= s < piece.stop
+            }
+            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], places))
     full = [p.tau_full for p in parts if p.tau_full is not None]
     return Norms(
         torch.cat([p.g2 for p in parts]),
@@ -136,6 +156,12 @@ def all_norms(
     )
 
 
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled modules as they were written: compiled code shows no operator."""
+    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it would take seconds
+    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
+
+
 def _pieces(batch_size: int, step: int) -> list[slice]:
     """Cut a batch into pieces of about ``step`` samples, never of one."""
     count = max(1, min(-(-batch_size // max(step, 1)), batch_size // 2))
@@ -143,45 +169,65 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
     return [slice(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
 
 
-def _automatic_chunk(verdicts: list[Any] | None, device: torch.device, batch_size: int) -> int:
+def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
     """Convolutional networks run a few samples at a time on a CPU; products prefer the whole batch."""
-    kinds = [key[0] for key, _ in verdicts or ()]
+    kinds = [v.key[0] for v in verdicts or ()]
     convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
     return min(batch_size, _CONVOLUTION_CHUNK) if convolutional and device.type == "cpu" else batch_size
 
 
-def _scan(model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter]) -> list[Any] | None:
-    """Return the layout of every use, in order; ``None`` where the inputs of two samples cannot be told apart."""
-    pair = two_samples(x, batch_size)
-    if pair is None:
-        return None
-    modes, outputs = [], []
-    for inputs in pair:
+def _scan(
+    model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter], kept: Kept
+) -> tuple[list[Verdict] | None, Tensor | None]:
+    """Return the layout of every use, in order, and the outputs of two samples.
+
+    ``None`` where the inputs of two samples cannot be told apart; an empty list where the uses cannot be matched.
+    """
+
+    def look(inputs: Inputs) -> tuple[Interceptor, Any]:
+        kept.rewind()
         torch.random.default_generator.manual_seed(0)
-        mode = Interceptor(params, 2, None)
+        mode = Interceptor(params, 2, None, kept.parameter)
         with mode:
             out = call(model, mode.inputs(inputs))
-        modes.append(mode)
-        outputs.append(out)
-    batched = all(isinstance(out, Tensor) and out.dim() > 0 and out.shape[0] == 2 for out in outputs)
-    if batched and interacts(outputs[0].detach(), outputs[1].detach()):
-        raise ModelError(
-            "The model's samples influence each other (changing one sample changes another's output), so there is"
-            " no per-sample gradient; a batch norm without running statistics does this: use running statistics"
-            " or another normalization."
-        )
-    return judge(modes[0].sightings, modes[1].sightings)
+        return mode, out.detach() if isinstance(out, Tensor) else out
+
+    first = None
+    for kinds in ("fib", "f", "i"):  # lengths and masks can decide what happens: then they must stay as they are
+        pair = two_samples(x, batch_size, kinds)
+        if pair is None:
+            continue
+        try:
+            first = first or look(pair[0])
+            changed, out = look(pair[1])
+        except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
+            if kinds == "fib":
+                _log.debug("a scan of two samples failed: %s", error)
+            continue
+        outputs = [first[1], out]
+        if all(isinstance(o, Tensor) and o.dim() > 0 and o.shape[0] == 2 for o in outputs):
+            if batch_size == 2:  # no other sample will tell whether the second one moves the first
+                turned = [look(slice_inputs(p, torch.tensor([1, 0]), 2))[1].flip(0) for p in pair]
+            if interacts(*outputs) or (batch_size == 2 and interacts(*turned)):
+                raise ModelError(INTERACTING)
+        verdicts = judge(first[0].sightings, changed.sightings)
+        if first[0].mismatch or changed.mismatch:  # derivatives inside the model
+            return [], first[1]
+        if verdicts:
+            return verdicts, first[1]
+    return (None, None) if first is None else ([], first[1])
 
 
-def _pull_together(out: Tensor, anchor: Tensor, v: Tensor, retain_graph: bool) -> None:
-    """Pull the cotangents v [K, *out.shape] back through the graph between ``out`` and ``anchor``, all at once.
+def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool) -> None:
+    """Pull the cotangents v [K, *out.shape] back through the graph between ``out`` and the anchor, all at once.
 
     Raises:
         RuntimeError: an operator has no batching rule, or works in place on what has no batch dimension.
     """
 
     def pull(one: Tensor) -> Tensor:
-        _grad(out, anchor, one, retain_graph=retain_graph, allow_unused=True)
+        mode.level = torch._C._functorch.peek_interpreter_stack().level()  # type: ignore[union-attr]
+        _grad(out, mode.anchor, one, retain_graph=retain_graph, allow_unused=True)
         return one.new_zeros(())
 
     with warnings.catch_warnings():
@@ -199,9 +245,13 @@ class _Engine:
         criterion: Loss,
         tau: str,
         probes: int,
-        verdicts: list[Any] | None,
+        verdicts: list[Verdict] | None,
+        kept: Kept,
+        seen: Tensor | None,
     ) -> None:
         self.model = model
+        self.kept = kept
+        self.seen = seen
         self.params = params
         self.names = {id(p): n for n, p in params.items()}
         self.criterion = criterion
@@ -210,37 +260,57 @@ class _Engine:
         self.verdicts = verdicts
         self.together = True
 
-    def run(self, x: Inputs, y: Tensor) -> Norms:
-        """Return the norms of one piece, [B] each."""
-        for attempt in ("together", "in turn"):
-            if attempt == "together" and not self.together:
-                continue
-            self.together = attempt == "together"
+    def run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
+        """Return the norms of a piece of the batch; ``places`` says where the scan's two samples are in it."""
+        if self.together:
             try:
-                return self._run(x, y)
+                return self._run(x, y, places)
             except ModelError:
                 raise
-            except (RuntimeError, ValueError, TypeError) as error:  # no batching rule; or interception in the way
-                _log.debug("the cotangents cannot go back %s: %s", attempt, error)
-        return self._run(x, y, intercept=False)  # what is wrong with the model itself is raised here
+            except (RuntimeError, ValueError, TypeError) as error:  # an operator has no batching rule, most often
+                _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
+                self.together = False
+        return self._run(x, y, places)
 
-    def _run(self, x: Inputs, y: Tensor, intercept: bool = True) -> Norms:
+    def _run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
-        if self.verdicts is None or not intercept:
-            with torch.no_grad():
-                out = call(self.model, x)
-            losses, cotangents = self._cotangents(out, y)
-            total = torch.cat([fallback_norms(self.model, x, v, self.params, size) for v in cotangents])
-            return self._norms(losses, total, tuple(self.params))
-        mode = Interceptor(list(self.params.values()), size, self.verdicts)
+        self.kept.rewind()
+        mode = Interceptor(list(self.params.values()), size, self.verdicts or [], self.kept.parameter, places)
         with mode:
             out = call(self.model, mode.inputs(x))
         losses, cotangents = self._cotangents(out, y)
+        moving = mode.out_of_order()
+        puzzling = moving or any(v.puzzling for v in self.verdicts or ())
+        self._check_interaction(x, out.detach(), places, puzzling)
+        mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
         if leaked:
-            missing = {self.names[p]: self.params[self.names[p]] for p in leaked}
-            total = total + torch.cat([fallback_norms(self.model, x, v, missing, size) for v in cotangents])
+            missing = {n: p for n, p in self.params.items() if id(p) in leaked}
+            rewind = self.kept.rewind
+            total += torch.cat([fallback_norms(self.model, x, v, missing, size, rewind) for v in cotangents])
         return self._norms(losses, total, tuple(self.names[p] for p in leaked))
+
+    def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:
+        """Raise where a sample's output depends on which samples it is in one batch with."""
+        size = len(out)
+
+        def look(inputs: Inputs) -> Tensor:
+            self.kept.rewind()
+            torch.random.default_generator.manual_seed(0)
+            with torch.no_grad():
+                return call(self.model, inputs)
+
+        for k, place in places.items():
+            if self.seen is not None and not suspect and not moved(out[place], self.seen[k], 0.5):
+                continue  # the same as beside one other sample
+            others = torch.arange(size, device=out.device).roll(-1)
+            others[place - 1] = (place + 1) % size
+            others[place] = place
+            here, there = look(x)[place], look(slice_inputs(x, others, size))[place]
+            # The last digit counts, where there is reason to look at it and the device repeats it.
+            faint = suspect and moved(here, there, 1.05) and torch.equal(here, look(x)[place])
+            if faint or moved(here, there, 0.7):
+                raise ModelError(INTERACTING)
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
@@ -248,10 +318,11 @@ class _Engine:
         """Return the norms of all intercepted parameters, [K, B], and the ids of those that slipped through."""
         count = sum(len(v) for v in cotangents)
         total = torch.zeros(count, size, dtype=torch.float64, device=out.device)
+        everything = set(self.names)
         if mode.mismatch:
-            return total, set(self.names)
+            return total, everything
         leaves = leaves_behind([out])
-        leaked = {id(p) for p in leaves} & set(self.names)
+        leaked = ({id(p) for p in leaves} & everything) | mode.dropped
         if not out.requires_grad:
             return total, leaked
         work = plan(mode.uses, mode.parameters, leaked)
@@ -266,7 +337,7 @@ class _Engine:
 
         mode.in_backward = True
         if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
-            return total, set(self.names)
+            return total, everything
         mode.on_gradient = consume
         # With no leaf but the anchor, the anchor reaches every use; other leaves would gather gradients of their own.
         together = self.together and all(leaf is mode.anchor for leaf in leaves)
@@ -275,11 +346,16 @@ class _Engine:
         for v in passes:
             rows = total[done : done + len(v)]
             done += len(v)
-            with mode:  # stays active: a checkpoint recomputes its forward pass in here
-                if together:
-                    _pull_together(out, mode.anchor, v, retain_graph=done < count)
-                else:
-                    _backward(out, v[0], retain_graph=done < count)
+            try:
+                with mode:  # stays active: a checkpoint recomputes its forward pass in here
+                    if together:
+                        _pull_together(mode, out, v, retain_graph=done < count)
+                    else:
+                        _backward(out, v[0], retain_graph=done < count)
+            except torch.utils.checkpoint.CheckpointError:  # one use was recorded, an equal one was not
+                return torch.zeros_like(total), everything
+            if mode.mismatch or mode.late & mode.recorded:
+                return torch.zeros_like(total), everything
             for leaf in leaves:
                 leaf.grad = None
             for parameters, items in work.groups:

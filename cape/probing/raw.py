@@ -24,18 +24,14 @@ def meet_raw(
 
     ``data`` has the batch's layout; ``along`` is a dimension that cannot be the batch (concatenation).
     """
-    core = p
-    for d in range(p.dim()):
-        if p.stride(d) == 0 and p.shape[d] > 1:  # an expanded view: its core holds each number once
-            core = core.narrow(d, 0, 1)
-            mode._derive(core)
-    state, layout = mode.verdict(kind, data, (p,))
+    core = mode.core(p)
+    state, layout = mode.verdict(kind, data, (core,))
     if state in ("scan", "again"):
-        return p.detach()
+        return mode.expand(core, shape, None)
     aligned = [1] * (len(shape) - core.dim()) + list(core.shape)
-    if layout is None or layout.dim >= len(shape) or layout.dim == along or aligned[layout.dim] != 1:
-        return p
-    if shape[layout.dim] != layout.outer * mode.batch_size * layout.inner:
+    fits = layout is not None and layout.dim < len(shape) and layout.dim != along and aligned[layout.dim] == 1
+    if layout is None or not fits or shape[layout.dim] != layout.outer * mode.batch_size * layout.inner:
+        mode.undo(kind, data, (core,))
         return p
     return mode.expand(core, shape, mode.register(BroadcastUse(core, aligned, layout)).arrive)
 
@@ -43,7 +39,8 @@ def meet_raw(
 # fmt: off
 _POINTWISE = (
     "add", "sub", "mul", "div", "true_divide", "multiply", "divide", "subtract", "pow", "maximum", "minimum", "where",
-    "lerp", "addcmul", "addcdiv", "atan2", "logaddexp", "fmod", "remainder",
+    "lerp", "addcmul", "addcdiv", "atan2", "logaddexp", "fmod", "remainder", "clamp", "clip", "clamp_min", "clamp_max",
+    "hypot", "copysign", "xlogy",
 )
 _POINTWISE_METHODS = (
     "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__",
@@ -57,15 +54,27 @@ _POINTWISE_METHODS = (
     *(getattr(Tensor, n, None) for n in [*_POINTWISE, *_POINTWISE_METHODS]),
 )
 def pointwise(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if "out" in kwargs or any(isinstance(v, Tensor) for v in kwargs.values()):
+    tensors = [a for a in [*args, *kwargs.values()] if isinstance(a, Tensor)]
+    if "out" in kwargs:
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     data = next(t for t in tensors if mode.is_data(t))
     if data.dim() < len(shape):
         data = data.expand(shape)
-    swapped = [meet_raw(mode, "pointwise", a, data, shape) if mode.of_parameters(a) else a for a in args]
-    return func(*swapped, **kwargs)
+
+    def swap(a: Any) -> Any:
+        return meet_raw(mode, "pointwise", a, data, shape) if mode.of_parameters(a) else a
+
+    return func(*(swap(a) for a in args), **{n: swap(v) for n, v in kwargs.items()})
+
+
+@handles(torch.masked_fill, Tensor.masked_fill)
+def masked_fill(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, mask, value = bind("input mask value", args, kwargs)
+    if not mode.of_parameters(value):
+        return NotImplemented
+    with mode:
+        return torch.where(mask, value, x)
 
 
 @handles(torch.prelu, F.prelu, Tensor.prelu)

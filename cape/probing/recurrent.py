@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cape.probing import recurrent_ops
 from cape.probing.cotangents import physical
 from cape.probing.handlers import watched_linear
 from cape.probing.intercept import Interceptor, handles
 from cape.probing.layout import Layout
+from cape.probing.raw import meet_raw
 from cape.probing.uses import LinearUse, Part
 
 Sink = Callable[[Tensor], None]
@@ -47,11 +49,12 @@ class _Sequence(torch.autograd.Function):
         return (h, cell.last(saved)) if len(states) > 1 else h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        w_ih, w_hh, *rest = ctx.saved_tensors  # inside the mode: a checkpoint recomputes its forward pass here
         # Outside the function mode and the gradient tape: these many small operators hold no parameter use.
         with torch._C.DisableTorchFunction(), torch.no_grad():
             (grad_h, *grad_last), rewrap = physical(*grads)
-            w_ih, w_hh, *rest = ctx.saved_tensors
             states, saved = rest[: ctx.states], rest[ctx.states :]
             sides, d_states = ctx.cell.backward(grad_h.transpose(0, 1), grad_last, w_hh, states, saved)
             for sink, side in zip(ctx.sinks, sides, strict=False):
@@ -75,12 +78,16 @@ def layers(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
     states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
     if len(weights) != each * num_layers * directions or (training and dropout > 0):
         return NotImplemented  # projections, dropout between layers
-    if any(mode.of_parameters(s) for s in states) or not all(mode.of_parameters(w) for w in weights):
+    if not all(mode.of_parameters(w) for w in weights):
         return NotImplemented
+    time_first = mode.mark_data(x.detach().transpose(0, 1)) if batch_first else x
+    states = [meet_raw(mode, "state", s, time_first, s.shape) if mode.of_parameters(s) else s for s in states]
+    hx = tuple(states) if isinstance(hx, (list, tuple)) else states[0]
     verdict, layout = mode.verdict(func.__name__, x, list(weights))
     batch_dim = 0 if batch_first else 1
     if verdict == "live" or (layout is not None and layout.dim != batch_dim):
-        return func(*args)
+        mode.undo(func.__name__, x, list(weights))
+        return func(x, hx, *args[2:])
     watch = layout.on(1) if verdict == "record" and layout is not None else None
     seq = x.transpose(0, 1) if batch_first else x
     lasts: list[list[Tensor]] = [[] for _ in states]
@@ -128,15 +135,18 @@ def cell(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, An
     x, hx, w_ih, w_hh, *biases = args
     b_ih, b_hh = biases or (None, None)
     h = hx[0] if isinstance(hx, (list, tuple)) else hx
-    if kwargs or x.dim() != 2 or not mode.is_data(x) or any(mode.of_parameters(t) for t in [x, h]):
+    if kwargs or x.dim() != 2 or not mode.is_data(x):
         return NotImplemented
     if not (mode.of_parameters(w_ih) and mode.of_parameters(w_hh)):
         return NotImplemented
+    if mode.of_parameters(h):
+        h = meet_raw(mode, "state", h, x, h.shape)
     left = watched_linear(mode, "cell_input", x, x, w_ih, b_ih)
     right = watched_linear(mode, "cell_hidden", x, h, w_hh, b_hh)
     if func is torch.lstm_cell:
         i, f, n, o = (left + right).chunk(4, 1)
-        c = f.sigmoid() * hx[1] + i.sigmoid() * n.tanh()
+        c_prev = meet_raw(mode, "state", hx[1], x, hx[1].shape) if mode.of_parameters(hx[1]) else hx[1]
+        c = f.sigmoid() * c_prev + i.sigmoid() * n.tanh()
         return o.sigmoid() * c.tanh(), c
     if func is torch.gru_cell:
         (r, z, n), (hr, hz, hn) = left.chunk(3, 1), right.chunk(3, 1)

@@ -17,7 +17,7 @@ from cape.tasks import Loss, LossLike
 
 def _to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.double() if value.is_floating_point() else value.to(torch.cdouble) if value.is_complex() else value
     if isinstance(value, dict):
         return {k: _to_double(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -41,6 +41,8 @@ def per_sample_norms_reference(
     """
     x, y, batch_size = check_batch(batch)
     clone = copy.deepcopy(model).double().eval()
+    for t in [*clone.parameters(), *clone.buffers()]:
+        t.data = _to_double(t.data)  # complex ones too, which double() leaves alone
     criterion = Loss(loss)
     params = list(trainable(clone).values())
     x, y = _to_double(x), _to_double(y)
@@ -61,4 +63,4 @@ def _sq(scalar: Tensor, params: list[nn.Parameter]) -> Tensor:
     for p in params:
         p.grad = None
     scalar.backward(retain_graph=True)
-    return torch.stack([p.grad.square().sum() for p in params if p.grad is not None]).sum()
+    return torch.stack([p.grad.to_dense().abs().square().sum() for p in params if p.grad is not None]).sum()

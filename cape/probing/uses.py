@@ -296,4 +296,4 @@ class EinsumUse(Use):
         outer, inner = free[:2]
         left = batch_letter + outer + inner + xs.replace(batch_letter, "")
         right = batch_letter + outer + inner + ys.replace(batch_letter, "")
-        return torch.einsum(f"{left},{right}->{batch_letter}{ws}", a, b)
+        return torch.einsum(f"{left},{right}->{batch_letter}{ws}", a.conj(), b)

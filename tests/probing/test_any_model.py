@@ -1,0 +1,223 @@
+"""What is refused and why, what a caller may do around the probe, and that no model is left changed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cape
+from cape.errors import ModelError
+from cape.probing.per_sample import all_norms
+from cape.probing.reference import per_sample_norms_reference
+from tests.cases import CASES, Case, Functional, labels, vectors
+from tests.probing.test_per_sample import relative
+
+NAMED = {c.name: c for c in CASES}
+
+# ---- samples that interact -----------------------------------------------------------------------------------------
+
+
+def _forced(m: nn.Module, x: Tensor) -> Tensor:
+    m.norm.train()  # type: ignore[union-attr,operator]
+    return m.head(m.norm(m.body(x)))  # type: ignore[operator]
+
+
+def _attention(m: nn.Module, x: Tensor) -> Tensor:
+    x = x[:, None]  # [length, batch 1, features], which the caller took for [batch, length 1, features]
+    return m.head(m.attention(x, x, x)[0][:, 0])  # type: ignore[operator]
+
+
+def _head() -> nn.Linear:
+    return nn.Linear(20, 10)
+
+
+INTERACTING: dict[str, Callable[[], nn.Module]] = {
+    "batch norm forced into train mode": lambda: Functional(
+        _forced, body=nn.Linear(20, 30), norm=nn.BatchNorm1d(30), head=nn.Linear(30, 10)
+    ),
+    "batch norm of one channel": lambda: Functional(
+        _forced, body=nn.Linear(20, 1), norm=nn.BatchNorm1d(1), head=nn.Linear(1, 10)
+    ),
+    "functional batch norm": lambda: Functional(
+        lambda m, x: m.head(F.batch_norm(x, None, None, training=True)), head=_head()
+    ),
+    "batch norm without statistics": lambda: nn.Sequential(nn.BatchNorm1d(20, track_running_stats=False), _head()),
+    "batch norm in a faint branch": lambda: Functional(
+        lambda m, x: m.head(x + m.scale * m.norm(x)),
+        scale=nn.Parameter(torch.full((20,), 1e-6)),
+        norm=nn.BatchNorm1d(20, track_running_stats=False),
+        head=_head(),
+    ),
+    "attention across the batch": lambda: Functional(_attention, attention=nn.MultiheadAttention(20, 2), head=_head()),
+    "contrast": lambda: Functional(
+        lambda m, x: (lambda z: z @ z.T)(F.normalize(m.head(x), dim=1)).tanh(), head=nn.Linear(20, 8)
+    ),
+    "centred outputs": lambda: Functional(lambda m, x: (lambda h: h - h.mean(0))(m.head(x)), head=_head()),
+    "deviation over the batch": lambda: Functional(
+        lambda m, x: m.head(torch.cat([x, x.std(0).mean().expand(len(x), 1)], 1)), head=nn.Linear(21, 10)
+    ),
+    "a neighbour": lambda: Functional(lambda m, x: m.head(x) + m.head(x.roll(1, 0)), head=_head()),
+    "a neighbour but one": lambda: Functional(
+        lambda m, x: m.head(x) + (m.head(x.roll(2, 0)) if len(x) > 2 else 0), head=_head()
+    ),
+    "the first sample": lambda: Functional(lambda m, x: m.head(x + x[:1]), head=_head()),
+    "the last sample": lambda: Functional(lambda m, x: m.head(x + x[-1:]), head=_head()),
+}
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+@pytest.mark.parametrize("name", INTERACTING)
+def test_samples_that_interact_are_refused(name: str, batch: int) -> None:
+    if batch == 2 and name in ("batch norm of one channel", "a neighbour but one", "batch norm in a faint branch"):
+        pytest.skip("of two samples, statistics are ±1 whatever they are, and there is no other neighbour")
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(INTERACTING[name](), (vectors(batch), labels(batch, 8)))
+
+
+# ---- where the caller stands ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _default_double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "anomaly": torch.autograd.detect_anomaly,
+    "default float64": _default_double,
+}
+MODELS = ["mlp", "convolutions", "LSTM batch_first", "encoder", "parameters in a list"]
+
+
+def _agrees(case: Case, model: nn.Module, batch: Any, reference: tuple[Tensor, Tensor]) -> None:
+    norms = all_norms(model, batch, loss=case.loss)
+    assert relative(norms.g2, reference[0]) < 1e-5 and relative(norms.tau, reference[1]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("around", AROUND)
+def test_inside_any_context(around: str, name: str) -> None:
+    case = NAMED[name]
+    model, batch = case.make()
+    reference = per_sample_norms_reference(model, batch, loss=case.loss)
+    with AROUND[around]():
+        _agrees(case, model, batch, reference)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_kind_of_input_tensor(name: str) -> None:
+    case = NAMED[name]
+    model, (x, y) = case.make()
+    reference = per_sample_norms_reference(model, (x, y), loss=case.loss)
+    leaf = x.clone().requires_grad_()
+    with torch.inference_mode():
+        frozen = x.clone()
+    for inputs in (leaf, leaf * 1.0, frozen, torch.stack([x, x], -1)[..., 0]):
+        _agrees(case, model, (inputs, y), reference)
+    assert leaf.grad is None
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder"])
+def test_any_wrapper(name: str) -> None:
+    case = NAMED[name]
+    model, batch = case.make()
+    reference = per_sample_norms_reference(model, batch, loss=case.loss)
+    compiled = torch.compile(model)  # never compiled: the probe runs it eagerly
+    for wrapped in (compiled, nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model)):
+        _agrees(case, wrapped, batch, reference)
+
+
+def test_scripted_parts() -> None:
+    """TorchScript runs where nothing sees its operators: its parameters alone take the fallback."""
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20)
+    model = nn.Sequential(nn.Linear(20, 20), layer, nn.Tanh(), _head())
+    batch = (vectors(), labels(6))
+    reference = per_sample_norms_reference(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = [torch.jit.script(layer), torch.jit.trace(layer, vectors())]
+        whole = torch.jit.script(model)
+    for part in parts:
+        norms = all_norms(nn.Sequential(model[0], part, model[2], model[3]), batch)
+        assert norms.fallback == ("1.bias", "1.weight")
+        assert relative(norms.g2, reference[0]) < 1e-5 and relative(norms.tau, reference[1]) < 1e-5
+    norms = all_norms(whole, batch)
+    assert relative(norms.g2, reference[0]) < 1e-5 and whole.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "encoder"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Correct to what the type holds."""
+    case = NAMED[name]
+    model, (x, y) = case.make()
+    norms = all_norms(model.to(dtype), (x.to(dtype), y))
+    g2, tau = per_sample_norms_reference(model, (x.to(dtype), y))
+    assert relative(norms.g2, g2) < 0.1 and relative(norms.tau, tau) < 0.1
+
+
+def test_uninitialized_parameters_say_what_to_do() -> None:
+    with pytest.raises(ModelError, match="run the model once"):
+        cape.per_sample_norms(nn.Sequential(nn.LazyLinear(10)), (vectors(), labels(6)))
+
+
+# ---- what is left behind -------------------------------------------------------------------------------------------
+
+
+def _picture(model: nn.Module) -> list[Any]:
+    """Return all there is to see of a model, by value or by identity."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(n, t.detach().clone(), t.requires_grad, id(t.grad), sorted(vars(t))) for n, t in tensors],
+        [{k: id(v) for k, v in vars(m).items()} for m in model.modules()],
+        [(len(m._forward_hooks), len(m._backward_hooks), m.training) for m in model.modules()],
+        torch.random.get_rng_state(),
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_no_model_is_changed(case: Case) -> None:
+    """No value, flag, attribute, mark or hook, and no random state."""
+    model, batch = case.make()
+    before = _picture(model)
+    all_norms(model, batch, loss=case.loss)
+    assert _same(before, _picture(model))
+
+
+def test_hooks_of_parameters_stay_silent() -> None:
+    """An optimizer that steps in the backward pass must not step, nor may a hook bend a gradient."""
+    case = NAMED["parameters in a list"]
+    model, batch = case.make()
+    reference = per_sample_norms_reference(model, batch)
+    steps = []
+    for p in model.parameters():
+        p.register_hook(lambda g: g * 2)
+        p.register_post_accumulate_grad_hook(lambda p: steps.append(p))
+    _agrees(case, model, batch, reference)
+    assert not steps
+    model(batch[0]).sum().backward()
+    assert len(steps) == len(list(model.parameters()))
