@@ -20,18 +20,19 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
-from cape.probing import handlers, ops, raw, recurrent
+from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
-from cape.probing.intercept import Interceptor, Recorded, Verdict, judge, opened, parameters_behind
-from cape.probing.layout import interacts, middle_samples, moved, two_samples
+from cape.probing.intercept import Interceptor, Recorded, parameters_behind
+from cape.probing.layout import Verdict, interacts, judge, middle_samples, moved, two_samples
+from cape.probing.operators import opened
 from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
 
 TAUS = ("true_logit", "full", "hutchinson")
-_HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
+_HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
 INTERACTING = (
     "The model's samples influence each other (changing one sample changes another's output), so there is no"
