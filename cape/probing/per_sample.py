@@ -259,8 +259,8 @@ class _Engine:
         for k, place in places.items():
             if self.seen is not None and not suspect and not moved(out[place], self.seen[k], 0.5):
                 continue  # the same as beside one other sample
-            others = torch.arange(size, device=out.device).roll(-1)
-            others[place - 1] = (place + 1) % size
+            others = torch.full((size,), (place + 1) % size, device=out.device)  # not another order of the same
+            others[others[0]] = place - 1
             others[place] = place
             here, there = look(x)[place], look(slice_inputs(x, others, size))[place]
             # The last digit counts, where there is reason to look at it and the device repeats it.
