@@ -322,8 +322,8 @@ class Interceptor(TorchFunctionMode):
         if not self._compared:
             return False
         now, then, limits = zip(*self._compared, strict=True)
-        far = torch.stack(torch._foreach_norm(torch._foreach_sub(list(now), list(then)), float("inf")))
-        scale = torch.stack(torch._foreach_norm(list(then), float("inf")))
+        before = torch.stack(then)
+        far, scale = (torch.stack(now) - before).abs().amax(1), before.abs().amax(1)
         return bool((far > torch.tensor(limits, dtype=far.dtype, device=far.device) * scale).any())
 
     def register(self, use: Use) -> _Arrival:

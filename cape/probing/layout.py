@@ -197,11 +197,16 @@ def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     return verdicts
 
 
+_ROW = 256  # numbers of a row that are compared
+
+
 def first_row(t: Tensor, layout: Layout, sample: int) -> Tensor:
-    """Return the beginning of a sample's first row, as float64."""
-    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:256]
+    """Return the beginning of a sample's first row, [256] float64."""
+    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:_ROW]
     row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
-    return row.to(torch.float64, copy=True)
+    padded = torch.zeros(_ROW, dtype=torch.float64, device=row.device)
+    padded[: len(row)] = row[:_ROW]
+    return padded
 
 
 def digits(t: Tensor) -> float:
