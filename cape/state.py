@@ -22,15 +22,18 @@ class Kept:
         plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # whose state lies in Python
         self._modes = [(m, m.training) for m in modules]
         self._attributes = [(vars(m), {k: v for k, v in vars(m).items() if k != "training"}) for m in plain]
-        self._tables = [(table, dict(table)) for m in plain for table in (m._parameters, m._buffers, m._modules)]
+        tables: list[dict[str, Any]] = [t for m in plain for t in (m._parameters, m._buffers, m._modules)]
+        self._tables = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
         self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
         self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in model.buffers()]
-        self._values = {id(p): (p, p.detach().clone()) for p in self._params} if parameters else {}
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        if parameters:
+            self._values = {id(p): (p, p.detach().clone()) for p in self._params}
         self.devices = sorted({t.device.index for t in [*self._params, *model.buffers()] if t.device.type == "cuda"})
         # A backward pass inside the block adds to no gradient and steps no optimizer. What hooks make of a gradient is
         # part of training, but not of the gradient.
-        hooks = [p._post_accumulate_grad_hooks for p in self._params]
+        hooks: list[Any] = [p._post_accumulate_grad_hooks for p in self._params]
         hooks += [] if parameters else [p._backward_hooks for p in self._params]
         self._hooks = [(table, dict(table)) for table in hooks if table]
         for table, _ in self._hooks:
@@ -150,7 +153,7 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require grad, each once, by name; raises ``ModelError`` where there is none."""
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    lazy = [n for n, p in found.items() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [n for n, p in found.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ModelError(f"The parameter '{lazy[0]}' has no shape yet; run the model once on a batch to initialize it.")
     if not found:

@@ -1,4 +1,4 @@
-"""All cotangents in one backward pass: gradients carry a hidden batch dimension, which this module takes off and puts on.
+"""All cotangents in one backward pass: a hidden batch dimension of the gradients, taken off and put on.
 
 The backward pass runs under one vmap layer. Operators of torch have batching rules; what is ours (hooks, recurrent
 layers) works on the physical tensors, [K, *shape], with K in front.

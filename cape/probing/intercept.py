@@ -11,20 +11,19 @@ The mode runs in two phases: ``scan`` (two samples, twice: learns the batch layo
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Layout, observe
+from cape.probing.layout import Layout, Sighting, Verdict, digits, first_row
+from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
 from cape.probing.uses import Use
 from cape.state import map_tensors
 
@@ -43,30 +42,6 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
-
-
-@dataclass
-class Sighting:
-    """What a scan saw at one use: which call it was, and the data that met the parameter."""
-
-    key: tuple[Any, ...]
-    data: Tensor
-
-
-class Verdict(NamedTuple):
-    """What two scans say of one use.
-
-    Attributes:
-        key: which call it is.
-        layout: of the data (``None``: leave the parameter attached).
-        rows: the two samples' rows of the data.
-        puzzling: the data changed, but not as the rows of one sample: samples may have met.
-    """
-
-    key: tuple[Any, ...]
-    layout: Layout | None
-    rows: tuple[Tensor, Tensor] | None
-    puzzling: bool
 
 
 @dataclass
@@ -132,105 +107,8 @@ class _Expand(torch.autograd.Function):
         return None, None, None, None
 
 
-def tensors_in(values: Any) -> list[Tensor]:
-    """Return the tensors among arguments or results, looking into lists, tuples and mappings."""
-    found: list[Tensor] = []
-    stack = [values]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            stack.extend(value)
-        elif isinstance(value, Mapping):
-            stack.extend(value.values())
-    return found
-
-
-# Functions that take shape and type from a tensor, but no value.
-_CONSTANTS = {
-    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
-    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor,
-}  # fmt: skip
-
-
-# Functions through which data can decide which rows go where: indexing by data, and reading values into Python.
-_INDEXING = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in (
-        "__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim", "masked_select", "scatter",
-        "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_", "index_put",
-        "index_put_", "masked_scatter", "masked_scatter_",
-    )
-    if hasattr(owner, name)
-}  # fmt: skip
-_READING = {
-    torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
-    Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
-    Tensor.__array__,
-}  # fmt: skip
-# Functions that take shape or type, but no value, from their second tensor.
-_TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
-# Derivatives inside the model: what they consume of a parameter goes past the operators that the mode watches.
-_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._VF._make_dual}
-_RENORMALIZING = {F.embedding, F.embedding_bag}
-
-
-@functools.cache
-def _in_place(func: Any) -> bool:
-    """Whether an operator writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name not in ("__init__", "__invert__", "__index__", "__int__", "__iter__")
-        )
-    return name.endswith("_")
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors that a call writes into."""
-    written = tensors_in(kwargs["out"]) if "out" in kwargs else []
-    if _in_place(func):
-        written += tensors_in(args[:1])
-    elif func in _RENORMALIZING and (len(args) > 3 or kwargs.get("max_norm") is not None):
-        written += [args[1]] if len(args) > 1 else [kwargs["weight"]]
-    return written
-
-
 def _ignore(g: Tensor) -> None:
     """Take a gradient that nobody needs."""
-
-
-_COPIES = {Tensor.contiguous, Tensor.clone, torch.clone}
-_VIEWS = {
-    Tensor.__getitem__, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.unsqueeze,
-    torch.unsqueeze, Tensor.select, torch.select,
-}  # fmt: skip
-
-
-def _core_of_copies(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return a tensor whose expansion a call on parameters gave, where the call made copies of the same numbers."""
-    if func is F.embedding and isinstance(args[0], Tensor):  # one row of indices for every sample
-        index = args[0]
-        same = index.dim() > 0 and len(index) == mode.batch_size and bool((index == index[:1]).all())
-        return func(index[:1], *args[1:], **kwargs) if same else None
-    if not args or not isinstance(args[0], Tensor) or kwargs:
-        return None
-    p = mode.core(args[0])
-    if func in _COPIES:
-        return p if p is not args[0] else None
-    if func in (Tensor.repeat, Tensor.tile, torch.tile):
-        sizes = list(args[1]) if len(args) == 2 and not isinstance(args[1], int) else list(args[1:])
-        sizes = [1] * (args[0].dim() - len(sizes)) + sizes
-        p = p.reshape([1] * (len(sizes) - p.dim()) + list(p.shape))
-        return p if all(n == 1 or r == 1 for n, r in zip(p.shape, sizes, strict=True)) else None
-    if func in _VIEWS and p is not args[0]:
-        try:
-            return func(p, *args[1:])
-        except IndexError:  # beyond the first of the copies
-            return None
-    return None
 
 
 class Interceptor(TorchFunctionMode):
@@ -271,6 +149,7 @@ class Interceptor(TorchFunctionMode):
         self.dropped: set[int] = set()
         self.in_backward = False
         self.level = 0  # of the backward pass's own vmap layer
+        self.direct = False  # whether operators may pull gradients back themselves
         self.on_gradient: Callable[[Recorded], None] = lambda recorded: None
         self._derived: dict[int, Tensor] = {}
         self._filled: dict[int, Tensor] = {}  # tensors that data was written into
@@ -318,18 +197,21 @@ class Interceptor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = tensors_in(args[:1]) if func in _TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
+        found = tensors_in(args[:1]) if func in operators.TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
         data = any(self.is_data(t) for t in found)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         if written:
             self._write(written, data)
-        if func in _DERIVATIVES and not self._transforming():
+        if func in operators.DERIVATIVES and not self._transforming():
             self._differentiate(func)
-        if data and (func in _READING or (func in _INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))):
+        if data and (
+            func in operators.READING
+            or (func in operators.INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))
+        ):
             self.steered = True
         if not any(self.of_parameters(t) for t in found):
             result = func(*args, **kwargs)
-            return self.mark_data(result) if data and func not in _CONSTANTS else result
+            return self.mark_data(result) if data and func not in operators.CONSTANTS else result
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
         if not torch.is_grad_enabled():
@@ -376,7 +258,7 @@ class Interceptor(TorchFunctionMode):
         for t in tensors_in(result):
             if t.requires_grad and id(t) not in self.parameters:
                 self._derived[id(t)] = t
-        core = _core_of_copies(self, func, args, kwargs) if isinstance(result, Tensor) else None
+        core = core_of_copies(func, args, kwargs, self.core, self.batch_size) if isinstance(result, Tensor) else None
         if core is not None:
             if id(core) not in self.parameters:
                 self._derived[id(core)] = core
@@ -427,12 +309,18 @@ class Interceptor(TorchFunctionMode):
             self.undo(kind, data, live)
             return run(*weights)
         arrival = self.register(use) if use is not None else None
-        if back is not None and state != "scan" and not torch.is_autocast_enabled(data.device.type):
+        if back is not None and self.direct and state != "scan" and self._plain(data, *detached):
             take = arrival.take if arrival is not None else _ignore
             return _Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
         y = run(*detached)
         self.tap(y, arrival.arrive if arrival is not None else None)
         return y
+
+    @staticmethod
+    def _plain(*tensors: Tensor | None) -> bool:
+        """Whether an operator on these is what it looks like: no autocast, no conjugates."""
+        kinds = {(t.dtype, t.device.type) for t in tensors if t is not None}
+        return len(kinds) == 1 and all(d.is_floating_point and not torch.is_autocast_enabled(on) for d, on in kinds)
 
     def verdict(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> tuple[str, Layout | None]:
         """Return what to do with a use: ``scan``, ``record`` (with its layout), ``again`` or ``live``."""
@@ -460,7 +348,7 @@ class Interceptor(TorchFunctionMode):
         self.recorded.update(p for w in live for p in self._behind(w))
         with torch._C.DisableTorchFunction():
             for k, place in self.places.items():
-                self._compared.append((_row(data, layout, place), rows[k], _digits(data)))
+                self._compared.append((first_row(data, layout, place), rows[k], digits(data)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
@@ -481,8 +369,8 @@ class Interceptor(TorchFunctionMode):
         if not self._compared:
             return False
         now, then, limits = zip(*self._compared, strict=True)
-        far = torch.stack(torch._foreach_norm(torch._foreach_sub(list(now), list(then)), float("inf")))
-        scale = torch.stack(torch._foreach_norm(list(then), float("inf")))
+        before = torch.stack(then)
+        far, scale = (torch.stack(now) - before).abs().amax(1), before.abs().amax(1)
         return bool((far > torch.tensor(limits, dtype=far.dtype, device=far.device) * scale).any())
 
     def register(self, use: Use) -> _Arrival:
@@ -518,18 +406,6 @@ class Interceptor(TorchFunctionMode):
         if w is None or id(w) in self.parameters:
             return set() if w is None else {id(w)}
         return {id(p) for p in parameters_behind([w], self.parameters)}
-
-
-def _row(t: Tensor, layout: Layout, sample: int) -> Tensor:
-    """Return the beginning of a sample's first row, as float64."""
-    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:256]
-    row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
-    return row.to(torch.float64, copy=True)
-
-
-def _digits(t: Tensor) -> float:
-    """Return the relative difference that rounding may make between two batch sizes."""
-    return float(torch.finfo(t.dtype).eps ** 0.35) if t.is_floating_point() or t.is_complex() else 0.0
 
 
 def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
@@ -573,35 +449,3 @@ class _Arrival:
         """Take gradients [K, *shape]."""
         self.recorded.gradient = g
         self.interceptor.on_gradient(self.recorded)
-
-
-_opened_functions: dict[Any, Any] = {}
-
-
-def opened(func: Any) -> Any | None:
-    """Return a Python function of torch without its override check, so that its parts can be watched."""
-    if not isinstance(func, types.FunctionType) or "has_torch_function" not in func.__globals__:
-        return None
-    if func not in _opened_functions:
-
-        def no(*args: Any) -> bool:
-            return False
-
-        scope = dict(func.__globals__)
-        scope.update({n: no for n in scope if n.startswith("has_torch_function")})
-        copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-        copy.__kwdefaults__ = func.__kwdefaults__
-        _opened_functions[func] = copy
-    return _opened_functions[func]
-
-
-def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
-    """Return the verdicts of two scans (the same two samples, the first one changed in the second scan)."""
-    if [s.key for s in first] != [s.key for s in second]:
-        return []  # control flow depends on the data: nothing can be matched
-    verdicts = []
-    for a, b in zip(first, second, strict=True):
-        layout = observe(a.data, b.data)
-        rows = None if layout is None else (_row(a.data, layout, 0), _row(a.data, layout, 1))
-        verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
-    return verdicts

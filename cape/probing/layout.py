@@ -8,6 +8,7 @@ are the rows of that sample. The same two passes show whether samples influence 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,3 +165,56 @@ def moved(a: Tensor, b: Tensor, digits: float) -> bool:
         return False
     scale = torch.maximum(a.abs().amax(), b.abs().amax()).nan_to_num(0.0, 0.0, 0.0)
     return bool(((a - b).abs().amax() > torch.finfo(a.dtype).eps ** digits * scale).item())
+
+
+@dataclass
+class Sighting:
+    """What a scan saw at one use: which call it was, and the data that met the parameter."""
+
+    key: tuple[Any, ...]
+    data: Tensor
+
+
+class Verdict(NamedTuple):
+    """What two scans say of one use.
+
+    Attributes:
+        key: which call it is.
+        layout: of the data (``None``: leave the parameter attached).
+        rows: the two samples' rows of the data.
+        puzzling: the data changed, but not as the rows of one sample: samples may have met.
+    """
+
+    key: tuple[Any, ...]
+    layout: Layout | None
+    rows: tuple[Tensor, Tensor] | None
+    puzzling: bool
+
+
+def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
+    """Return the verdicts of two scans (the same two samples, the first one changed in the second scan)."""
+    if [s.key for s in first] != [s.key for s in second]:
+        return []  # control flow depends on the data: nothing can be matched
+    verdicts = []
+    for a, b in zip(first, second, strict=True):
+        layout = observe(a.data, b.data)
+        rows = None if layout is None else (first_row(a.data, layout, 0), first_row(a.data, layout, 1))
+        verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
+    return verdicts
+
+
+_ROW = 256  # numbers of a row that are compared
+
+
+def first_row(t: Tensor, layout: Layout, sample: int) -> Tensor:
+    """Return the beginning of a sample's first row, [256] float64."""
+    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:_ROW]
+    row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
+    padded = torch.zeros(_ROW, dtype=torch.float64, device=row.device)
+    padded[: len(row)] = row[:_ROW]
+    return padded
+
+
+def digits(t: Tensor) -> float:
+    """Return the relative difference that rounding may make between two batch sizes."""
+    return float(torch.finfo(t.dtype).eps ** 0.35) if t.is_floating_point() or t.is_complex() else 0.0

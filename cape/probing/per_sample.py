@@ -2,8 +2,9 @@
 
 ``per_sample_norms`` scans the model once for its batch layouts (two samples, two forward passes), then runs the
 unmodified forward over the batch with every parameter use intercepted, and one input-gradient backward pass that
-carries all cotangents (loss, target logit) at once. What interception cannot follow is computed by ``fallback_norms`` for those parameters
-alone, so that no model is refused and no number is wrong; only models whose samples influence each other are refused.
+carries all cotangents (loss, target logit) at once. What interception cannot follow is computed by ``fallback_norms``
+for those parameters alone, so that no model is refused and no number is wrong; only models whose samples influence each
+other are refused.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
-from cape.probing import handlers, ops, raw, recurrent
+from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
-from cape.probing.intercept import Interceptor, Recorded, Verdict, judge, leaves_behind, opened
-from cape.probing.layout import interacts, middle_samples, moved, two_samples
+from cape.probing.intercept import Interceptor, Recorded, leaves_behind
+from cape.probing.layout import Verdict, interacts, judge, middle_samples, moved, two_samples
+from cape.probing.operators import opened
 from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
@@ -36,7 +38,7 @@ _backward = opened(torch.autograd.backward) or torch.autograd.backward
 _grad = opened(torch.autograd.grad) or torch.autograd.grad
 
 TAUS = ("true_logit", "full", "hutchinson")
-_HANDLER_MODULES = (handlers, raw, recurrent)  # importing them registers the handlers
+_HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
 _WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
 INTERACTING = (
     "The model's samples influence each other (changing one sample changes another's output), so there is no"
@@ -267,7 +269,7 @@ class _Engine:
                 return self._run(x, y, places)
             except ModelError:
                 raise
-            except (RuntimeError, ValueError, TypeError) as error:  # an operator has no batching rule, most often
+            except (RuntimeError, ValueError, TypeError) as error:  # no batching rule, or a derivative of a derivative
                 _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
                 self.together = False
         return self._run(x, y, places)
@@ -276,11 +278,13 @@ class _Engine:
         size = int(y.shape[0])
         self.kept.rewind()
         mode = Interceptor(list(self.params.values()), size, self.verdicts or [], self.kept.parameter, places)
+        mode.direct = self.together
         with mode:
             out = call(self.model, mode.inputs(x))
         losses, cotangents = self._cotangents(out, y)
         moving = mode.out_of_order()
-        puzzling = moving or any(v.puzzling for v in self.verdicts or ())
+        # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
+        puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts or ()))
         self._check_interaction(x, out.detach(), places, puzzling)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
@@ -303,8 +307,8 @@ class _Engine:
         for k, place in places.items():
             if self.seen is not None and not suspect and not moved(out[place], self.seen[k], 0.5):
                 continue  # the same as beside one other sample
-            others = torch.arange(size, device=out.device).roll(-1)
-            others[place - 1] = (place + 1) % size
+            others = torch.full((size,), (place + 1) % size, device=out.device)  # not another order of the same
+            others[others[0]] = place - 1
             others[place] = place
             here, there = look(x)[place], look(slice_inputs(x, others, size))[place]
             # The last digit counts, where there is reason to look at it and the device repeats it.

@@ -162,7 +162,10 @@ def lstm_sequence_torch(pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tu
 def lstm_sequence_backward_torch(
     grad_h: Tensor, grad_c: Tensor, gates: Tensor, c: Tensor, w_hh: Tensor, c0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients at the gates [T, K, B, 4H] and of h0 and c0 [K, B, H]; grad_h [T, K, B, H], grad_c [K, B, H]."""
+    """Return the gradients at the gates [T, K, B, 4H] and of h0 and c0 [K, B, H].
+
+    Args: grad_h [T, K, B, H], grad_c [K, B, H] (of the last cell state).
+    """
     steps, cotangents, batch, hidden = grad_h.shape
     d_pre = gates.new_empty(steps, cotangents, batch, 4 * hidden)
     dh, dc = torch.zeros_like(grad_c), grad_c

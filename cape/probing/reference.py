@@ -40,7 +40,14 @@ def per_sample_norms_reference(
         tau: ``true_logit`` or ``full`` (the whole output Jacobian, one backward pass per output).
     """
     x, y, batch_size = check_batch(batch)
-    clone = copy.deepcopy(model).double().eval()
+    # What a module keeps of an earlier computation (the weight of a weight norm) has a graph, which cannot be copied.
+    kept = {
+        id(t): t.detach().clone()
+        for m in model.modules()
+        for t in vars(m).values()
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    }
+    clone = copy.deepcopy(model, kept).double().eval()
     for t in [*clone.parameters(), *clone.buffers()]:
         t.data = _to_double(t.data)  # complex ones too, which double() leaves alone
     criterion = Loss(loss)
