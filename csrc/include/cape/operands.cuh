@@ -7,32 +7,54 @@ namespace cape::cuda {
 
 // Copy the [depth x tile] block at `data` (`depth` and `extent` numbers are left in k and i; the rest becomes zero).
 // `wide`: 16 bytes at a time, for a matrix whose numbers are next to each other where the layout's are.
+// Every thread keeps one place along the minor side and walks the major side, so that it holds one address.
 template <class Layout, int kThreads, typename scalar>
 __device__ __forceinline__ void fill_block(scalar* to, const scalar* data, int64_t k_stride, int64_t i_stride,
                                            int64_t depth, int64_t extent, bool wide) {
-  constexpr int kTile = Layout::kTile, kDepth = Layout::kDepth;
+  constexpr int kTile = Layout::kTile, kDepth = Layout::kDepth, kBytes = int(sizeof(scalar));
+  const int k_left = depth < kDepth ? int(depth) : kDepth, i_left = extent < kTile ? int(extent) : kTile;
   if (wide) {
-    constexpr int kPer = 16 / int(sizeof(scalar));
+    constexpr int kPer = 16 / kBytes;
     constexpr int kMinor = (Layout::kMinorIsK ? kDepth : kTile) / kPer, kMajor = Layout::kMinorIsK ? kTile : kDepth;
+    constexpr int kStep = kThreads / kMinor;
+    static_assert(kThreads % kMinor == 0);
     const int64_t stride = Layout::kMinorIsK ? i_stride : k_stride;
-    const int64_t minors = Layout::kMinorIsK ? depth : extent, majors = Layout::kMinorIsK ? extent : depth;
+    const int minor = int(threadIdx.x) % kMinor * kPer, first = int(threadIdx.x) / kMinor;
+    const int left = (Layout::kMinorIsK ? k_left : i_left) - minor, majors = Layout::kMinorIsK ? i_left : k_left;
+    const int valid = left <= 0 ? 0 : (left < kPer ? left : kPer) * kBytes;
+    const scalar* from = valid > 0 ? data + first * stride + minor : data;
+    const int64_t step = valid > 0 ? kStep * stride : 0;
+    to += first * Layout::kLead + minor;
 #pragma unroll
-    for (int e = int(threadIdx.x); e < kMinor * kMajor; e += kThreads) {
-      const int major = e / kMinor, minor = e % kMinor * kPer;
-      const int64_t left = major < majors ? minors - minor : 0;
-      const int valid = left <= 0 ? 0 : left < kPer ? int(left) : kPer;
-      copy_async<16>(to + major * Layout::kLead + minor, valid > 0 ? data + major * stride + minor : data,
-                     valid * int(sizeof(scalar)));
+    for (int n = 0; n < ceil_div(kMajor, kStep); ++n, from += step) {
+      const int major = first + n * kStep;
+      if (kMajor % kStep != 0 && major >= kMajor) break;
+      copy_async<16>(to + n * kStep * Layout::kLead, major < majors ? from : data, major < majors ? valid : 0);
     }
     return;
   }
-  const bool along_k = k_stride < i_stride;  // neighbouring threads read the nearer neighbours
+  if (k_stride < i_stride) {  // neighbouring threads read the nearer neighbours
+    const int k = int(threadIdx.x) % kDepth, first = int(threadIdx.x) / kDepth;
+    constexpr int kStep = kThreads / kDepth;
+    static_assert(kThreads % kDepth == 0 && kTile % kStep == 0);
+    const scalar* from = data + (k < k_left ? k : 0) * k_stride + first * i_stride;
+    to += k * Layout::kStepK + first * Layout::kStepI;
 #pragma unroll 4
-  for (int e = int(threadIdx.x); e < kTile * kDepth; e += kThreads) {
-    const int k = along_k ? e % kDepth : e / kTile, i = along_k ? e / kDepth : e % kTile;
-    const bool inside = k < depth && i < extent;
-    copy_async<sizeof(scalar)>(to + k * Layout::kStepK + i * Layout::kStepI,
-                               inside ? data + k * k_stride + i * i_stride : data, inside ? int(sizeof(scalar)) : 0);
+    for (int i = first; i < kTile; i += kStep, from += kStep * i_stride, to += kStep * Layout::kStepI) {
+      const bool inside = k < k_left && i < i_left;
+      copy_async<kBytes>(to, inside ? from : data, inside ? kBytes : 0);
+    }
+    return;
+  }
+  const int i = int(threadIdx.x) % kTile, first = int(threadIdx.x) / kTile;
+  constexpr int kStep = kThreads / kTile;
+  static_assert(kThreads % kTile == 0 && kDepth % kStep == 0);
+  const scalar* from = data + (i < i_left ? i : 0) * i_stride + first * k_stride;
+  to += i * Layout::kStepI + first * Layout::kStepK;
+#pragma unroll 4
+  for (int k = first; k < kDepth; k += kStep, from += kStep * k_stride, to += kStep * Layout::kStepK) {
+    const bool inside = k < k_left && i < i_left;
+    copy_async<kBytes>(to, inside ? from : data, inside ? kBytes : 0);
   }
 }
 

@@ -30,7 +30,9 @@ __device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Rig
     commit_copies();  // an empty group keeps the count
   };
   __syncthreads();  // what an earlier product left in shared memory has been read
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) fill(s);
+#pragma unroll 1
   for (int s = 0; s < slices; ++s) {
     wait_copies<kStages - 2>();
     __syncthreads();  // slice s is there for all threads, and all are done with slice s - 1
@@ -44,7 +46,7 @@ __device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Rig
 // Block (unit, cotangent, tile): the sum of squares of one tile of A^T G. Blocks of all cotangents of a unit follow
 // one another, so that A comes from the cache. partials [cotangents, units, tiles].
 template <class Tile, class Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kDirectBlocks)
     direct_squares(const Source source, int tiles, int across, int units, int cotangents,
                    double* __restrict__ partials) {
   const int block = int(blockIdx.x), index = block % tiles, rest = block / tiles;
@@ -80,7 +82,7 @@ __device__ __forceinline__ void lower_tile(int index, int* row, int* col) {
 // multiplied with it. Only the lower triangle is summed: the diagonal once, the rest twice. `units` counts all units,
 // the launch may cover only those from `first_unit`. partials [cotangents, units, tiles].
 template <class Tile, class Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kGramBlocks)
     gram_products(const Source source, int tiles, int first_unit, int units, int cotangents, int chunk,
                   double* __restrict__ partials) {
   const int block = int(blockIdx.x), index = block % tiles, rest = block / tiles;
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // Block (unit, tile): the lower triangle of X^T X itself, to grams [units, n, n]; what the shifted Gram form gathers.
 template <class Tile, class Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kDirectBlocks)
     store_gram(const Source source, int tiles, int first_unit, typename Tile::scalar* __restrict__ grams) {
   const int index = int(blockIdx.x) % tiles, unit = int(blockIdx.x) / tiles;
   int row_tile, col_tile;

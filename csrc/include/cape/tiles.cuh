@@ -32,6 +32,7 @@ struct NextToK {
 // This thread's numbers of an operand: get(a, b) is X(first_k + a * unit_k, first_i + b * unit_i).
 template <typename scalar, int step_k, int step_i>
 struct Fragment {
+  static constexpr bool kUnroll = false;  // whether `a` must be known to the compiler
   const scalar* first;
   __device__ __forceinline__ scalar get(int a, int b) const { return first[a * step_k + b * step_i]; }
 };
@@ -44,7 +45,8 @@ struct MmaTile {
   static constexpr int kWarpsAcross = tile / 32, kThreads = 2 * kWarpsAcross * 32;
   static constexpr int kBlocksM = tile / 32, kBlocksN = 4;  // 16 x 8 products per warp
   static constexpr int kRows = 2 * kBlocksM, kCols = 2 * kBlocksN;
-  static constexpr int kUnitK = 4;  // a fragment's k advances by four: PTX's layout of m16n8k8
+  // Blocks that a multiprocessor's registers must hold: fewer for the Gram form, which keeps two tiles.
+  static constexpr int kDirectBlocks = tile == 64 ? 4 : 1, kGramBlocks = tile == 64 ? 3 : 1;
 
   float sums[kBlocksM][kBlocksN][4] = {};
 
@@ -73,7 +75,9 @@ struct MmaTile {
     if constexpr (precision == Precision::bf16) {
       add_bf16(x, y);
     } else {
-#pragma unroll
+      // Unrolled, the compiler reads far ahead and spills the Gram form's second tile.
+      constexpr int kUnroll = X::kUnroll ? depth / 8 : 1;
+#pragma unroll kUnroll
       for (int k = 0; k < depth / 4; k += 2) add_tf32(x, y, k);
     }
   }
@@ -158,7 +162,8 @@ template <typename scalar_t, int rows, int cols, int depth>
 struct SimtTile {
   using scalar = scalar_t;
   static constexpr int kTileRows = rows, kTileCols = cols, kDepth = depth, kThreads = 256;
-  static constexpr int kRows = rows / 16, kCols = cols / 16, kUnitK = 1;
+  static constexpr int kRows = rows / 16, kCols = cols / 16;
+  static constexpr int kDirectBlocks = rows * cols > 1024 ? 2 : 3, kGramBlocks = rows * cols > 1024 ? 1 : 3;
 
   scalar sums[kRows][kCols] = {};
 
