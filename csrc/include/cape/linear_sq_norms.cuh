@@ -102,12 +102,6 @@ struct LinearChoice {
   TileKind tile;
 };
 
-inline double rate_of(const TimeModel& m, Precision precision, bool tensor, bool wide_scalar) {
-  if (wide_scalar) return m.rate_simt64;
-  if (!tensor) return m.rate_simt32;
-  return precision == Precision::float32 ? m.rate_3xtf32 : precision == Precision::tf32 ? m.rate_tf32 : m.rate_bf16;
-}
-
 // The fastest form and tile by the time model; `form` may fix the form.
 inline LinearChoice choose_linear(const TimeModel& m, int64_t cotangents, int64_t batch, int64_t length, int64_t d,
                                   int64_t p, Precision precision, bool float64, double processors, LinearForm form) {

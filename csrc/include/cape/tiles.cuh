@@ -6,11 +6,9 @@
 #pragma once
 
 #include <cape/block.cuh>
+#include <cape/precision.h>
 
 namespace cape::cuda {
-
-// float32: three TF32 products per product (the operands split in two, the smallest term dropped), float32 accuracy.
-enum class Precision { float32, tf32, bf16 };
 
 // A [depth x tile] operand in shared memory with i next to i. The lead keeps tensor-core reads free of bank conflicts
 // (four k's times eight i's meet 32 banks) and rows multiples of 16 bytes.
@@ -76,7 +74,7 @@ struct MmaTile {
       add_bf16(x, y);
     } else {
       // Unrolled, the compiler reads far ahead and spills the Gram form's second tile.
-      constexpr int kUnroll = X::kUnroll ? depth / 8 : 1;
+      [[maybe_unused]] constexpr int kUnroll = X::kUnroll ? depth / 8 : 1;
 #pragma unroll kUnroll
       for (int k = 0; k < depth / 4; k += 2) add_tf32(x, y, k);
     }

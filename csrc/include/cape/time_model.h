@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include <cape/precision.h>
+
 namespace cape::cuda {
 
 struct TimeModel {
@@ -33,6 +35,13 @@ struct TimeModel {
     return launch + waves * kResident * (macs / rate + moved / moved_rate);
   }
 };
+
+// Multiply-accumulates per second and multiprocessor, by tile and precision.
+inline double rate_of(const TimeModel& m, Precision precision, bool tensor, bool wide_scalar) {
+  if (wide_scalar) return m.rate_simt64;
+  if (!tensor) return m.rate_simt32;
+  return precision == Precision::float32 ? m.rate_3xtf32 : precision == Precision::tf32 ? m.rate_tf32 : m.rate_bf16;
+}
 
 // The model in use by this process; calibration replaces its numbers.
 inline TimeModel& time_model() {
