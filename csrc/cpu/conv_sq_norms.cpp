@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <cape/conv_windows.h>
@@ -130,7 +131,7 @@ class Sample {
   std::vector<int64_t> windows_, taps_;
 };
 
-Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+Tensor one_cotangent(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                      IntArrayRef dilation, int64_t groups) {
   const cape::ConvShape s = shape_of(x, g, kernel, stride, padding, dilation, groups);
   const int64_t batch = x.size(0);
@@ -149,6 +150,15 @@ Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntAr
     });
   });
   return out;
+}
+
+Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                     IntArrayRef dilation, int64_t groups, c10::string_view) {
+  std::vector<Tensor> norms;
+  for (const Tensor& cotangent : g.unbind()) {
+    norms.push_back(one_cotangent(x, cotangent, kernel, stride, padding, dilation, groups));
+  }
+  return at::stack(norms);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <cape/linear_sq_norms.h>
@@ -59,7 +60,7 @@ double one_sample(const cape::Tiles<scalar_t>& tile, cape::Scratch<scalar_t>& sc
   return cape::direct_squares(tile, rows, offset, padded, panels, t, p);
 }
 
-Tensor linear_sq_norms(const Tensor& a, const Tensor& g) {
+Tensor one_cotangent(const Tensor& a, const Tensor& g) {
   check_inputs(a, g);
   const int64_t batch = a.size(0), t = a.size(1), d = a.size(2), p = g.size(2);
   Tensor out = at::empty({batch}, a.options().dtype(at::kDouble));
@@ -78,6 +79,12 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g) {
     });
   });
   return out;
+}
+
+Tensor linear_sq_norms(const Tensor& a, const Tensor& g, c10::string_view) {
+  std::vector<Tensor> norms;
+  for (const Tensor& cotangent : g.unbind()) norms.push_back(one_cotangent(a, cotangent));
+  return at::stack(norms);
 }
 
 Tensor sq_norms(const Tensor& x) {

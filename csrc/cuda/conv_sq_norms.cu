@@ -22,7 +22,8 @@ cape::ConvShape shape_of(const Tensor& x, const Tensor& g, IntArrayRef kernel, I
                   int64_t(dilation.size()) == spatial,
               "conv_sq_norms: kernel, stride, padding and dilation must have 1 to 3 entries each.");
   TORCH_CHECK(x.dim() == spatial + 3 && g.dim() == spatial + 4,
-              "conv_sq_norms: x must be [B, F, C, *S] and g [K, B, F, O, *L]; got ", x.sizes(), " and ", g.sizes(), ".");
+              "conv_sq_norms: x must be [B, F, C, *S] and g [K, B, F, O, *L]; got ", x.sizes(), " and ", g.sizes(),
+              ".");
   TORCH_CHECK(x.size(0) == g.size(1) && x.size(1) == g.size(2), "conv_sq_norms: x ", x.sizes(), " and g ", g.sizes(),
               " must agree in samples and frames.");
   TORCH_CHECK(x.scalar_type() == g.scalar_type() && x.device() == g.device(),
@@ -94,8 +95,7 @@ Tensor conv_sq_norms_as(const Tensor& x, const Tensor& g, IntArrayRef kernel, In
   Tensor out = at::empty({g.size(0), g.size(1)}, options);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_sq_norms", [&] {
     const cape::cuda::ConvData<scalar_t> data(s, xc.const_data_ptr<scalar_t>(),
-                                              {xc.stride(0), xc.stride(1), xc.stride(2)},
-                                              gc.const_data_ptr<scalar_t>(),
+                                              {xc.stride(0), xc.stride(1), xc.stride(2)}, gc.const_data_ptr<scalar_t>(),
                                               {gc.stride(0), gc.stride(1), gc.stride(2), gc.stride(3)});
     const cape::cuda::ConvProblem<scalar_t> problem{s, data, g.size(0), g.size(1)};
     cape::cuda::conv_sq_norms(launch, problem, arithmetic, wanted, out.mutable_data_ptr<double>());

@@ -28,10 +28,20 @@ Tensor linear_sq_norms_on_device(const Tensor& a, const Tensor& g, std::string_v
   StreamLaunch launch(a);
   Tensor out = at::empty({g.size(0), g.size(1)}, options);
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "linear_sq_norms", [&] {
-    const LinearProblem<scalar_t> problem{a.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
-                                          a.stride(0), a.stride(1), a.stride(2),
-                                          g.stride(0), g.stride(1), g.stride(2), g.stride(3),
-                                          g.size(0), a.size(0), a.size(1), a.size(2), g.size(3)};
+    const LinearProblem<scalar_t> problem{a.const_data_ptr<scalar_t>(),
+                                          g.const_data_ptr<scalar_t>(),
+                                          a.stride(0),
+                                          a.stride(1),
+                                          a.stride(2),
+                                          g.stride(0),
+                                          g.stride(1),
+                                          g.stride(2),
+                                          g.stride(3),
+                                          g.size(0),
+                                          a.size(0),
+                                          a.size(1),
+                                          a.size(2),
+                                          g.size(3)};
     linear_sq_norms(launch, problem, arithmetic,
                     form == "direct" ? LinearForm::direct
                     : form == "gram" ? LinearForm::gram

@@ -2,9 +2,12 @@
 //
 // - __syncthreads and the warp-wide functions suspend a fiber until all others have come; a thread that does not come
 //   is an error. The order in which threads run can be forwards or backwards.
-// - Shared memory starts each block as NaN. Asynchronous copies happen as late as the rules allow (when the thread waits
-//   for them: a missing wait reads NaN) or as early (at once: a slot that is still being read changes under its reader).
-// - Tensor-core products follow the fragment layouts of the PTX manual, round operands to their format and truncate sums.
+// - Shared memory starts each block as NaN. Asynchronous copies happen as late as the rules allow (when the thread
+// waits
+//   for them: a missing wait reads NaN) or as early (at once: a slot that is still being read changes under its
+//   reader).
+// - Tensor-core products follow the fragment layouts of the PTX manual, round operands to their format and truncate
+// sums.
 #pragma once
 
 #include <setjmp.h>
@@ -316,10 +319,10 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     const auto tf32 = [](uint32_t bits) { return emulation::bits_to_float(bits & 0xffffe000u); };
     emulation::warp_product<8>(
         arguments,
-        [&](const uint32_t* r, int group, int lane, float(&to)[16][8]) {
+        [&](const uint32_t* r, int group, int lane, float (&to)[16][8]) {
           for (int i = 0; i < 4; ++i) to[group + (i & 1) * 8][lane + (i >> 1) * 4] = tf32(r[i]);
         },
-        [&](const uint32_t* r, int group, int lane, float(&to)[8][8]) {
+        [&](const uint32_t* r, int group, int lane, float (&to)[8][8]) {
           for (int i = 0; i < 2; ++i) to[lane + i * 4][group] = tf32(r[i]);
         });
   });
@@ -333,12 +336,12 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     };
     emulation::warp_product<16>(
         arguments,
-        [&](const uint32_t* r, int group, int lane, float(&to)[16][16]) {
+        [&](const uint32_t* r, int group, int lane, float (&to)[16][16]) {
           for (int i = 0; i < 8; ++i) {
             to[group + ((i >> 1) & 1) * 8][lane * 2 + (i & 1) + (i >> 2) * 8] = half(r[i >> 1], i & 1);
           }
         },
-        [&](const uint32_t* r, int group, int lane, float(&to)[16][8]) {
+        [&](const uint32_t* r, int group, int lane, float (&to)[16][8]) {
           for (int i = 0; i < 4; ++i) to[lane * 2 + (i & 1) + (i >> 1) * 8][group] = half(r[i >> 1], i & 1);
         });
   });

@@ -73,7 +73,8 @@ class Case {
                       const int64_t pz = z * s_.stride[0] + kz * s_.dilation[0] - s_.padding[0];
                       const int64_t py = y * s_.stride[1] + ky * s_.dilation[1] - s_.padding[1];
                       const int64_t px = x * s_.stride[2] + kx * s_.dilation[2] - s_.padding[2];
-                      if (pz < 0 || py < 0 || px < 0 || pz >= s_.size[0] || py >= s_.size[1] || px >= s_.size[2]) continue;
+                      if (pz < 0 || py < 0 || px < 0 || pz >= s_.size[0] || py >= s_.size[1] || px >= s_.size[2])
+                        continue;
                       const int64_t channel = o / og * cg + i;
                       dot += double(c.x[b * c.x_batch + f * c.x_frame + channel * c.x_channel +
                                         (pz * s_.size[1] + py) * s_.size[2] + px]) *

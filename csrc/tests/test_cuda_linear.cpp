@@ -36,7 +36,9 @@ double tolerance(size_t bytes, Precision precision) {
   return precision == Precision::float32 ? 1e-5 : precision == Precision::tf32 ? 5e-3 : 4e-2;
 }
 
-const char* name_of(LinearForm f) { return f == LinearForm::direct ? "direct" : f == LinearForm::gram ? "gram" : "auto"; }
+const char* name_of(LinearForm f) {
+  return f == LinearForm::direct ? "direct" : f == LinearForm::gram ? "gram" : "auto";
+}
 
 template <typename scalar>
 class Case {
@@ -45,8 +47,8 @@ class Case {
     const Layout3 a = layout_of(strides, s.batch, s.length, s.d), g = layout_of(strides, s.batch, s.length, s.p);
     a_ = std::make_unique<Numbers<scalar>>(a.size, shift);
     g_ = std::make_unique<Numbers<scalar>>(g.size * s.cotangents, shift);
-    q = {a_->data(), g_->data(), a.batch, a.row, a.col, g.size, g.batch, g.row, g.col,
-         s.cotangents, s.batch, s.length, s.d, s.p};
+    q = {a_->data(), g_->data(), a.batch,      a.row,   a.col,    g.size, g.batch,
+         g.row,      g.col,      s.cotangents, s.batch, s.length, s.d,    s.p};
     for (int64_t k = 0; k < s.cotangents; ++k) {
       for (int64_t b = 0; b < s.batch; ++b) want.push_back(definition(k, b));
     }

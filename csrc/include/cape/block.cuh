@@ -58,19 +58,20 @@ __device__ __forceinline__ double clamp_at_zero(double value) { return value < 0
 constexpr int kSumThreads = 128;
 
 // out[row] = sum of partials[row, 0:count], one block per row; `norm` clamps it at zero.
-__global__ void __launch_bounds__(kSumThreads)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     sum_partials(const double* __restrict__ partials, int64_t count, bool norm, double* __restrict__ out) {
   const int64_t row = blockIdx.x;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += partials[row * count + i];
-  sum = block_sum<kSumThreads>(sum);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partials[row * count + i];
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) out[row] = norm ? clamp_at_zero(sum) : sum;
 }
 
 // Second stage: `rows` sums of `count` partials each. Launch is what runs a kernel (a stream, or the tests' processor).
 template <class Launch>
 void finish(Launch& launch, const double* partials, int64_t rows, int64_t count, bool norm, double* out) {
-  launch.run(sum_partials, rows, kSumThreads, 0, partials, count, norm, out);
+  launch.run(sum_partials<kSumThreads>, rows, kSumThreads, 0, partials, count, norm, out);
 }
 
 }  // namespace cape::cuda

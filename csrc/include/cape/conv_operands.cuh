@@ -21,12 +21,30 @@ struct ConvData {
 
   ConvData(const ConvShape& s, const scalar* x_data, const int64_t (&x_strides)[3], const scalar* g_data,
            const int64_t (&g_strides)[4])
-      : x(x_data), g(g_data), x_batch(x_strides[0]), x_frame(x_strides[1]), x_channel(x_strides[2]),
-        g_cotangent(g_strides[0]), g_batch(g_strides[1]), g_frame(g_strides[2]), g_channel(g_strides[3]),
-        frames(int(s.frames)), channels(int(s.group_channels())), outputs(int(s.group_outputs())),
-        groups(int(s.groups)), taps(int(s.taps())), pixels(int(s.pixels())), out_pixels(int(s.positions() / s.frames)),
-        by_groups(s.groups), by_taps(s.taps()), by_pixels(s.pixels()), by_out_pixels(out_pixels), by_out_image(s.out[1] * s.out[2]),
-        by_out_row(s.out[2]), by_kernel_image(s.kernel[1] * s.kernel[2]), by_kernel_row(s.kernel[2]) {
+      : x(x_data),
+        g(g_data),
+        x_batch(x_strides[0]),
+        x_frame(x_strides[1]),
+        x_channel(x_strides[2]),
+        g_cotangent(g_strides[0]),
+        g_batch(g_strides[1]),
+        g_frame(g_strides[2]),
+        g_channel(g_strides[3]),
+        frames(int(s.frames)),
+        channels(int(s.group_channels())),
+        outputs(int(s.group_outputs())),
+        groups(int(s.groups)),
+        taps(int(s.taps())),
+        pixels(int(s.pixels())),
+        out_pixels(int(s.positions() / s.frames)),
+        by_groups(s.groups),
+        by_taps(s.taps()),
+        by_pixels(s.pixels()),
+        by_out_pixels(out_pixels),
+        by_out_image(s.out[1] * s.out[2]),
+        by_out_row(s.out[2]),
+        by_kernel_image(s.kernel[1] * s.kernel[2]),
+        by_kernel_row(s.kernel[2]) {
     for (size_t i = 0; i < 3; ++i) {
       size[i] = int(s.size[i]), kernel[i] = int(s.kernel[i]), stride[i] = int(s.stride[i]);
       padding[i] = int(s.padding[i]), dilation[i] = int(s.dilation[i]), out[i] = int(s.out[i]);
@@ -78,8 +96,8 @@ __device__ __forceinline__ Point window_of(const ConvData<scalar>& c, int positi
 template <typename scalar>
 __device__ __forceinline__ int pixel_at(const ConvData<scalar>& c, Point window, Point tap) {
   const int z = window.z + tap.z, y = window.y + tap.y, x = window.x + tap.x;
-  const bool inside = unsigned(z) < unsigned(c.reach[0]) && unsigned(y) < unsigned(c.reach[1]) &&
-                      unsigned(x) < unsigned(c.reach[2]);
+  const bool inside =
+      unsigned(z) < unsigned(c.reach[0]) && unsigned(y) < unsigned(c.reach[1]) && unsigned(x) < unsigned(c.reach[2]);
   return inside ? (z * c.size[1] + y) * c.size[2] + x : -1;
 }
 
@@ -99,8 +117,7 @@ struct PixelBlock {
     const int k0 = slice * Tile::kDepth;
     const scalar* const from = data + k0 * channel_stride;
     if (frames == 1) {
-      fill_block<Layout, Tile::kThreads>(to, from + i0, channel_stride, int64_t(1), channels - k0, count - i0,
-                                         wide);
+      fill_block<Layout, Tile::kThreads>(to, from + i0, channel_stride, int64_t(1), channels - k0, count - i0, wide);
       return;
     }
     constexpr int kTile = Tile::kTileRows, kStep = Tile::kThreads / kTile;
@@ -198,8 +215,8 @@ struct GradientBlock {
     const SlicePlace place(s, slice);
     const int k = int(threadIdx.x) % kMinor * per, row = s.by_cols(k), col = k - row * s.cols;
     const bool valid = row < s.rows && place.y + row < c.out[1] && place.x + col < c.out[2];
-    const int64_t offset = place.frame * c.g_frame +
-                           ((int64_t(place.z) * c.out[1] + place.y + row) * c.out[2] + place.x + col);
+    const int64_t offset =
+        place.frame * c.g_frame + ((int64_t(place.z) * c.out[1] + place.y + row) * c.out[2] + place.x + col);
     const scalar* from = data + offset + int(threadIdx.x) / kMinor * c.g_channel;
     for (int j = int(threadIdx.x) / kMinor; j < Tile::kTileCols; j += kStep, from += kStep * c.g_channel) {
       const bool inside = valid && j0 + j < c.outputs;

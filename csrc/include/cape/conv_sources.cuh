@@ -50,8 +50,8 @@ struct ConvGram {
   }
   template <class Tile>
   __device__ __forceinline__ auto right(int cotangent, int unit, int64_t i0) const {
-    return PixelBlock<Tile>{c.g_of(cotangent, unit), c.g_channel, c.g_frame, c.outputs, int(i0), c.positions(),
-                            c.frames, c.wide_g, c.by_out_pixels};
+    return PixelBlock<Tile>{c.g_of(cotangent, unit), c.g_channel, c.g_frame, c.outputs,      int(i0),
+                            c.positions(),           c.frames,    c.wide_g,  c.by_out_pixels};
   }
   __device__ __forceinline__ int64_t positions() const { return c.positions(); }
 };
@@ -73,8 +73,8 @@ struct ConvShiftedGram : ConvGram<scalar> {
   template <class Tile>
   __device__ __forceinline__ auto pixels_of(int unit, int64_t i0) const {
     const auto& c = this->c;
-    return PixelBlock<Tile>{c.x_of(unit), c.x_channel,  c.x_frame, c.channels, int(i0),
-                            int(pixels()), c.frames, c.wide_x,  c.by_pixels};
+    return PixelBlock<Tile>{c.x_of(unit),  c.x_channel, c.x_frame, c.channels, int(i0),
+                            int(pixels()), c.frames,    c.wide_x,  c.by_pixels};
   }
   template <class Tile>
   __device__ __forceinline__ void left_gram(Tile& tile, int unit, int64_t i0, int64_t j0) const {

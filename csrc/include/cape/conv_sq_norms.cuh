@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
-#include <cape/conv_sources.cuh>
 #include <cape/time_model.h>
+#include <cape/conv_sources.cuh>
 
 namespace cape::cuda {
 
@@ -45,9 +45,21 @@ inline SliceShape slice_shape(const ConvShape& c, int64_t depth, int64_t tile_ro
     if (fewest >= 0 && (down * across > fewest || (down * across == fewest && patch >= smallest))) continue;
     fewest = down * across, smallest = patch;
     const int64_t channels = std::min(c.group_channels(), (tile_rows - 1 + c.taps() - 1) / c.taps() + 1);
-    best = {int(rows), int(cols), int(down), int(across), int(patch_rows), int(patch_cols), int(patch), int(channels),
-            FastDivision(cols), FastDivision(patch), FastDivision(patch_rows * patch_cols), FastDivision(patch_cols),
-            FastDivision(c.out[0] * down * across), FastDivision(down * across), FastDivision(across)};
+    best = {int(rows),
+            int(cols),
+            int(down),
+            int(across),
+            int(patch_rows),
+            int(patch_cols),
+            int(patch),
+            int(channels),
+            FastDivision(cols),
+            FastDivision(patch),
+            FastDivision(patch_rows * patch_cols),
+            FastDivision(patch_cols),
+            FastDivision(c.out[0] * down * across),
+            FastDivision(down * across),
+            FastDivision(across)};
   }
   return best;
 }
@@ -173,9 +185,9 @@ ConvChoice choose_conv(const TimeModel& m, const ConvProblem<scalar>& q, double 
     const double slices = double(c.frames) * double(s.by_slices.divisor);
     const double moved = (halo ? double(s.channels) * s.patch : double(tile * Tile::kDepth)) +
                          double(tile * Tile::kDepth) / (q.data.wide_g ? 4.0 : 1.0);
-    consider(ConvForm::direct, large, m.seconds(units * cotangents * tiles, processors,
-                                                slices * double(tile * tile * Tile::kDepth), rate, slices * moved,
-                                                m.copies));
+    consider(ConvForm::direct, large,
+             m.seconds(units * cotangents * tiles, processors, slices * double(tile * tile * Tile::kDepth), rate,
+                       slices * moved, m.copies));
   };
   direct(std::type_identity<typename Tiles::Direct>(), false);
   if (!float64 && std::max(c.group_channels() * c.taps(), c.group_outputs()) > 256 && c.group_outputs() > 64) {
@@ -187,9 +199,9 @@ ConvChoice choose_conv(const TimeModel& m, const ConvProblem<scalar>& q, double 
   const double g_depth = depth * double(ceil_div(c.group_outputs(), int64_t(Gram::kDepth)));
   const double g_moved = 2.0 * tile * cotangents * g_depth / (q.data.wide_g && c.frames == 1 ? 4.0 : 1.0);
   const double tiles = double(lower_tiles(c.positions(), Gram::kTileRows));
-  consider(ConvForm::gram, false, m.seconds(units * tiles, processors,
-                                            tile * tile * (taps * x_depth + cotangents * g_depth), rate,
-                                            2.0 * tile * taps * x_depth + g_moved, m.copies));
+  consider(ConvForm::gram, false,
+           m.seconds(units * tiles, processors, tile * tile * (taps * x_depth + cotangents * g_depth), rate,
+                     2.0 * tile * taps * x_depth + g_moved, m.copies));
   if (q.pixels() * q.pixels() * int64_t(sizeof(scalar)) <= kGramBytes) {
     const double x_moved = 2.0 * tile * x_depth / (q.data.wide_x && c.frames == 1 ? 4.0 : 1.0);
     const double gathering = tile * tile * taps / m.gathers;

@@ -5,9 +5,9 @@
 #include <type_traits>
 #include <utility>
 
+#include <cape/time_model.h>
 #include <cape/operands.cuh>
 #include <cape/products.cuh>
-#include <cape/time_model.h>
 
 namespace cape::cuda {
 

@@ -5,8 +5,8 @@
 // the tile. Operands lie in shared memory; a Fragment reads the numbers that this thread needs.
 #pragma once
 
-#include <cape/block.cuh>
 #include <cape/precision.h>
+#include <cape/block.cuh>
 
 namespace cape::cuda {
 
@@ -44,7 +44,10 @@ struct MmaTile {
   static constexpr int kBlocksM = tile / 32, kBlocksN = 4;  // 16 x 8 products per warp
   static constexpr int kRows = 2 * kBlocksM, kCols = 2 * kBlocksN;
   // Blocks that a multiprocessor's registers must hold: fewer for the Gram form, which keeps two tiles.
-  static constexpr int kDirectBlocks = tile == 64 ? 4 : 1, kGramBlocks = tile == 64 ? 3 : 1;
+  static constexpr int kDirectBlocks = tile > 64                         ? 1
+                                       : precision == Precision::float32 ? 3
+                                                                         : 4,
+                       kGramBlocks = tile == 64 ? 3 : 1;
 
   float sums[kBlocksM][kBlocksN][4] = {};
 

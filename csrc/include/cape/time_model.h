@@ -19,8 +19,8 @@ namespace cape::cuda {
 struct TimeModel {
   // Starting values from the data sheet of an H100 SXM (132 multiprocessors at 1.7 GHz) at a third to a half of its
   // peaks; no device has confirmed them.
-  double launch = 3e-6;        // seconds
-  double rate_3xtf32 = 0.3e12; // multiply-accumulates per second and multiprocessor
+  double launch = 3e-6;         // seconds
+  double rate_3xtf32 = 0.3e12;  // multiply-accumulates per second and multiprocessor
   double rate_tf32 = 0.8e12;
   double rate_bf16 = 0.9e12;
   double rate_simt32 = 0.1e12;
