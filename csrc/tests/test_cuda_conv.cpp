@@ -154,7 +154,7 @@ const cape::ConvShape kShapes[] = {
 int main() {
   int n = 0;
   for (const auto& s : kShapes) {
-    Case<float>(s, 2, 2).all(n % 4 == 0);
+    Case<float>(s, 2, 1).all(n == 3);
     Case<double>(s, 2, 1, n % 2, n % 2).all(false);
     if (n % 3 == 0) Case<float>(s, 1, 2, 3, 1).all(false);
     ++n;
