@@ -23,4 +23,10 @@ TORCH_LIBRARY(cape, m) {
   m.def(
       "_conv_sq_norms_as(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
       " str precision, str form) -> Tensor");
+  // The form that auto means for these tensors, and the constants that decide it (set unless empty, then returned).
+  m.def("_linear_form(Tensor a, Tensor g, str precision) -> str");
+  m.def(
+      "_conv_form(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+      " str precision) -> str");
+  m.def("_cuda_time_model(Tensor like, float[] constants) -> float[]");
 }

@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include <cape/conv_sq_norms.cuh>
 
 #include "launch.h"
@@ -71,10 +73,31 @@ ConvForm form_of(c10::string_view form) {
   return ConvForm::automatic;
 }
 
+const char* name_of(ConvForm form) {
+  switch (form) {
+    case ConvForm::gram:
+      return "gram";
+    case ConvForm::shifted:
+      return "shifted";
+    case ConvForm::narrow:
+      return "narrow";
+    default:
+      return "direct";
+  }
+}
+
 bool is_linear(const cape::ConvShape& s) {
   bool plain = s.taps() == 1 && s.frames == 1 && s.groups == 1;
   for (size_t i = 0; i < 3; ++i) plain = plain && s.stride[i] == 1 && s.padding[i] == 0;
   return plain && s.pixels() == s.positions();
+}
+
+template <typename scalar_t>
+cape::cuda::ConvProblem<scalar_t> problem_of(const cape::ConvShape& s, const Tensor& x, const Tensor& g) {
+  const cape::cuda::ConvData<scalar_t> data(s, x.const_data_ptr<scalar_t>(), {x.stride(0), x.stride(1), x.stride(2)},
+                                            g.const_data_ptr<scalar_t>(),
+                                            {g.stride(0), g.stride(1), g.stride(2), g.stride(3)});
+  return {s, data, g.size(0), g.size(1)};
 }
 
 Tensor conv_sq_norms_as(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
@@ -94,13 +117,24 @@ Tensor conv_sq_norms_as(const Tensor& x, const Tensor& g, IntArrayRef kernel, In
   cape::cuda::StreamLaunch launch(x);
   Tensor out = at::empty({g.size(0), g.size(1)}, options);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_sq_norms", [&] {
-    const cape::cuda::ConvData<scalar_t> data(s, xc.const_data_ptr<scalar_t>(),
-                                              {xc.stride(0), xc.stride(1), xc.stride(2)}, gc.const_data_ptr<scalar_t>(),
-                                              {gc.stride(0), gc.stride(1), gc.stride(2), gc.stride(3)});
-    const cape::cuda::ConvProblem<scalar_t> problem{s, data, g.size(0), g.size(1)};
-    cape::cuda::conv_sq_norms(launch, problem, arithmetic, wanted, out.mutable_data_ptr<double>());
+    cape::cuda::conv_sq_norms(launch, problem_of<scalar_t>(s, xc, gc), arithmetic, wanted,
+                              out.mutable_data_ptr<double>());
   });
   return out;
+}
+
+// The form that the time model chooses, for calibrating it.
+std::string conv_form(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                      IntArrayRef dilation, int64_t groups, c10::string_view precision) {
+  const cape::ConvShape s = shape_of(x, g, kernel, stride, padding, dilation, groups);
+  const cape::cuda::StreamLaunch launch(x);
+  std::string name;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_sq_norms", [&] {
+    cape::cuda::with_conv_choice(problem_of<scalar_t>(s, x, g), cape::cuda::precision_of(precision),
+                                 ConvForm::automatic, launch.processors(), launch.shared_limit(),
+                                 [&](auto, cape::cuda::ConvChoice choice) { name = name_of(choice.form); });
+  });
+  return name;
 }
 
 Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
@@ -113,4 +147,5 @@ Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntAr
 TORCH_LIBRARY_IMPL(cape, CUDA, m) {
   m.impl("conv_sq_norms", &conv_sq_norms);
   m.impl("_conv_sq_norms_as", &conv_sq_norms_as);
+  m.impl("_conv_form", &conv_form);
 }

@@ -5,6 +5,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <iterator>
+#include <string>
+#include <vector>
+
 #include <cape/linear_sq_norms.cuh>
 
 #include "launch.h"
@@ -64,9 +68,36 @@ at::Tensor linear_sq_norms_as(const at::Tensor& a, const at::Tensor& g, c10::str
   return cape::cuda::linear_sq_norms_on_device(a, g, precision, form);
 }
 
+// The form that the time model chooses, for calibrating it.
+std::string linear_form(const at::Tensor& a, const at::Tensor& g, c10::string_view precision) {
+  const cape::cuda::StreamLaunch launch(a);
+  const auto choice =
+      cape::cuda::choose_linear(cape::cuda::time_model(), g.size(0), a.size(0), a.size(1), a.size(2), g.size(3),
+                                cape::cuda::precision_of(precision), a.scalar_type() == at::kDouble,
+                                double(launch.processors()), cape::cuda::LinearForm::automatic);
+  return choice.form == cape::cuda::LinearForm::gram ? "gram" : "direct";
+}
+
+// Replace the constants of the time model (in the order of its members) unless `constants` is empty; return them.
+std::vector<double> cuda_time_model(const at::Tensor&, at::ArrayRef<double> constants) {
+  cape::cuda::TimeModel& m = cape::cuda::time_model();
+  double* const members[] = {&m.launch,      &m.rate_3xtf32, &m.rate_tf32, &m.rate_bf16,
+                             &m.rate_simt32, &m.rate_simt64, &m.copies,    &m.gathers};
+  TORCH_CHECK(constants.empty() || constants.size() == std::size(members), "The time model has ", std::size(members),
+              " constants, not ", constants.size(), ".");
+  std::vector<double> now;
+  for (size_t i = 0; i < std::size(members); ++i) {
+    if (!constants.empty()) *members[i] = constants[i];
+    now.push_back(*members[i]);
+  }
+  return now;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cape, CUDA, m) {
   m.impl("linear_sq_norms", &linear_sq_norms);
   m.impl("_linear_sq_norms_as", &linear_sq_norms_as);
+  m.impl("_linear_form", &linear_form);
+  m.impl("_cuda_time_model", &cuda_time_model);
 }

@@ -202,7 +202,7 @@ ConvChoice choose_conv(const TimeModel& m, const ConvProblem<scalar>& q, double 
   consider(ConvForm::gram, false,
            m.seconds(units * tiles, processors, tile * tile * (taps * x_depth + cotangents * g_depth), rate,
                      2.0 * tile * taps * x_depth + g_moved, m.copies));
-  if (q.pixels() * q.pixels() * int64_t(sizeof(scalar)) <= kGramBytes) {
+  if (form == ConvForm::shifted || q.pixels() * q.pixels() * int64_t(sizeof(scalar)) <= kGramBytes) {
     const double x_moved = 2.0 * tile * x_depth / (q.data.wide_x && c.frames == 1 ? 4.0 : 1.0);
     const double gathering = tile * tile * taps / m.gathers;
     consider(ConvForm::shifted, false,
@@ -244,23 +244,30 @@ void run_conv_as(Launch& launch, const ConvProblem<scalar>& q, ConvChoice choice
   run_conv_direct<Direct, false>(launch, q, s, out);
 }
 
-// out [cotangents, batch]. Every size must be at least one, and positions and pixels of a sample below 2^31.
-template <class Launch, typename scalar>
-void conv_sq_norms(Launch& launch, const ConvProblem<scalar>& q, Precision precision, ConvForm form, double* out) {
-  const auto run = [&](auto constant) {
+// `use(tiles, choice)` with the tiles of the precision and the fastest form; `form` may fix it.
+template <typename scalar, class Use>
+void with_conv_choice(const ConvProblem<scalar>& q, Precision precision, ConvForm form, int64_t processors,
+                      size_t shared_limit, Use use) {
+  const auto choose = [&](auto constant) {
     using Tiles = ConvTiles<decltype(constant)::value, scalar>;
     const TimeModel& m = time_model();
     const double rate = rate_of(m, decltype(constant)::value, sizeof(scalar) == 4, sizeof(scalar) == 8);
-    run_conv_as<Tiles>(launch, q,
-                       choose_conv<Tiles>(m, q, rate, double(launch.processors()), launch.shared_limit(), form), out);
+    use(Tiles(), choose_conv<Tiles>(m, q, rate, double(processors), shared_limit, form));
   };
   if (sizeof(scalar) == 8 || precision == Precision::float32) {
-    run(std::integral_constant<Precision, Precision::float32>());
+    choose(std::integral_constant<Precision, Precision::float32>());
   } else if (precision == Precision::tf32) {
-    run(std::integral_constant<Precision, Precision::tf32>());
+    choose(std::integral_constant<Precision, Precision::tf32>());
   } else {
-    run(std::integral_constant<Precision, Precision::bf16>());
+    choose(std::integral_constant<Precision, Precision::bf16>());
   }
+}
+
+// out [cotangents, batch]. Every size must be at least one, and positions and pixels of a sample below 2^31.
+template <class Launch, typename scalar>
+void conv_sq_norms(Launch& launch, const ConvProblem<scalar>& q, Precision precision, ConvForm form, double* out) {
+  with_conv_choice(q, precision, form, launch.processors(), launch.shared_limit(),
+                   [&](auto tiles, ConvChoice choice) { run_conv_as<decltype(tiles)>(launch, q, choice, out); });
 }
 
 }  // namespace cape::cuda
