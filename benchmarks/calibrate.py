@@ -24,7 +24,7 @@ from cape.probing import ops
 CONSTANTS = ("launch", "rate_3xtf32", "rate_tf32", "rate_bf16", "rate_simt32", "rate_simt64", "copies", "gathers")
 LINEAR_FORMS = ("direct", "gram")
 CONV_FORMS = ("direct", "gram", "shifted", "narrow")
-FACTORS = (0.25, 0.5, 0.7, 0.85, 1.18, 1.4, 2.0, 4.0)
+FACTORS = (0.1, 0.25, 0.5, 0.7, 0.85, 1.18, 1.4, 2.0, 4.0, 10.0)
 LARGEST_GRAM = 64 * 1024**2 // 4  # numbers of a pixel Gram matrix, as in conv_sq_norms.cuh
 
 LINEAR = [
@@ -49,12 +49,14 @@ def forms_of(shape: Linear | Conv) -> tuple[str, ...]:
 
 def regret(times: Sequence[dict[str, float]], chosen: Sequence[str]) -> float:
     """Mean over shapes of (time of the chosen form / time of the fastest); a form that was not timed counts as 10."""
-    return math.fsum(t.get(c, 10 * min(t.values())) / min(t.values()) for t, c in zip(times, chosen, strict=True)) / len(
-        times
-    )
+    return math.fsum(
+        t.get(c, 10 * min(t.values())) / min(t.values()) for t, c in zip(times, chosen, strict=True)
+    ) / len(times)
 
 
-def search(start: Sequence[float], loss: Callable[[Sequence[float]], float], rounds: int = 4) -> tuple[list[float], float]:
+def search(
+    start: Sequence[float], loss: Callable[[Sequence[float]], float], rounds: int = 4
+) -> tuple[list[float], float]:
     """Coordinate search by factors: keep every change of one constant that lowers the loss."""
     best, least = list(start), loss(start)
     for _ in range(rounds):

@@ -36,6 +36,16 @@ class Case {
     }
   }
 
+  // Few tiles and many positions: every tile is split.
+  void split() {
+    using Tiles = ConvTiles<Precision::float32, scalar>;
+    const auto got = testing::in_every_order(int64_t(want.size()), what, [&](double* out) {
+      emulation::Launch launch;
+      run_conv_as<Tiles>(launch, q, {ConvForm::direct, false}, out);
+      testing::check(launch.launches >= 2, "the tile was split", launch.launches, 2);
+    });
+    for (size_t n = 0; n < want.size(); ++n) testing::check_close(got[n], want[n], 1e-5, what + " split");
+  }
   void narrow() {
     const auto got = testing::in_every_order(int64_t(want.size()), what, [&](double* out) {
       emulation::Launch launch;
@@ -162,5 +172,6 @@ int main() {
   }
   // More positions than a warp takes on alone.
   Case<float>({1, 2, 2, 2, {1, 70, 70}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {1, 70, 70}}, 2, 1).narrow();
+  Case<float>({1, 3, 4, 1, {1, 33, 31}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {1, 33, 31}}, 1, 1).split();
   return testing::report("conv_sq_norms on the emulated device");
 }

@@ -161,6 +161,11 @@ int main() {
   every_tile<double>({1, 1, 70, 133, 67}, Strides::rows, 1, false);
   every_tile<double>({3, 2, 36, 17, 70}, Strides::columns, 0, false);
   every_tile<double>({2, 2, 5, 3, 9}, Strides::odd, 1, false);
+  // Few tiles and many positions: every tile is split.
+  for (const TileKind tile : {TileKind::narrow, TileKind::tensor64, TileKind::tensor128}) {
+    Case<float>({1, 1, 1100, 20, 24}, Strides::rows, 0).run(LinearForm::direct, tile, Precision::float32);
+  }
+  Case<double>({1, 2, 600, 20, 24}, Strides::rows, 0).run(LinearForm::direct, TileKind::tensor64, Precision::float32);
   Case<float>({1, 1, 129, 260, 132}, Strides::rows, 0).run(LinearForm::direct, TileKind::tensor128, Precision::float32);
   Case<float>({2, 1, 150, 40, 16}, Strides::rows, 0).run(LinearForm::gram, TileKind::tensor128, Precision::float32);
   return testing::report("linear_sq_norms on the emulated device");

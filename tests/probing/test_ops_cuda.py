@@ -62,8 +62,10 @@ def _native() -> None:
 
 def linear_reference(a: Tensor, g: Tensor) -> Tensor:
     """[K, B] in float64: one product per cotangent and sample."""
-    return torch.stack([(a.double().mT @ one.double()).square().sum((1, 2)) for one in g]) if len(g) else g.new_zeros(
-        0, len(a), dtype=torch.float64
+    return (
+        torch.stack([(a.double().mT @ one.double()).square().sum((1, 2)) for one in g])
+        if len(g)
+        else g.new_zeros(0, len(a), dtype=torch.float64)
     )
 
 
@@ -203,6 +205,24 @@ def calls() -> dict[str, Any]:
         "pair_sums": lambda: torch.ops.cape.pair_sums(pairs, pairs[0]),
         "sq_norms": lambda: torch.ops.cape.sq_norms(a.flatten(1)),
     }
+
+
+def test_every_operator_once_for_the_sanitizer() -> None:
+    """Few launches, all kernels of float32: what compute-sanitizer runs."""
+    for name, call in calls().items():
+        assert bool(call().isfinite().all()), name
+    for shape, precision in itertools.product([(2, 2, 70, 133, 67), (2, 1, 17, 300, 12)], TOLERANCE):
+        a, g = linear_case(shape)
+        reference = linear_reference(a, g)
+        for form in ("direct", "gram"):
+            ours = torch.ops.cape._linear_sq_norms_as(a, g, precision, form)
+            assert_close(ours, reference, torch.float32, precision)
+    for setting, precision in itertools.product((CONV[1], CONV[3], CONV[7], CONV[14]), TOLERANCE):
+        x, g, window = conv_case(setting, batch=1)
+        reference = conv_reference(x, g, window)
+        for form in ("direct", "gram", "shifted", "narrow"):
+            ours = torch.ops.cape._conv_sq_norms_as(x, g, *window, precision, form)
+            assert_close(ours, reference, torch.float32, precision)
 
 
 def test_work_goes_to_the_current_stream() -> None:

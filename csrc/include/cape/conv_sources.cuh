@@ -41,7 +41,7 @@ struct ConvGram {
   template <class Tile>
   __device__ __forceinline__ void left_gram(Tile& tile, int unit, int64_t i0, int64_t j0) const {
     const scalar* const x = c.x_of(unit);
-    multiply(tile, WindowBlock<Tile>{c, x, int(i0)}, WindowBlock<Tile>{c, x, int(j0)},
+    multiply(tile, WindowBlock<Tile>{c, x, int(i0)}, WindowBlock<Tile>{c, x, int(j0)}, 0,
              c.taps * WindowBlock<Tile>::runs(c), i0 == j0);
   }
   template <class Tile>

@@ -92,8 +92,8 @@ void run_conv_direct(Launch& launch, const ConvProblem<scalar>& q, const SliceSh
   const int64_t tiles = ceil_div(q.shape.group_channels() * q.shape.taps(), int64_t(Tile::kTileRows)) * across;
   const int64_t rows = q.cotangents * q.batch, each = q.shape.groups * tiles;
   double* const partials = each == 1 ? out : launch.doubles(rows * each);
-  launch.run(direct_squares<Tile, Source>, rows * each, Tile::kThreads, direct_shared<Tile>(s, halo),
-             Source{q.data, s, wide}, int(tiles), int(across), int(q.units()), int(q.cotangents), partials);
+  run_direct<Tile>(launch, Source{q.data, s, wide}, q.shape.frames * int64_t(s.by_slices.divisor), tiles, across,
+                   q.units(), q.cotangents, direct_shared<Tile>(s, halo), partials);
   if (each > 1) finish(launch, partials, rows, each, true, out);
 }
 
@@ -182,12 +182,14 @@ ConvChoice choose_conv(const TimeModel& m, const ConvProblem<scalar>& q, double 
     const bool halo = !float64 && use_halo<Tile>(s, shared_limit);
     if (large && !halo) return;
     const double tiles = double(ceil_div(c.group_channels() * c.taps(), tile) * ceil_div(c.group_outputs(), tile));
-    const double slices = double(c.frames) * double(s.by_slices.divisor);
+    const int64_t slices = c.frames * int64_t(s.by_slices.divisor), blocks = int64_t(units * cotangents * tiles);
+    const double splits = double(direct_splits(blocks, slices, int64_t(processors)));
     const double moved = (halo ? double(s.channels) * s.patch : double(tile * Tile::kDepth)) +
                          double(tile * Tile::kDepth) / (q.data.wide_g ? 4.0 : 1.0);
-    consider(ConvForm::direct, large,
-             m.seconds(units * cotangents * tiles, processors, slices * double(tile * tile * Tile::kDepth), rate,
-                       slices * moved, m.copies));
+    consider(
+        ConvForm::direct, large,
+        m.seconds(double(blocks) * splits, processors, double(slices) / splits * double(tile * tile * Tile::kDepth),
+                  rate, double(slices) / splits * moved, m.copies));
   };
   direct(std::type_identity<typename Tiles::Direct>(), false);
   if (!float64 && std::max(c.group_channels() * c.taps(), c.group_outputs()) > 256 && c.group_outputs() > 64) {

@@ -61,7 +61,8 @@ struct LinearGram {
   template <class Tile>
   __device__ __forceinline__ void left_gram(Tile& tile, int unit, int64_t i0, int64_t j0) const {
     multiply(tile, x.template block<Tile, Layout<Tile>>(0, unit, i0, d),
-             x.template block<Tile, Layout<Tile>>(0, unit, j0, d), int(ceil_div(d, int64_t(Tile::kDepth))), i0 == j0);
+             x.template block<Tile, Layout<Tile>>(0, unit, j0, d), 0, int(ceil_div(d, int64_t(Tile::kDepth))),
+             i0 == j0);
   }
   template <class Tile>
   __device__ __forceinline__ int right_slices() const {
@@ -115,8 +116,10 @@ inline LinearChoice choose_linear(const TimeModel& m, int64_t cotangents, int64_
   };
   const auto direct = [&](TileKind kind, int64_t rows, int64_t cols, bool tensor) {
     const double k = double(ceil_div(length, int64_t(32)) * 32);
-    const double blocks = double(cotangents * batch) * double(ceil_div(d, rows)) * double(ceil_div(p, cols));
-    consider(LinearForm::direct, kind, blocks, double(rows * cols) * k, double(rows + cols) * k, tensor);
+    const int64_t blocks = cotangents * batch * ceil_div(d, rows) * ceil_div(p, cols);
+    const double splits = double(direct_splits(blocks, ceil_div(length, int64_t(32)), int64_t(processors)));
+    consider(LinearForm::direct, kind, double(blocks) * splits, double(rows * cols) * k / splits,
+             double(rows + cols) * k / splits, tensor);
   };
   const auto gram = [&](TileKind kind, int64_t tile, bool tensor) {
     const double k = double(ceil_div(d, int64_t(32)) * 32 + cotangents * ceil_div(p, int64_t(32)) * 32);
@@ -139,8 +142,8 @@ void run_linear_direct(Launch& launch, const LinearProblem<scalar>& q, Side<scal
   const int64_t across = ceil_div(y.extent, int64_t(Tile::kTileCols));
   const int64_t tiles = ceil_div(x.extent, int64_t(Tile::kTileRows)) * across, rows = q.cotangents * q.batch;
   double* const partials = tiles == 1 ? out : launch.doubles(rows * tiles);
-  launch.run(direct_squares<Tile, Source>, rows * tiles, Tile::kThreads, Source::template shared<Tile>(),
-             Source{x, y, q.length}, int(tiles), int(across), int(q.batch), int(q.cotangents), partials);
+  run_direct<Tile>(launch, Source{x, y, q.length}, ceil_div(q.length, int64_t(Tile::kDepth)), tiles, across, q.batch,
+                   q.cotangents, Source::template shared<Tile>(), partials);
   if (tiles > 1) finish(launch, partials, rows, tiles, true, out);
 }
 

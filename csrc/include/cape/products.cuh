@@ -9,20 +9,23 @@
 // size(), fill(shared, s), and left(shared) or right(shared).
 #pragma once
 
+#include <algorithm>
+
 #include <cape/tiles.cuh>
 
 namespace cape::cuda {
 
 constexpr int kStages = 3;  // slices in shared memory: one in use, two on their way
 
-// Add X^T Y over all slices to the tile. Where both operands are the same block (`same`), it is copied once.
+// Add X^T Y over slices [first, last) to the tile. Where both operands are the same block (`same`), it is copied once.
 template <class Tile, class Left, class Right>
-__device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Right& right, int slices, bool same) {
+__device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Right& right, int first, int last,
+                                         bool same) {
   using scalar = typename Tile::scalar;
   scalar* const shared = reinterpret_cast<scalar*>(dynamic_shared());
   const int middle = left.size(), stage = middle + (same ? 0 : right.size());
   const auto fill = [&](int slice) {
-    if (slice < slices) {
+    if (slice < last) {
       scalar* const to = shared + slice % kStages * stage;
       left.fill(to, slice);
       if (!same) right.fill(to + middle, slice);
@@ -31,9 +34,9 @@ __device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Rig
   };
   __syncthreads();  // what an earlier product left in shared memory has been read
 #pragma unroll 1
-  for (int s = 0; s < kStages - 1; ++s) fill(s);
+  for (int s = first; s < first + kStages - 1; ++s) fill(s);
 #pragma unroll 1
-  for (int s = 0; s < slices; ++s) {
+  for (int s = first; s < last; ++s) {
     wait_copies<kStages - 2>();
     __syncthreads();  // slice s is there for all threads, and all are done with slice s - 1
     fill(s + kStages - 1);
@@ -43,30 +46,61 @@ __device__ __forceinline__ void multiply(Tile& tile, const Left& left, const Rig
   wait_copies<0>();
 }
 
-// Block (unit, cotangent, tile): the sum of squares of one tile of A^T G. Blocks of all cotangents of a unit follow
-// one another, so that A comes from the cache. partials [cotangents, units, tiles].
+// Block (unit, cotangent, tile, split): the sum of squares of one tile of A^T G. Blocks of all cotangents of a unit
+// follow one another, so that A comes from the cache. partials [cotangents, units, tiles].
+//
+// Where there are too few tiles to fill the device, positions are cut into `splits` runs: each block leaves its part of
+// the tile in parts [splits, cotangents, units, tiles, numbers of a tile], and split_squares adds and squares them.
 template <class Tile, class Source>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kDirectBlocks)
-    direct_squares(const Source source, int tiles, int across, int units, int cotangents,
-                   double* __restrict__ partials) {
-  const int block = int(blockIdx.x), index = block % tiles, rest = block / tiles;
+    direct_squares(const Source source, int tiles, int across, int units, int cotangents, int splits,
+                   typename Tile::scalar* __restrict__ parts, double* __restrict__ partials) {
+  const int split = int(blockIdx.x) % splits, block = int(blockIdx.x) / splits;
+  const int index = block % tiles, rest = block / tiles;
   const int cotangent = rest % cotangents, unit = rest / cotangents;
   const int64_t i0 = int64_t(index / across) * Tile::kTileRows, j0 = int64_t(index % across) * Tile::kTileCols;
+  const int slices = source.template slices<Tile>(), run = ceil_div(slices, splits), first = split * run;
   Tile tile;
   multiply(tile, source.template left<Tile>(cotangent, unit, i0), source.template right<Tile>(cotangent, unit, j0),
-           source.template slices<Tile>(), false);
+           first, first + run < slices ? first + run : slices, false);
+  const int64_t at = (int64_t(cotangent) * units + unit) * tiles + index;
+  constexpr int kNumbers = Tile::kTileRows * Tile::kTileCols;
+  if (splits > 1) parts += (int64_t(split) * cotangents * units * tiles + at) * kNumbers;
   double sum = 0.0;
 #pragma unroll
   for (int m = 0; m < Tile::kRows; ++m) {
 #pragma unroll
     for (int n = 0; n < Tile::kCols; ++n) {
       const bool inside = i0 + Tile::row(m) < source.rows() && j0 + Tile::col(n) < source.cols();
-      const double value = inside ? double(tile.at(m, n)) : 0.0;
-      sum += value * value;
+      const auto number = inside ? tile.at(m, n) : typename Tile::scalar(0);
+      if (splits > 1) {
+        parts[(m * Tile::kCols + n) * Tile::kThreads + int(threadIdx.x)] = number;
+      } else {
+        sum += double(number) * double(number);
+      }
     }
   }
+  if (splits > 1) return;
   sum = block_sum<Tile::kThreads>(sum);
-  if (threadIdx.x == 0) partials[(int64_t(cotangent) * units + unit) * tiles + index] = sum;
+  if (threadIdx.x == 0) partials[at] = sum;
+}
+
+constexpr int kSplitThreads = 256;
+
+// Block per tile: partials [tiles] = sum over numbers of (sum over splits of parts [splits, tiles, numbers]) squared.
+template <typename scalar>
+__global__ void __launch_bounds__(kSplitThreads)
+    split_squares(const scalar* __restrict__ parts, int splits, int numbers, double* __restrict__ partials) {
+  double sum = 0.0;
+  for (int e = int(threadIdx.x); e < numbers; e += kSplitThreads) {
+    double number = 0.0;
+    for (int split = 0; split < splits; ++split) {
+      number += double(parts[(int64_t(split) * gridDim.x + blockIdx.x) * numbers + e]);
+    }
+    sum += number * number;
+  }
+  sum = block_sum<kSplitThreads>(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
 // Row and column of tile `index` among the tiles on and below the diagonal.
@@ -96,7 +130,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kGramBlocks)
   for (int cotangent = first; cotangent < cotangents && cotangent < first + chunk; ++cotangent) {
     Tile right;
     multiply(right, source.template right<Tile>(cotangent, unit, i0), source.template right<Tile>(cotangent, unit, j0),
-             source.template right_slices<Tile>(), same);
+             0, source.template right_slices<Tile>(), same);
     double once = 0.0, twice = 0.0;
 #pragma unroll
     for (int m = 0; m < Tile::kRows; ++m) {
@@ -130,7 +164,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kDirectBlocks)
   const int64_t n_pixels = source.pixels();
   Tile tile;
   multiply(tile, source.template pixels_of<Tile>(first_unit + unit, i0),
-           source.template pixels_of<Tile>(first_unit + unit, j0), source.template pixel_slices<Tile>(),
+           source.template pixels_of<Tile>(first_unit + unit, j0), 0, source.template pixel_slices<Tile>(),
            row_tile == col_tile);
 #pragma unroll
   for (int m = 0; m < Tile::kRows; ++m) {
@@ -144,6 +178,28 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kDirectBlocks)
 
 // Number of tiles on and below the diagonal.
 inline int64_t lower_tiles(int64_t n, int64_t tile) { return ceil_div(n, tile) * (ceil_div(n, tile) + 1) / 2; }
+
+// Runs of positions per tile of the direct form: one, unless there are too few tiles and many slices.
+inline int64_t direct_splits(int64_t blocks, int64_t slices, int64_t processors) {
+  if (blocks >= processors || slices < 16) return 1;
+  const int64_t splits = std::min(ceil_div(2 * processors, blocks), slices / 8);
+  return ceil_div(slices, ceil_div(slices, splits));  // none of them empty
+}
+
+// The direct form of all units.
+template <class Tile, class Source, class Launch>
+void run_direct(Launch& launch, const Source& source, int64_t slices, int64_t tiles, int64_t across, int64_t units,
+                int64_t cotangents, size_t shared, double* partials) {
+  using scalar = typename Tile::scalar;
+  constexpr int64_t kNumbers = Tile::kTileRows * Tile::kTileCols;
+  const int64_t blocks = cotangents * units * tiles, splits = direct_splits(blocks, slices, launch.processors());
+  scalar* const parts = splits == 1 ? nullptr : launch.template scratch<scalar>(splits * blocks * kNumbers);
+  launch.run(direct_squares<Tile, Source>, blocks * splits, Tile::kThreads, shared, source, int(tiles), int(across),
+             int(units), int(cotangents), int(splits), parts, partials);
+  if (splits > 1) {
+    launch.run(split_squares<scalar>, blocks, kSplitThreads, 0, parts, int(splits), int(kNumbers), partials);
+  }
+}
 
 // Cotangents that one Gram block runs through: all, unless that leaves the device idle.
 inline int64_t cotangent_chunk(int64_t cotangents, int64_t blocks, int64_t processors) {
