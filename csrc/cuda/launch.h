@@ -26,7 +26,8 @@ class StreamLaunch {
         options_(like.options()) {}
 
   int64_t processors() const { return properties_->multiProcessorCount; }
-  size_t shared_limit() const { return properties_->sharedMemPerBlockOptin; }
+  // What a kernel may ask for beside its own static shared memory.
+  size_t shared_limit() const { return properties_->sharedMemPerBlockOptin - 1024; }
 
   double* doubles(int64_t n) { return lend(n, at::kDouble).mutable_data_ptr<double>(); }
   template <typename scalar>

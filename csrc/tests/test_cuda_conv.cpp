@@ -160,9 +160,34 @@ const cape::ConvShape kShapes[] = {
     {1, 3, 2, 1, {1, 5, 5}, {1, 5, 5}, {1, 3, 3}, {0, 4, 4}, {1, 1, 1}, {1, 3, 3}},
 };
 
+// What the time model's starting values choose for an H100, two cotangents and 128 samples.
+void check_choices() {
+  const auto choice = [](const cape::ConvShape& s) {
+    const int64_t x[] = {s.channels * s.pixels(), s.channels * s.pixels(), s.pixels()};
+    const int64_t g[] = {128 * s.outputs * s.positions(), s.outputs * s.positions(), s.outputs * s.positions(),
+                         s.positions()};
+    const ConvProblem<float> q{s, ConvData<float>(s, nullptr, x, nullptr, g), 2, 128};
+    ConvChoice made{};
+    with_conv_choice(q, Precision::float32, ConvForm::automatic, 132, 227 << 10, [&](auto, ConvChoice c) { made = c; });
+    return made;
+  };
+  const auto square = [](int64_t channels, int64_t outputs, int64_t size, int64_t groups) {
+    return cape::ConvShape{1,         channels,  outputs,   groups,    {1, size, size},
+                           {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {1, size, size}};
+  };
+  const auto expect = [](ConvChoice got, ConvForm want, const char* what) {
+    testing::check(got.form == want, what, int(got.form), int(want));
+  };
+  expect(choice(square(256, 256, 8, 1)), ConvForm::shifted, "256 to 256 at 8 x 8 is shifted");
+  expect(choice(square(64, 64, 32, 1)), ConvForm::direct, "64 to 64 at 32 x 32 is direct");
+  expect(choice(square(128, 128, 16, 128)), ConvForm::narrow, "depthwise is narrow");
+  testing::check(choice(square(128, 256, 56, 1)).large, "wide layers take large tiles", 0, 1);
+}
+
 }  // namespace
 
 int main() {
+  check_choices();
   int n = 0;
   for (const auto& s : kShapes) {
     Case<float>(s, 2, 1).all(n == 3);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -101,6 +102,12 @@ def conv_reference(x: Tensor, g: Tensor, window: tuple[Any, ...]) -> Tensor:
     return norms.cuda()
 
 
+@cache
+def conv_expected(setting: Conv, dtype: torch.dtype) -> Tensor:
+    """The reference of ``conv_case(setting, dtype)``, computed once for all forms."""
+    return conv_reference(*conv_case(setting, dtype))
+
+
 def assert_close(ours: Tensor, reference: Tensor, dtype: torch.dtype, precision: str = "float32") -> None:
     assert ours.dtype == torch.float64 and ours.shape == reference.shape
     rtol = 1e-11 if dtype == torch.float64 else TOLERANCE[precision]
@@ -142,7 +149,7 @@ def test_linear_takes_any_strides(t: int, d: int, p: int, form: str) -> None:
 @pytest.mark.parametrize("setting", CONV, ids=lambda s: f"{s[0]}x{s[1]}to{s[2]}-{s[3]}-{s[4][0]}-g{s[5]}")
 def test_conv(setting: Conv, dtype: torch.dtype, form: str, precision: str) -> None:
     x, g, window = conv_case(setting, dtype)
-    reference = conv_reference(x, g, window)
+    reference = conv_expected(setting, dtype)
     assert_close(torch.ops.cape._conv_sq_norms_as(x, g, *window, precision, form), reference, dtype, precision)
     if form != "auto":
         return
@@ -226,17 +233,28 @@ def test_every_operator_once_for_the_sanitizer() -> None:
 
 
 def test_work_goes_to_the_current_stream() -> None:
-    expected = {name: call() for name, call in calls().items()}
+    """Inputs that change late on a side stream: an operator on any other stream would see the old ones."""
+    a, g = linear_case((2, 8, 33, 40, 24))
+    x, y, window = conv_case(CONV[3])
+    pairs = torch.randn(2, 4, 2, 5, 64, device="cuda")
+    cases = {
+        "linear": (lambda: torch.ops.cape.linear_sq_norms(a, g), a),
+        "conv": (lambda: torch.ops.cape.conv_sq_norms(x, y, *window), x),
+        "pair_sums": (lambda: torch.ops.cape.pair_sums(pairs, pairs[0]), pairs),
+        "sq_norms": (lambda: torch.ops.cape.sq_norms(pairs.flatten(1)), pairs),
+    }
     side = torch.cuda.Stream()
-    waiting = calls()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)  # whatever runs elsewhere is done long before this
-        results = {name: call() for name, call in waiting.items()}
-        assert not side.query()
-    side.synchronize()
-    for name, result in results.items():
-        assert torch.equal(result, expected[name]), name
+    for name, (call, changed) in cases.items():
+        changed.mul_(2)
+        expected = call()
+        changed.div_(2)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            changed.mul_(2)
+            result = call()
+        side.synchronize()
+        assert torch.equal(result, expected), name
 
 
 def test_cuda_graphs_capture_and_replay() -> None:
