@@ -13,14 +13,20 @@ echo "== build"
 $python setup.py --quiet build_ext --inplace
 $python -c "import torch, cape._C as c; print(torch.cuda.get_device_name(), c.build_info())"
 
-echo "== tests on the GPU"
-$python -m pytest -m gpu tests/probing tests/convergence --junitxml="$out/gpu_tests.xml"
+echo "== C++ tests"
+ctest --test-dir "$($python setup.py --quiet build_dir)" --output-on-failure --no-tests=error
 
+echo "== tests on the GPU"
+$python -m pytest -m gpu tests --junitxml="$out/gpu_tests.xml"
+
+# A few shapes per operator: under the sanitizer every launch takes a hundred times as long.
 echo "== compute-sanitizer"
 for tool in memcheck racecheck initcheck synccheck; do
   compute-sanitizer --tool "$tool" --error-exitcode 1 --log-file "$out/sanitizer_$tool.txt" \
-    $python -m pytest -q -m gpu tests/probing/test_ops.py
+    $python -m pytest -q -p no:cacheprovider tests/probing/test_ops_cuda.py -k "sanitizer"
 done
 
 echo "== benchmarks"
+$python -m benchmarks.calibrate --json "$out/calibration_cuda.json"
+$python -m benchmarks.roofline --json "$out/roofline_cuda.json"
 $python -m benchmarks.probe --device cuda --json "$out/probe_cuda.json"

@@ -19,8 +19,8 @@ TORCH_LIBRARY(cape, m) {
   // g [K, B, R, C, S], x [B, R, C, S], statistics that broadcast to [B, R, C] -> [K, B]: sum over channels of the
   // squares of sum_{r,s} g * (x - mean) * inverse (where `scale`) and of sum_{r,s} g (where `shift`).
   m.def("affine_sq_norms(Tensor g, Tensor x, Tensor? mean, Tensor inverse, bool scale, bool shift) -> Tensor");
-  // A recurrent layer from its input projections pre [T, B, gates * H] on: h and what its backward pass needs. Gradients
-  // are [T, K, B, ...]; the backward passes end at the gates and at the initial states.
+  // A recurrent layer from its input projections pre [T, B, gates * H] on: h and what its backward pass needs.
+  // Gradients are [T, K, B, ...]; the backward passes end at the gates and at the initial states.
   m.def("lstm_sequence(Tensor pre, Tensor w_hh, Tensor h0, Tensor c0) -> (Tensor h, Tensor gates, Tensor c)");
   m.def(
       "lstm_sequence_backward(Tensor grad_h, Tensor grad_c, Tensor gates, Tensor c, Tensor w_hh, Tensor c0)"
@@ -31,4 +31,13 @@ TORCH_LIBRARY(cape, m) {
       " -> (Tensor d_pre, Tensor d_side, Tensor d_h0)");
   // x [N, n] -> [N]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
+  // On CUDA only. g [K, B, R, C, S], x [B, R, C, S] -> [2, K, B, C]: sums over R and S of g and of g * x, which
+  // affine_sq_norms is made of there.
+  m.def("_pair_sums(Tensor g, Tensor x) -> Tensor");
+  // The form that auto means for these tensors, and the constants that decide it (set unless empty, then returned).
+  m.def("_linear_form(Tensor a, Tensor g, str precision) -> str");
+  m.def(
+      "_conv_form(Tensor x, Tensor g, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+      " str precision) -> str");
+  m.def("_cuda_time_model(Tensor like, float[] constants) -> float[]");
 }

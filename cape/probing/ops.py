@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cape.config import PRECISIONS
 from cape.errors import DependencyError, SpecError
 
 # Largest number of elements of a transient that holds several samples' unfolded inputs or gradients.
@@ -27,6 +28,7 @@ MATERIALIZE_ELEMENTS = 1 << 22
 
 BACKENDS = ("auto", "native", "torch")
 _backend: ContextVar[str] = ContextVar("cape_backend", default="auto")
+_precision: ContextVar[str] = ContextVar("cape_precision", default="float32")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,30 @@ def _register_fakes() -> None:
         return g.new_empty(g.shape[:2], dtype=torch.float64)
 
     torch.library.register_fake("cape::sq_norms", one_per_sample)
+    def lstm(pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
+        h = pre.new_empty(*pre.shape[:2], w_hh.shape[1])
+        return h, pre.new_empty(pre.shape), torch.empty_like(h)
+
+    def gru(pre: Tensor, w_hh: Tensor, b_hh: Tensor, h0: Tensor) -> tuple[Tensor, ...]:
+        h = pre.new_empty(*pre.shape[:2], w_hh.shape[1])
+        return h, pre.new_empty(pre.shape), torch.empty_like(h)
+
+    def lstm_backward(grad_h: Tensor, grad_c: Tensor, gates: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        d_pre = gates.new_empty(*grad_h.shape[:3], gates.shape[2])
+        return d_pre, gates.new_empty(grad_h.shape[1:]), gates.new_empty(grad_h.shape[1:])
+
+    def gru_backward(grad_h: Tensor, gates: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        d_pre = gates.new_empty(*grad_h.shape[:3], gates.shape[2])
+        return d_pre, torch.empty_like(d_pre), gates.new_empty(grad_h.shape[1:])
+
+    def pairs(g: Tensor, x: Tensor) -> Tensor:
+        return g.new_empty(2, *g.shape[:2], g.shape[3], dtype=torch.float64)
+
+    torch.library.register_fake("cape::_pair_sums", pairs)
+    torch.library.register_fake("cape::lstm_sequence", lstm)
+    torch.library.register_fake("cape::lstm_sequence_backward", lstm_backward)
+    torch.library.register_fake("cape::gru_sequence", gru)
+    torch.library.register_fake("cape::gru_sequence_backward", gru_backward)
     for name in ("linear_sq_norms", "conv_sq_norms", "affine_sq_norms"):
         torch.library.register_fake(f"cape::{name}", one_per_cotangent_and_sample)
 
@@ -83,6 +109,21 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _backend.reset(token)
+
+
+@contextmanager
+def use_precision(precision: str) -> Iterator[None]:
+    """Choose what CUDA may round float32 products of the norms to, inside a block; a CPU never rounds.
+
+    ``float32`` (three TF32 products, which keep float32's accuracy), ``tf32`` or ``bf16``.
+    """
+    if precision not in PRECISIONS:
+        raise SpecError(f"Unknown precision '{precision}'. Known: {', '.join(PRECISIONS)}.")
+    token = _precision.set(precision)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
 
 
 def native(*tensors: Tensor) -> bool:
@@ -120,7 +161,7 @@ def affine_sq_norms(
         mean: broadcasts to [B, R, C]; ``None`` is zero.
         inverse: the inverse standard deviation, in the shape of ``mean``.
     """
-    if x.device.type == "cpu" and native(g, x):
+    if native(g, x):
         return torch.ops.cape.affine_sq_norms(g, x, mean, inverse, scale, shift)
     return affine_sq_norms_torch(g, x, mean, inverse, scale, shift)
 
@@ -148,7 +189,7 @@ def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto"
         form: ``auto``, ``direct`` or ``gram``.
     """
     if native(a, g):
-        return torch.ops.cape.linear_sq_norms(a, g, biases, form=form)
+        return torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), form)
     return linear_sq_norms_torch(a, g, biases)
 
 
@@ -186,10 +227,12 @@ def conv_sq_norms(x: Tensor, g: Tensor, geometry: ConvGeometry, *, form: str = "
         form: ``auto``, ``direct``, ``gram``, ``shifted``, ``winograd``, ``channelwise`` or ``narrow``, where the
             convolution has it.
     """
-    if x.device.type != "cpu" or not native(x, g):
+    if not native(x, g):
         return conv_sq_norms_torch(x, g, geometry)
     c = geometry
-    return torch.ops.cape.conv_sq_norms(x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups, form=form)
+    return torch.ops.cape.conv_sq_norms(
+        x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups, _precision.get(), form
+    )
 
 
 def conv_sq_norms_torch(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -16,7 +16,8 @@ using at::Tensor;
 Tensor affine_sq_norms(const Tensor& g, const Tensor& x, const std::optional<Tensor>& mean, const Tensor& inverse,
                        bool scale, bool shift) {
   TORCH_CHECK(g.dim() == 5 && x.dim() == 4 && g.sizes().slice(1) == x.sizes(),
-              "affine_sq_norms: g must be [K, B, R, C, S] and x [B, R, C, S]; got ", g.sizes(), " and ", x.sizes(), ".");
+              "affine_sq_norms: g must be [K, B, R, C, S] and x [B, R, C, S]; got ", g.sizes(), " and ", x.sizes(),
+              ".");
   TORCH_CHECK(g.scalar_type() == x.scalar_type() && inverse.scalar_type() == x.scalar_type() &&
                   (!mean || mean->scalar_type() == x.scalar_type()),
               "affine_sq_norms: g, x and the statistics must share one dtype.");

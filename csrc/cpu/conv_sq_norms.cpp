@@ -22,15 +22,16 @@ cape::ConvShape shape_of(const Tensor& x, const Tensor& g, IntArrayRef kernel, I
                   int64_t(dilation.size()) == spatial,
               "conv_sq_norms: kernel, stride, padding and dilation must have 1 to 3 entries each.");
   TORCH_CHECK(x.dim() == spatial + 3 && g.dim() == spatial + 4,
-              "conv_sq_norms: x must be [B, F, C, *S] and g [K, B, F, O, *L]; got ", x.sizes(), " and ", g.sizes(), ".");
+              "conv_sq_norms: x must be [B, F, C, *S] and g [K, B, F, O, *L]; got ", x.sizes(), " and ", g.sizes(),
+              ".");
   TORCH_CHECK(x.size(0) == g.size(1) && x.size(1) == g.size(2), "conv_sq_norms: x ", x.sizes(), " and g ", g.sizes(),
               " must agree in B and F.");
   TORCH_CHECK(x.scalar_type() == g.scalar_type(), "conv_sq_norms: x is ", x.scalar_type(), " but g is ",
               g.scalar_type(), ".");
   TORCH_CHECK(groups >= 1 && x.size(2) % groups == 0 && g.size(3) % groups == 0, "conv_sq_norms: ", groups,
               " groups do not divide ", x.size(2), " and ", g.size(3), " channels.");
-  cape::ConvShape s{x.size(1), x.size(2), g.size(3), groups,    g.size(0), {1, 1, 1},
-                    {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, {1, 1, 1}};
+  cape::ConvShape s{x.size(1), x.size(2), g.size(3), groups,    {1, 1, 1}, {1, 1, 1},
+                    {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, {1, 1, 1}, g.size(0)};
   for (int64_t i = 0; i < spatial; ++i) {
     const int64_t to = 3 - spatial + i;
     s.size[to] = x.size(3 + i);

@@ -6,8 +6,8 @@ namespace cape {
 namespace {
 #if defined(__x86_64__)
 bool wide() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 bool medium() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
@@ -16,8 +16,9 @@ bool medium() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports(
 template <>
 const Kernels<float>& kernels<float>() {
 #if defined(__x86_64__)
-  static const Kernels<float>* chosen =
-      wide() ? avx512_kernels_f32() : medium() ? avx2_kernels_f32() : portable_kernels_f32();
+  static const Kernels<float>* chosen = wide()     ? avx512_kernels_f32()
+                                        : medium() ? avx2_kernels_f32()
+                                                   : portable_kernels_f32();
 #else
   static const Kernels<float>* chosen = portable_kernels_f32();
 #endif
@@ -27,8 +28,9 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
 #if defined(__x86_64__)
-  static const Kernels<double>* chosen =
-      wide() ? avx512_kernels_f64() : medium() ? avx2_kernels_f64() : portable_kernels_f64();
+  static const Kernels<double>* chosen = wide()     ? avx512_kernels_f64()
+                                         : medium() ? avx2_kernels_f64()
+                                                    : portable_kernels_f64();
 #else
   static const Kernels<double>* chosen = portable_kernels_f64();
 #endif

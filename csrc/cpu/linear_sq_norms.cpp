@@ -56,8 +56,8 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
     const int64_t grain = t > 1 ? 1 : std::max<int64_t>(1, 32768 / (d + cotangents * p));
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       std::vector<double> total(static_cast<size_t>(cotangents));
-      const auto scratch = cape::scratch<scalar_t>(t > 1 ? cape::scratch_of(kernels.tile, form, shape)
-                                                         : cape::ScratchSize{0, 0});
+      const auto scratch =
+          cape::scratch<scalar_t>(t > 1 ? cape::scratch_of(kernels.tile, form, shape) : cape::ScratchSize{0, 0});
       for (int64_t b = begin; b < end; ++b) {
         const scalar_t* ab = a_data + b * a.stride(0);
         const scalar_t* gb = g_data + b * g.stride(1);

@@ -1,5 +1,5 @@
-// CPU kernels of cape::lstm_sequence, cape::gru_sequence and their backward passes. The recurrent weights are packed once;
-// each thread takes its samples through all steps: a product of rows, then one fused pointwise pass.
+// CPU kernels of cape::lstm_sequence, cape::gru_sequence and their backward passes. The recurrent weights are packed
+// once; each thread takes its samples through all steps: a product of rows, then one fused pointwise pass.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -25,10 +25,10 @@ struct Sizes {
 };
 
 Sizes check(const char* name, const Tensor& gates, const Tensor& w_hh, int64_t count) {
-  TORCH_CHECK(gates.dim() == 3 && w_hh.dim() == 2 && w_hh.size(0) == gates.size(2) &&
-                  w_hh.size(0) == count * w_hh.size(1),
-              name, ": the gates must be [T, B, ", count, " H] and w_hh [", count, " H, H]; got ", gates.sizes(),
-              " and ", w_hh.sizes(), ".");
+  TORCH_CHECK(
+      gates.dim() == 3 && w_hh.dim() == 2 && w_hh.size(0) == gates.size(2) && w_hh.size(0) == count * w_hh.size(1),
+      name, ": the gates must be [T, B, ", count, " H] and w_hh [", count, " H, H]; got ", gates.sizes(), " and ",
+      w_hh.sizes(), ".");
   return {gates.size(0), gates.size(1), w_hh.size(1), 1};
 }
 

@@ -7,7 +7,8 @@ namespace cape {
 
 constexpr int64_t round_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// --- Costs, in vector multiply-adds of one thread. The constants were fitted to `python -m benchmarks.forms`. ---------
+// --- Costs, in vector multiply-adds of one thread. The constants were fitted to `python -m benchmarks.forms`.
+// ---------
 namespace cost {
 
 // Moving one number while turning rows into columns, copying it along rows, gathering it one by one.
@@ -72,7 +73,8 @@ inline double winograd(TileSize tile, const ConvShape& s) {
   const double n = double((s.out[1] + 1) / 2) * double((s.out[2] + 1) / 2), k = double(s.cotangents);
   const double c = double(s.group_channels()), o = double(s.group_outputs());
   const double products = k * 16.0 * n * product(tile, s.group_channels(), s.group_outputs());
-  return double(s.groups) * (kWinograd * products + 16.0 * n * kTransform * (c + k * o) + kTurn * 4.0 * n * (c + k * o));
+  return double(s.groups) *
+         (kWinograd * products + 16.0 * n * kTransform * (c + k * o) + kTurn * 4.0 * n * (c + k * o));
 }
 
 inline double channelwise(TileSize tile, const ConvShape& s) {
@@ -137,8 +139,8 @@ inline ScratchSize scratch_of(TileSize tile, Form form, const ConvShape& s) {
     }
     case Form::winograd: {
       const int64_t rows = winograd_tiles(s.out[1]), across = winograd_tiles(s.out[2]), n = rows * across;
-      return {(2 * rows + 2) * (2 * across + 2) * tile.width + 16 * n * (blocks + tile.cols()) +
-                  4 * n * tile.cols() + 16 * tile.rows * tile.cols(),
+      return {(2 * rows + 2) * (2 * across + 2) * tile.width + 16 * n * (blocks + tile.cols()) + 4 * n * tile.cols() +
+                  16 * tile.rows * tile.cols(),
               n};
     }
     case Form::channelwise:

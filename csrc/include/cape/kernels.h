@@ -29,8 +29,7 @@ struct Kernels {
                          int64_t cotangents, int64_t batch);
   void (*gru_step)(scalar* gates, const scalar* hidden, const scalar* h_prev, scalar* side, scalar* h, int64_t n);
   void (*gru_step_back)(const scalar* gates, const scalar* side, const scalar* h_prev, scalar* dh, const scalar* grad,
-                        int64_t grad_step, scalar* d_pre, scalar* d_side, int64_t n, int64_t cotangents,
-                        int64_t batch);
+                        int64_t grad_step, scalar* d_pre, scalar* d_side, int64_t n, int64_t cotangents, int64_t batch);
 };
 
 // Defined once per instruction set, by cpu/isa_*.cpp.

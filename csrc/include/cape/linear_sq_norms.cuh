@@ -1,127 +1,234 @@
-// CUDA kernels of || A^T G ||_F^2 per sample, and of row-wise sums of squares. No torch.
-//
-// The grid runs over (sample x tile); each block leaves one float64 partial at partials[sample * tiles + tile], and
-// sum_partials adds them in a fixed order: no atomics, the same bits on every run.
+// CUDA kernels of || A^T G ||_F^2 per sample of a linear map, A [B, T, d] and G [K, B, T, p] (K cotangents share A).
+// No torch: Launch is what runs kernels and lends memory (a CUDA stream in cuda/launch.h, a processor in the tests).
 #pragma once
 
-#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include <cape/time_model.h>
+#include <cape/operands.cuh>
+#include <cape/products.cuh>
 
 namespace cape::cuda {
 
-constexpr int kTile = 32;      // output tile of both forms: kTile x kTile
-constexpr int kDepth = 16;     // slice of the contracted dimension held in shared memory
-constexpr int kThreads = 256;  // each thread owns kTile * kTile / kThreads = 4 outputs
-constexpr int kOwned = kTile * kTile / kThreads;
-
-// A strided batch of matrices [B, rows, cols] that is only read.
 template <typename scalar>
-struct BatchView {
-  const scalar* data;
-  int64_t batch_stride, row_stride, col_stride;
-  __device__ scalar at(int64_t b, int64_t i, int64_t j) const {
-    return data[b * batch_stride + i * row_stride + j * col_stride];
+struct LinearProblem {
+  const scalar *a, *g;
+  int64_t a_batch, a_row, a_col;               // strides of a [batch, length, d]
+  int64_t g_cotangent, g_batch, g_row, g_col;  // strides of g [cotangents, batch, length, p]
+  int64_t cotangents, batch, length, d, p;
+};
+
+template <bool minor_is_k, int tile, int depth>
+using LayoutOf = std::conditional_t<minor_is_k, NextToK<tile, depth>, NextToI<tile, depth>>;
+
+// k runs over positions, i and j over the features of x and y.
+template <typename scalar, bool minor_is_k>
+struct LinearDirect {
+  Side<scalar> x, y;
+  int64_t length;
+
+  template <class Tile>
+  __host__ __device__ int slices() const {
+    return int(ceil_div(length, int64_t(Tile::kDepth)));
+  }
+  template <class Tile>
+  __device__ __forceinline__ auto left(int cotangent, int unit, int64_t i0) const {
+    return x.template block<Tile, LayoutOf<minor_is_k, Tile::kTileRows, Tile::kDepth>>(cotangent, unit, i0, length);
+  }
+  template <class Tile>
+  __device__ __forceinline__ auto right(int cotangent, int unit, int64_t j0) const {
+    return y.template block<Tile, LayoutOf<minor_is_k, Tile::kTileCols, Tile::kDepth>>(cotangent, unit, j0, length);
+  }
+  __device__ __forceinline__ int64_t rows() const { return x.extent; }
+  __device__ __forceinline__ int64_t cols() const { return y.extent; }
+  template <class Tile>
+  static constexpr size_t shared() {
+    return kStages * sizeof(scalar) *
+           (LayoutOf<minor_is_k, Tile::kTileRows, Tile::kDepth>::kSize +
+            LayoutOf<minor_is_k, Tile::kTileCols, Tile::kDepth>::kSize);
   }
 };
 
-// Sum of one double per thread over the block; the result is valid in thread 0. The order is fixed.
-__device__ inline double block_sum(double value) {
-  __shared__ double warp_sums[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kThreads / 32; ++w) total += warp_sums[w];
+// k runs over features, i and j over positions.
+template <typename scalar, bool minor_is_k>
+struct LinearGram {
+  Side<scalar> x, y;
+  int64_t d, p;
+
+  template <class Tile>
+  using Layout = LayoutOf<minor_is_k, Tile::kTileRows, Tile::kDepth>;
+  template <class Tile>
+  __device__ __forceinline__ void left_gram(Tile& tile, int unit, int64_t i0, int64_t j0) const {
+    multiply(tile, x.template block<Tile, Layout<Tile>>(0, unit, i0, d),
+             x.template block<Tile, Layout<Tile>>(0, unit, j0, d), 0, int(ceil_div(d, int64_t(Tile::kDepth))),
+             i0 == j0);
   }
-  return total;
+  template <class Tile>
+  __device__ __forceinline__ int right_slices() const {
+    return int(ceil_div(p, int64_t(Tile::kDepth)));
+  }
+  template <class Tile>
+  __device__ __forceinline__ auto right(int cotangent, int unit, int64_t i0) const {
+    return y.template block<Tile, Layout<Tile>>(cotangent, unit, i0, p);
+  }
+  __device__ __forceinline__ int64_t positions() const { return x.extent; }
+  template <class Tile>
+  static constexpr size_t shared() {
+    return kStages * sizeof(scalar) * 2 * Layout<Tile>::kSize;
+  }
+};
+
+constexpr int kRowThreads = 128;
+
+// One position: a rank-one gradient, whose norm is a product of two norms. Block (cotangent, sample).
+template <typename scalar>
+__global__ void __launch_bounds__(kRowThreads) row_products(const LinearProblem<scalar> q, double* __restrict__ out) {
+  const int64_t b = blockIdx.x % q.batch, k = blockIdx.x / q.batch;
+  const scalar* const a = q.a + b * q.a_batch;
+  const scalar* const g = q.g + k * q.g_cotangent + b * q.g_batch;
+  double left = 0.0, right = 0.0;
+  for (int64_t i = threadIdx.x; i < q.d; i += kRowThreads) left += double(a[i * q.a_col]) * double(a[i * q.a_col]);
+  for (int64_t i = threadIdx.x; i < q.p; i += kRowThreads) right += double(g[i * q.g_col]) * double(g[i * q.g_col]);
+  left = block_sum<kRowThreads>(left);
+  right = block_sum<kRowThreads>(right);
+  if (threadIdx.x == 0) out[blockIdx.x] = left * right;
 }
 
-// acc[k] += sum over the contracted dimension of X[., i0 + row] * Y[., j0 + col] for this thread's outputs.
-// contract_rows: the contracted dimension is the rows (A^T G) or the columns (A A^T) of X and Y.
-template <bool contract_rows, typename scalar>
-__device__ void multiply_tile(const BatchView<scalar>& x, const BatchView<scalar>& y, int64_t b, int64_t i0, int64_t j0,
-                              int64_t rows, int64_t cols, int64_t depth, scalar (&acc)[kOwned]) {
-  __shared__ scalar xs[kDepth][kTile + 1];
-  __shared__ scalar ys[kDepth][kTile + 1];
-  const int col = threadIdx.x % kTile, row0 = threadIdx.x / kTile;
-  for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
-    __syncthreads();
-    for (int e = threadIdx.x; e < kDepth * kTile; e += kThreads) {
-      // Neighbouring threads read neighbouring columns of the matrices.
-      const int k = contract_rows ? e / kTile : e % kDepth, i = contract_rows ? e % kTile : e / kDepth;
-      const bool in_depth = k0 + k < depth;
-      xs[k][i] =
-          in_depth && i0 + i < rows ? (contract_rows ? x.at(b, k0 + k, i0 + i) : x.at(b, i0 + i, k0 + k)) : scalar(0);
-      ys[k][i] =
-          in_depth && j0 + i < cols ? (contract_rows ? y.at(b, k0 + k, j0 + i) : y.at(b, j0 + i, k0 + k)) : scalar(0);
+enum class LinearForm { automatic, direct, gram };
+enum class TileKind { tensor64, tensor128, narrow };  // narrow: 64 x 16 (direct) or 16 x 16 (Gram) multiply-adds
+
+struct LinearChoice {
+  LinearForm form;
+  TileKind tile;
+};
+
+// The fastest form and tile by the time model; `form` may fix the form.
+inline LinearChoice choose_linear(const TimeModel& m, int64_t cotangents, int64_t batch, int64_t length, int64_t d,
+                                  int64_t p, Precision precision, bool float64, double processors, LinearForm form) {
+  LinearChoice best{LinearForm::direct, TileKind::tensor64};
+  double least = -1.0;
+  const auto consider = [&](LinearForm f, TileKind kind, double blocks, double macs, double moved, bool tensor) {
+    if (form != LinearForm::automatic && form != f) return;
+    const double seconds =
+        m.seconds(blocks, processors, macs, rate_of(m, precision, tensor, float64), moved / 4.0, m.copies);
+    if (least < 0.0 || seconds < least) least = seconds, best = {f, kind};
+  };
+  const auto direct = [&](TileKind kind, int64_t rows, int64_t cols, bool tensor) {
+    const double k = double(ceil_div(length, int64_t(32)) * 32);
+    const int64_t blocks = cotangents * batch * ceil_div(d, rows) * ceil_div(p, cols);
+    const double splits = double(direct_splits(blocks, ceil_div(length, int64_t(32)), int64_t(processors)));
+    consider(LinearForm::direct, kind, double(blocks) * splits, double(rows * cols) * k / splits,
+             double(rows + cols) * k / splits, tensor);
+  };
+  const auto gram = [&](TileKind kind, int64_t tile, bool tensor) {
+    const double k = double(ceil_div(d, int64_t(32)) * 32 + cotangents * ceil_div(p, int64_t(32)) * 32);
+    const double blocks = double(batch) * double(lower_tiles(length, tile));
+    consider(LinearForm::gram, kind, blocks, double(tile * tile) * k, 2.0 * double(tile) * k, tensor);
+  };
+  // Float64 has no tensor-core tile: its 64 x 64 tile runs on multiply-adds.
+  direct(TileKind::tensor64, 64, 64, true);
+  if (!float64 && std::max(d, p) > 256) direct(TileKind::tensor128, 128, 128, true);
+  direct(TileKind::narrow, d < p ? 16 : 64, d < p ? 64 : 16, false);
+  gram(TileKind::tensor64, 64, true);
+  if (!float64 && length > 256) gram(TileKind::tensor128, 128, true);
+  gram(TileKind::narrow, 16, false);
+  return best;
+}
+
+template <class Tile, bool minor_is_k, class Launch, typename scalar>
+void run_linear_direct(Launch& launch, const LinearProblem<scalar>& q, Side<scalar> x, Side<scalar> y, double* out) {
+  using Source = LinearDirect<scalar, minor_is_k>;
+  const int64_t across = ceil_div(y.extent, int64_t(Tile::kTileCols));
+  const int64_t tiles = ceil_div(x.extent, int64_t(Tile::kTileRows)) * across, rows = q.cotangents * q.batch;
+  double* const partials = tiles == 1 ? out : launch.doubles(rows * tiles);
+  run_direct<Tile>(launch, Source{x, y, q.length}, ceil_div(q.length, int64_t(Tile::kDepth)), tiles, across, q.batch,
+                   q.cotangents, Source::template shared<Tile>(), partials);
+  if (tiles > 1) finish(launch, partials, rows, tiles, true, out);
+}
+
+template <class Tile, bool minor_is_k, class Launch, typename scalar>
+void run_linear_gram(Launch& launch, const LinearProblem<scalar>& q, Side<scalar> x, Side<scalar> y, double* out) {
+  using Source = LinearGram<scalar, minor_is_k>;
+  const int64_t tiles = lower_tiles(q.length, Tile::kTileRows), rows = q.cotangents * q.batch;
+  const int64_t chunk = cotangent_chunk(q.cotangents, q.batch * tiles, launch.processors());
+  double* const partials = tiles == 1 ? out : launch.doubles(rows * tiles);
+  launch.run(gram_products<Tile, Source>, q.batch * tiles * ceil_div(q.cotangents, chunk), Tile::kThreads,
+             Source::template shared<Tile>(), Source{x, y, q.d, q.p}, int(tiles), 0, int(q.batch), int(q.cotangents),
+             int(chunk), partials);
+  if (tiles > 1) finish(launch, partials, rows, tiles, true, out);
+}
+
+template <Precision precision, bool minor_is_k, class Launch, typename scalar>
+void run_linear(Launch& launch, const LinearProblem<scalar>& q, LinearChoice choice, double* out) {
+  constexpr bool float64 = sizeof(scalar) == 8;
+  const bool gram = choice.form == LinearForm::gram;
+  // Gram contracts features, direct positions.
+  const int64_t a_k = gram ? q.a_col : q.a_row, a_i = gram ? q.a_row : q.a_col;
+  const int64_t g_k = gram ? q.g_col : q.g_row, g_i = gram ? q.g_row : q.g_col;
+  const auto wide = [](const scalar* data, int64_t k, int64_t i, int64_t u, int64_t c) {
+    return Side<scalar>::aligned(data, minor_is_k ? k : i, minor_is_k ? i : k, u, c);
+  };
+  const Side<scalar> x{q.a, 0, q.a_batch, a_k, a_i, gram ? q.length : q.d, wide(q.a, a_k, a_i, q.a_batch, 0)};
+  const Side<scalar> y{
+      q.g, q.g_cotangent, q.g_batch, g_k, g_i, gram ? q.length : q.p, wide(q.g, g_k, g_i, q.g_batch, q.g_cotangent)};
+  if (gram) {
+    if (choice.tile == TileKind::narrow) {
+      run_linear_gram<SimtTile<scalar, 16, 16, 64>, minor_is_k>(launch, q, x, y, out);
+    } else if constexpr (float64) {
+      run_linear_gram<SimtTile<scalar, 64, 64, 16>, minor_is_k>(launch, q, x, y, out);
+    } else if (choice.tile == TileKind::tensor64) {
+      run_linear_gram<MmaTile<precision, 64, 32>, minor_is_k>(launch, q, x, y, out);
+    } else {
+      run_linear_gram<MmaTile<precision, 128, 16>, minor_is_k>(launch, q, x, y, out);
     }
-    __syncthreads();
-    for (int k = 0; k < kDepth; ++k) {
-      const scalar value = ys[k][col];
-      for (int q = 0; q < kOwned; ++q) acc[q] += xs[k][row0 + q * (kThreads / kTile)] * value;
+  } else if (choice.tile == TileKind::narrow) {
+    const bool swap = q.d < q.p;  // the narrow side goes across
+    run_linear_direct<SimtTile<scalar, 64, 16, 32>, minor_is_k>(launch, q, swap ? y : x, swap ? x : y, out);
+  } else if constexpr (float64) {
+    run_linear_direct<SimtTile<scalar, 64, 64, 16>, minor_is_k>(launch, q, x, y, out);
+  } else if (choice.tile == TileKind::tensor64) {
+    run_linear_direct<MmaTile<precision, 64, 32>, minor_is_k>(launch, q, x, y, out);
+  } else {
+    run_linear_direct<MmaTile<precision, 128, 16>, minor_is_k>(launch, q, x, y, out);
+  }
+}
+
+template <class Launch, typename scalar>
+void run_linear_as(Launch& launch, const LinearProblem<scalar>& q, Precision precision, LinearChoice choice,
+                   double* out) {
+  const bool gram = choice.form == LinearForm::gram;
+  const bool minor_is_k = gram ? q.a_col == 1 && q.g_col == 1 : q.a_row == 1 && q.g_row == 1;
+  const auto run = [&](auto precision_constant) {
+    constexpr Precision kPrecision = decltype(precision_constant)::value;
+    if (minor_is_k) {
+      run_linear<kPrecision, true>(launch, q, choice, out);
+    } else {
+      run_linear<kPrecision, false>(launch, q, choice, out);
     }
+  };
+  if constexpr (sizeof(scalar) == 8) {
+    run(std::integral_constant<Precision, Precision::float32>());
+  } else if (precision == Precision::float32) {
+    run(std::integral_constant<Precision, Precision::float32>());
+  } else if (precision == Precision::tf32) {
+    run(std::integral_constant<Precision, Precision::tf32>());
+  } else {
+    run(std::integral_constant<Precision, Precision::bf16>());
   }
 }
 
-// Direct form: block (b, tile) squares one kTile x kTile tile of A_b^T G_b. tiles = ceil(d / kTile) * ceil(p / kTile).
-template <typename scalar>
-__global__ void __launch_bounds__(kThreads)
-    linear_direct(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d, int64_t p, int64_t tiles,
-                  double* __restrict__ partials) {
-  const int64_t b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t across = (p + kTile - 1) / kTile;
-  scalar acc[kOwned] = {};
-  multiply_tile<true>(a, g, b, (tile / across) * kTile, (tile % across) * kTile, d, p, t, acc);
-  double sum = 0.0;
-  for (int q = 0; q < kOwned; ++q) sum += double(acc[q]) * double(acc[q]);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-
-// Gram form: block (b, tile) multiplies one tile of A_b A_b^T with that of G_b G_b^T. Only tiles on and below the
-// diagonal exist; those below count twice. tiles = n (n + 1) / 2 with n = ceil(t / kTile).
-template <typename scalar>
-__global__ void __launch_bounds__(kThreads) linear_gram(BatchView<scalar> a, BatchView<scalar> g, int64_t t, int64_t d,
-                                                        int64_t p, int64_t tiles, double* __restrict__ partials) {
-  const int64_t b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  int64_t i = int64_t((sqrt(8.0 * double(tile) + 1.0) - 1.0) / 2.0);
-  while ((i + 1) * (i + 2) / 2 <= tile) ++i;  // the square root may be off by one
-  while (i * (i + 1) / 2 > tile) --i;
-  const int64_t j = tile - i * (i + 1) / 2;
-  scalar aa[kOwned] = {}, gg[kOwned] = {};
-  multiply_tile<false>(a, a, b, i * kTile, j * kTile, t, t, d, aa);
-  multiply_tile<false>(g, g, b, i * kTile, j * kTile, t, t, p, gg);
-  double sum = 0.0;
-  for (int q = 0; q < kOwned; ++q) sum += double(aa[q]) * double(gg[q]);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = i == j ? sum : 2.0 * sum;
-}
-
-// Sum of squares of one slice of a row: block (b, slice) covers kSlice numbers.
-constexpr int64_t kSlice = 16 * kThreads;
-
-template <typename scalar>
-__global__ void __launch_bounds__(kThreads)
-    squares(const scalar* __restrict__ x, int64_t row_stride, int64_t col_stride, int64_t n, int64_t slices,
-            double* __restrict__ partials) {
-  const int64_t b = blockIdx.x / slices, begin = (blockIdx.x % slices) * kSlice;
-  const int64_t end = begin + kSlice < n ? begin + kSlice : n;
-  double sum = 0.0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const double value = double(x[b * row_stride + i * col_stride]);
-    sum += value * value;
+// out [cotangents, batch] = || A_b^T G_kb ||_F^2. Every size must be at least one.
+template <class Launch, typename scalar>
+void linear_sq_norms(Launch& launch, const LinearProblem<scalar>& q, Precision precision, LinearForm form,
+                     double* out) {
+  if (q.length == 1 && form == LinearForm::automatic) {
+    launch.run(row_products<scalar>, q.cotangents * q.batch, kRowThreads, 0, q, out);
+    return;
   }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-
-// out[b] = max(0, sum of partials[b, :]): one block per sample, fixed order.
-__global__ void __launch_bounds__(kThreads)
-    sum_partials(const double* __restrict__ partials, int64_t tiles, double* __restrict__ out) {
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < tiles; i += kThreads) sum += partials[int64_t(blockIdx.x) * tiles + i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) out[blockIdx.x] = sum > 0.0 || sum != sum ? sum : 0.0;
+  const LinearChoice choice = choose_linear(time_model(), q.cotangents, q.batch, q.length, q.d, q.p, precision,
+                                            sizeof(scalar) == 8, double(launch.processors()), form);
+  run_linear_as(launch, q, precision, choice, out);
 }
 
 }  // namespace cape::cuda

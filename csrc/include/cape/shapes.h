@@ -1,6 +1,6 @@
 // What the plain CPU kernels are told: sizes, strided views, scratch memory. No torch, nothing of the standard library,
-// plain structs only: the kernels are compiled once per instruction set, and whatever the linker could share between them
-// must be inlined always.
+// plain structs only: the kernels are compiled once per instruction set, and whatever the linker could share between
+// them must be inlined always.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,9 @@ struct LinearShape {
 // One convolution of one sample: `frames` images of `channels` x size, and G_k [frames, outputs, *out]. Three spatial
 // dimensions always; absent ones have size, kernel, stride and dilation 1 and padding 0.
 struct ConvShape {
-  int64_t frames, channels, outputs, groups, cotangents;
+  int64_t frames, channels, outputs, groups;
   int64_t size[3], kernel[3], stride[3], padding[3], dilation[3], out[3];
+  int64_t cotangents = 1;
 
   CAPE_INLINE int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
   CAPE_INLINE int64_t positions() const { return frames * out_pixels(); }

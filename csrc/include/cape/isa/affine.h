@@ -29,8 +29,8 @@ CAPE_INLINE void run_sums(const scalar* g, const scalar* x, scalar mean, int64_t
   }
 }
 
-// g [K][rows, channels, s], x [rows, channels, s]; mean and inverse deviation at row * row_step + channel * channel_step
-// (mean may be null: zero). sums: scratch of 2 * channels float64.
+// g [K][rows, channels, s], x [rows, channels, s]; mean and inverse deviation at row * row_step + channel *
+// channel_step (mean may be null: zero). sums: scratch of 2 * channels float64.
 template <typename scalar>
 void affine_squares(const AffineShape& a, const scalar* x, const scalar* g, int64_t g_step, const scalar* mean,
                     const scalar* inverse, double* sums, double* total) {

@@ -46,8 +46,7 @@ void conv_direct(const ConvShape& s, const scalar* x, const scalar* g, int64_t g
           for (int64_t i = 0; i < c; i += T::kRows) {
             const int64_t b = i / T::kWidth;
             const int r = T::cover(least(T::kRows, c - i));
-            T::multiply(r, v, images + b * image + taps[tap] + i % T::kWidth, windows, right, width, t,
-                                       tile);
+            T::multiply(r, v, images + b * image + taps[tap] + i % T::kWidth, windows, right, width, t, tile);
             sum += T::dot(tile, tile, r * width);
           }
         }
@@ -72,7 +71,8 @@ void conv_gram(const ConvShape& s, const scalar* x, const scalar* g, int64_t g_s
       for (int64_t o = 0; o < p; ++o) {
         for (int64_t f = 0; f < s.frames; ++f) {
           const scalar* from = g + k * g_step + (f * s.outputs + group * p + o) * pixels;
-          __builtin_memcpy(outputs + (k * p + o) * t + f * pixels, from, static_cast<unsigned long>(pixels) * sizeof(scalar));
+          __builtin_memcpy(outputs + (k * p + o) * t + f * pixels, from,
+                           static_cast<unsigned long>(pixels) * sizeof(scalar));
         }
       }
     }
@@ -133,7 +133,8 @@ void conv_shifted(const ConvShape& s, const scalar* x, const scalar* g, int64_t 
     visit(s.size, origin, [&](int64_t row, int r, int64_t column, int v) {
       T::multiply(r, v, plane + row, offset, plane + column, ld, c, tile);
       for (int i = 0; i < r; ++i) {
-        __builtin_memcpy(pixels + (row + i) * ld + column, tile + i * v * T::kWidth, static_cast<unsigned long>(v * T::kWidth) * sizeof(scalar));
+        __builtin_memcpy(pixels + (row + i) * ld + column, tile + i * v * T::kWidth,
+                         static_cast<unsigned long>(v * T::kWidth) * sizeof(scalar));
       }
     });
     scalar* into = kept;

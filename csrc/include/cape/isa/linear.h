@@ -1,5 +1,6 @@
-// || A^T G_k ||_F^2 (and biases) of one sample for K cotangents that share A. Direct form: tiles of A^T G, squared in place. Gram
-// form: tiles of A A^T, kept, against those of every G_k G_k^T; only tiles that touch the lower triangle exist.
+// || A^T G_k ||_F^2 (and biases) of one sample for K cotangents that share A. Direct form: tiles of A^T G, squared in
+// place. Gram form: tiles of A A^T, kept, against those of every G_k G_k^T; only tiles that touch the lower triangle
+// exist.
 #pragma once
 
 #include <cape/isa/tile.h>
@@ -74,8 +75,8 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
                  double* total) {
   using T = Tile<scalar>;
   const int64_t columns = round_up(s.t, T::kCols), deepest = s.d > s.p ? s.d : s.p;
-  scalar* panels = scratch.values;                 // [block of kCols positions][feature][kCols]
-  scalar* kept = panels + columns * deepest;       // the tiles of A A^T, weighed, one after the other
+  scalar* panels = scratch.values;            // [block of kCols positions][feature][kCols]
+  scalar* kept = panels + columns * deepest;  // the tiles of A A^T, weighed, one after the other
   int64_t* offset = scratch.offsets;
   alignas(64) scalar e[T::kRows * T::kCols];
 
@@ -99,23 +100,25 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
     }
   };
 
-  visit(a, s.d,
-        [&](scalar* tile, int64_t row, int r, int64_t column, int width) {
-          if (s.biases) {  // a bias is one more feature, always one
-            for (int x = 0; x < r * width; ++x) tile[x] += scalar(s.biases);
-          }
-          weigh_triangle(tile, row, r, column, width);
-        },
-        kept, true);
+  visit(
+      a, s.d,
+      [&](scalar* tile, int64_t row, int r, int64_t column, int width) {
+        if (s.biases) {  // a bias is one more feature, always one
+          for (int x = 0; x < r * width; ++x) tile[x] += scalar(s.biases);
+        }
+        weigh_triangle(tile, row, r, column, width);
+      },
+      kept, true);
   for (int64_t k = 0; k < s.cotangents; ++k) {
     double sum = 0.0;
     const scalar* tile = kept;
-    visit({g.data + k * g_step, g.row, g.col}, s.p,
-          [&](scalar* other, int64_t, int r, int64_t, int width) {
-            sum += T::dot(tile, other, r * width);
-            tile += r * width;
-          },
-          e, false);
+    visit(
+        {g.data + k * g_step, g.row, g.col}, s.p,
+        [&](scalar* other, int64_t, int r, int64_t, int width) {
+          sum += T::dot(tile, other, r * width);
+          tile += r * width;
+        },
+        e, false);
     total[k] = sum > 0.0 || sum != sum ? sum : 0.0;  // rounding of a vanishing sum must not turn it negative
   }
 }

@@ -53,8 +53,7 @@ void lstm_step_back(const scalar* gates, const scalar* c_prev, const scalar* c, 
   for (int64_t j = 0; j < n; j += Tile<scalar>::kWidth) {
     const int64_t left = n - j;
     const auto i = R::get(gates + j, left), f = R::get(gates + n + j, left), g = R::get(gates + 2 * n + j, left),
-               o = R::get(gates + 3 * n + j, left), was = R::get(c_prev + j, left),
-               t = A::tanh(R::get(c + j, left));
+               o = R::get(gates + 3 * n + j, left), was = R::get(c_prev + j, left), t = A::tanh(R::get(c + j, left));
     const auto to_o = t * o * (scalar(1) - o), to_c = o * (scalar(1) - t * t), to_i = g * i * (scalar(1) - i),
                to_f = was * f * (scalar(1) - f), to_g = i * (scalar(1) - g * g);
     for (int64_t k = 0; k < cotangents; ++k) {

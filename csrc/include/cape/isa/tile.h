@@ -79,7 +79,8 @@ struct Tile {
 #if CAPE_VECTOR_BYTES == 64
     for (; r + kWidth <= rows; r += kWidth) {
       int64_t c = 0;
-      for (; c + kWidth <= cols; c += kWidth) transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
+      for (; c + kWidth <= cols; c += kWidth)
+        transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
       for (; c < cols; ++c) {
         for (int q = 0; q < kWidth; ++q) dst[c * ld_dst + r + q] = src[(r + q) * ld_src + c];
       }

@@ -52,8 +52,7 @@ inline void tap_offsets(const ConvShape& s, int64_t width, int64_t* offset) {
   for (int64_t z = 0; z < s.kernel[0]; ++z)
     for (int64_t y = 0; y < s.kernel[1]; ++y)
       for (int64_t q = 0; q < s.kernel[2]; ++q)
-        *offset++ =
-            ((z * s.dilation[0] * s.padded(1) + y * s.dilation[1]) * s.padded(2) + q * s.dilation[2]) * width;
+        *offset++ = ((z * s.dilation[0] * s.padded(1) + y * s.dilation[1]) * s.padded(2) + q * s.dilation[2]) * width;
 }
 
 struct Range {

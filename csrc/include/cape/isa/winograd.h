@@ -77,11 +77,11 @@ void conv_winograd(const ConvShape& s, const scalar* x, const scalar* g, int64_t
   const int64_t c = s.group_channels(), p = s.group_outputs(), blocks = (c + T::kWidth - 1) / T::kWidth;
   const int64_t down = winograd_tiles(s.out[1]), across = winograd_tiles(s.out[2]), n = down * across;
   const int64_t p1 = 2 * down + 2, p2 = 2 * across + 2, t = s.positions();
-  scalar* image = scratch.values;                              // [p1, p2, kWidth]
-  scalar* inputs = image + p1 * p2 * T::kWidth;                // [block][16][n][kWidth]
-  scalar* packed = inputs + 16 * n * blocks * T::kWidth;       // [t][kCols]
-  scalar* right = packed + 4 * n * T::kCols;                   // [16][n][kCols]
-  scalar* products = right + 16 * n * T::kCols;                // [16][kRows * kCols]
+  scalar* image = scratch.values;                         // [p1, p2, kWidth]
+  scalar* inputs = image + p1 * p2 * T::kWidth;           // [block][16][n][kWidth]
+  scalar* packed = inputs + 16 * n * blocks * T::kWidth;  // [t][kCols]
+  scalar* right = packed + 4 * n * T::kCols;              // [16][n][kCols]
+  scalar* products = right + 16 * n * T::kCols;           // [16][kRows * kCols]
   int64_t* offset = scratch.offsets;
   for (int64_t k = 0; k < n; ++k) offset[k] = k * T::kWidth;
   for (int64_t group = 0; group < s.groups; ++group) {
@@ -113,7 +113,7 @@ void conv_winograd(const ConvShape& s, const scalar* x, const scalar* g, int64_t
           const scalar* left = inputs + i / T::kWidth * 16 * n * T::kWidth + i % T::kWidth;
           for (int64_t f = 0; f < 16; ++f) {
             T::multiply(r, v, left + f * n * T::kWidth, offset, right + f * n * width, width, n,
-                                       products + f * T::kRows * T::kCols);
+                        products + f * T::kRows * T::kCols);
           }
           sum += winograd_squares(products, T::kRows * T::kCols, r * width);
         }
