@@ -228,7 +228,7 @@ def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool
     """
 
     def pull(one: Tensor) -> Tensor:
-        mode.level = torch._C._functorch.peek_interpreter_stack().level()  # type: ignore[union-attr]
+        mode.level = torch._C._functorch.peek_interpreter_stack().level()
         _grad(out, mode.anchor, one, retain_graph=retain_graph, allow_unused=True)
         return one.new_zeros(())
 
@@ -291,7 +291,7 @@ class _Engine:
         if leaked:
             missing = {n: p for n, p in self.params.items() if id(p) in leaked}
             rewind = self.kept.rewind
-            total += torch.cat([fallback_norms(self.model, x, v, missing, size, rewind) for v in cotangents])
+            total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
         return self._norms(losses, total, tuple(self.names[p] for p in leaked))
 
     def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:

@@ -113,7 +113,7 @@ def _run(
     w_ih, w_hh, *biases = (w.detach() for w in weights)
     cell = _CELLS[func]
     b_ih, b_hh = biases or (None, None)
-    if b_ih is not None and not cell.own_hidden_side:
+    if b_ih is not None and b_hh is not None and not cell.own_hidden_side:
         b_ih, b_hh = b_ih + b_hh, None
     sinks: list[Sink] = []
     out = _Sequence.apply(mode.anchor, cell, sinks, x, w_ih, w_hh, b_ih, b_hh, *states)

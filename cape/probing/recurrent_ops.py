@@ -6,7 +6,7 @@ operator runs each cell's steps; elsewhere, and as its twin, plain torch does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -223,7 +223,7 @@ def gru_sequence_backward_torch(
     return d_pre, d_side, dh
 
 
-TWINS = {
+TWINS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "lstm_sequence": lstm_sequence_torch,
     "lstm_sequence_backward": lstm_sequence_backward_torch,
     "gru_sequence": gru_sequence_torch,
