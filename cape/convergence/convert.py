@@ -46,11 +46,14 @@ def layers_of(model: nn.Module, capacity: int) -> list[Layer]:
     Raises:
         Unstackable: the model is no chain of layers that have a written-out backward pass.
     """
-    return [make(capacity) for make in _chain(model)]
+    refuse_special(model)
+    layers = [make(capacity) for make in _chain(model)]
+    if len([p for layer in layers for p in layer.parameters]) != len(list(model.parameters())):
+        raise Unstackable("two of its parameters are one")
+    return layers
 
 
 def _chain(model: nn.Module) -> list[Callable[[int], Layer]]:
-    _refuse_special(model)
     if type(model) is nn.Sequential:
         return [make for child in model for make in _chain(child)]
     if type(model) is RecurrentNet:
@@ -66,15 +69,15 @@ def _recurrent(model: RecurrentNet) -> list[Callable[[int], Layer]]:
     rnn = model.rnn
     if rnn.dropout or not rnn.batch_first or getattr(rnn, "proj_size", 0):
         raise Unstackable("a recurrent layer with dropout, a projection or the positions first has no stacked layer")
-    _refuse_special(rnn)
     tokens = model.embedding is not None
     front = [] if model.embedding is None else [partial(Embedding, model.embedding)]
     return [*front, partial(Recurrent, rnn, last=not tokens), *_chain(model.head)]
 
 
-def _refuse_special(model: nn.Module) -> None:
+def refuse_special(model: nn.Module) -> None:
+    """Raise ``Unstackable`` for what no stack reproduces: frozen parameters and hooks."""
     if any(not p.requires_grad for p in model.parameters()):
         raise Unstackable("it has frozen parameters")
-    hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
-    if any(hooks):
-        raise Unstackable("it has hooks")
+    for m in model.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise Unstackable("it has hooks")

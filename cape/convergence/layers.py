@@ -25,8 +25,8 @@ class StackedParameter:
     """One parameter of all trials of a stack, with its gradient and AdamW's moments, each [capacity, ...]."""
 
     def __init__(self, like: Tensor, capacity: int) -> None:
-        def buffer() -> Tensor:
-            return torch.zeros(capacity, *like.shape, dtype=like.dtype, device=like.device)
+        def buffer() -> Tensor:  # pages that no trial ever uses are never touched
+            return torch.empty(capacity, *like.shape, dtype=like.dtype, device=like.device)
 
         self.value, self.grad, self.exp_avg, self.exp_avg_sq = buffer(), buffer(), buffer(), buffer()
 
@@ -73,6 +73,10 @@ class Layer(ABC):
     def narrow(self, width: int) -> None:
         """Forget the slots from ``width`` on, between ``forward`` and ``backward``."""
         self.saved = [tensor[:width] for tensor in self.saved]
+
+    def kept_bytes(self) -> int:
+        """Return the size of what the last ``forward`` keeps."""
+        return sum(tensor.nbytes for tensor in self.saved)
 
 
 class Linear(Layer):

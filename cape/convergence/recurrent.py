@@ -292,6 +292,9 @@ class Recurrent(Layer):
             for one in made:
                 one.narrow(width)
 
+    def kept_bytes(self) -> int:
+        return sum(one.kept_bytes() for made in self._layers for one in made)
+
 
 class Embedding(Layer):
     """Rows of a table, [k, B, T] int64 -> [k, B, T, d]."""

@@ -122,6 +122,12 @@ class Stack(ABC):
         """Go back through the last ``forward`` and make one update of each trial."""
 
 
+def stacked_losses(criterion: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each trial, [k], of outputs [k, B, ...] and targets [k, B, ...], for a named loss."""
+    per_sample = criterion.per_sample(outputs.flatten(0, 1), targets.flatten(0, 1))
+    return per_sample.view(len(outputs), -1).mean(1)
+
+
 class LayerStack(Stack):
     """Trials of a model that is a chain of layers with written-out backward passes.
 
@@ -166,8 +172,7 @@ class LayerStack(Stack):
     def losses(self) -> Tensor:
         outputs = self._outputs.detach().requires_grad_()
         with torch.enable_grad():
-            per_sample = self._criterion.per_sample(outputs.flatten(0, 1), self._y[: self.width].flatten(0, 1))
-            losses = per_sample.view(self.width, -1).mean(1)
+            losses = stacked_losses(self._criterion, outputs, self._y[: self.width])
             (self._grad,) = torch.autograd.grad(losses.sum(), outputs)
         return losses.detach()
 
