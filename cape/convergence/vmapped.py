@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, replace_all_batch_norm_modules_, vmap
 
 from cape.convergence.convert import Unstackable, refuse_special
-from cape.convergence.draws import draws_for
+from cape.convergence.draws import Draws, draws_for
 from cape.convergence.layers import StackedParameter
 from cape.convergence.stack import Stack, StackedAdamW, Subject, stacked_losses
 from cape.tasks import Loss
@@ -33,16 +33,25 @@ class _MaskedDropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.shape: torch.Size | None = None
+        self.shape: tuple[int, ...] = ()
+        self.order: list[int] = []
         self.register_buffer("mask", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mask.dim() == 0:  # the dry run, which learns the shapes
-            if self.shape is not None:
+            if self.order:
                 raise Unstackable("a dropout layer is used twice")
-            self.shape = x.shape
+            # The plain layer fills a mask in the order in which its input lies in memory.
+            self.order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+            self.shape = tuple(x.shape[d] for d in self.order)
             return x
         return x * self.mask
+
+    def draw(self, draws: Draws, width: int, like: Tensor) -> Tensor:
+        """Return the masks of ``width`` trials, [width, *shape of the input]."""
+        mask = draws.keep(like.new_empty(width, *self.shape), 1.0 - self.p).div_(1.0 - self.p)
+        back = [self.order.index(d) + 1 for d in range(len(self.order))]
+        return mask.permute(0, *back)
 
 
 class VmapStack(Stack):
@@ -96,9 +105,7 @@ class VmapStack(Stack):
         self._leaves = [p.value[:k].detach().requires_grad_() for p in self._parameters]
         state: dict[str, Tensor] = {name: b[:k] for name, b in self._buffers.items()}
         for name, module in self._dropouts:
-            assert module.shape is not None
-            mask = self._draws.keep(self._x.new_empty(k, *module.shape), 1.0 - module.p)
-            state[f"{name}.mask"] = mask.div_(1.0 - module.p)
+            state[f"{name}.mask"] = module.draw(self._draws, k, self._parameters[0].value)
 
         def one(parameters: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
             return functional_call(self._template, {**dict(zip(self._names, parameters)), **buffers}, (x,))
