@@ -7,6 +7,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -70,7 +71,7 @@ def run_trials(
         raise SpecError(f"Unknown engine '{engine}'.{did_you_mean(engine, ENGINES)}")
     device = torch.device(device)
     rest = iter(trials)
-    with kept_memory(device):
+    with kept_memory(device) if engine == "auto" else nullcontext():
         while window := list(islice(rest, _LOOKAHEAD)):
             groups: dict[Any, list[_Drawn]] = {}
             for number, trial in enumerate(window):
