@@ -2,13 +2,13 @@
 
     python -m benchmarks.truth --device cpu --json results.json [--seconds 80] [--families mlp rnn] [--compare 3]
 
-The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe) and
-``engine`` (the one that ``run_trials`` chooses). The work is cut into units that are drawn at random, by turns from each
-(dataset, batch size): all trials of one model where trials may share a stack, one trial elsewhere. The first
-``--compare`` units of each family at B = 32 and at B = 128 run all three ways; further units run the engine alone, until
-``--fraction`` of the paper's composition (10,800 CNN rows, 6,480 MLP, 10,800 RNN, 6,480 Transformer) has run; the time
-of the whole is extrapolated from them, batch size by batch size. A run ends after ``--seconds``; the same command goes
-on where it ended, and says what is left.
+The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe)
+and ``engine`` (the one that ``run_trials`` chooses). The work is cut into units that are drawn at random, by turns from
+each (dataset, batch size): all trials of one model where trials may share a stack, one trial elsewhere. The first
+``--compare`` units of each family at B = 32 and at B = 128 run all three ways; further units run the engine alone,
+until ``--fraction`` of the paper's composition (10,800 CNN rows, 6,480 MLP, 10,800 RNN, 6,480 Transformer) has run; the
+time of the whole is extrapolated from them, batch size by batch size. A run ends after ``--seconds``; the same command
+goes on where it ended, and says what is left.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run_naive(unit: list[TrialSpec], device: str, data: str | None) -> dict[str,
 def work(args: argparse.Namespace) -> Iterator[tuple[str, list[TrialSpec], str]]:
     """Yield (unit's key, unit, way) in the order in which they are to run."""
     queues = {family: units(family, args.device, args.data) for family in args.families}
-    for family, queue in queues.items():
+    for queue in queues.values():
         for size in COMPARED:
             picked = [u for u in queue if u[0].batch_size == size][: args.compare]
             for unit in picked:
@@ -114,7 +114,9 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, list[TrialSpec], str]]
 
 
 def key_of(unit: list[TrialSpec], purpose: str) -> str:
-    return f"{purpose}-{unit[0].family}-{unit[0].dataset}-{unit[0].batch_size}-{stable_hash([t.trial_id for t in unit], 8)}"
+    first = unit[0]
+    mark = stable_hash([t.trial_id for t in unit], 8)
+    return f"{purpose}-{first.family}-{first.dataset}-{first.batch_size}-{mark}"
 
 
 def peak(device: str) -> dict[str, Any]:
@@ -178,9 +180,10 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         per = {b: [u for u in sampled if u["batch_size"] == b] for b in counts}
         if all(per.values()):
             trials = {b: sum(u["trials"] for u in us) for b, us in per.items()}
-            seconds = {b: sum(u["ways"]["engine"]["seconds"] for u in us) * counts[b] / trials[b] for b, us in per.items()}
+            ran = {b: sum(u["ways"]["engine"]["seconds"] for u in us) for b, us in per.items()}
             share = sum(trials.values()) / sum(counts.values())
-            whole[family] = {"share_of_trials": share, "hours": sum(seconds.values()) / 3600}
+            hours = sum(ran[b] * counts[b] / trials[b] for b in counts) / 3600
+            whole[family] = {"share_of_trials": share, "hours": hours}
             whole["hours"] += whole[family]["hours"]
     whole["families"] = [f for f in COMPOSITION.families if f in whole]
     return {"compared": compared, "composition": whole}
@@ -191,16 +194,17 @@ def _compare(held: list[dict[str, Any]]) -> dict[str, Any]:
     rate = {way: sum(p["rows"] for p in ps) / sum(p["seconds"] for p in ps) for way, ps in ways.items()}
     pairs = [(p["t_star"], e["t_star"]) for p, e in zip(ways["plain"], ways["engine"])]
     moved = [abs(a[k] - b[k]) for a, b in pairs for k in a if a[k] is not None and b[k] is not None]
+    trials = sum(u["trials"] for u in held)
     return {
-        "trials": sum(u["trials"] for u in held),
+        "trials": trials,
         "rows_per_second": rate,
-        "probe_seconds_per_trial": {w: sum(p["probe_seconds"] for p in ps) / sum(u["trials"] for u in held) for w, ps in ways.items()},
-        "truth_seconds_per_trial": {w: sum(p["truth_seconds"] for p in ps) / sum(u["trials"] for u in held) for w, ps in ways.items()},
+        "probe_seconds_per_trial": {w: sum(p["probe_seconds"] for p in ps) / trials for w, ps in ways.items()},
+        "truth_seconds_per_trial": {w: sum(p["truth_seconds"] for p in ps) / trials for w, ps in ways.items()},
         "engine_over_naive": rate["engine"] / rate["naive"],
         "engine_over_plain": rate["engine"] / rate["plain"],
         "t_star_moved": sum(m > 0 for m in moved),
         "t_star_compared": len(moved),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

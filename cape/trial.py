@@ -141,9 +141,7 @@ def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engin
         torch.cuda.empty_cache()
 
 
-def _outcomes(
-    subjects: Iterator[Subject], group: list[_Drawn], device: torch.device, engine: str
-) -> Iterator[Outcome]:
+def _outcomes(subjects: Iterator[Subject], group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
     """Choose the engine and run it."""
     first = next(subjects, None)
     if first is None:
@@ -158,9 +156,7 @@ def _outcomes(
         seconds = plain_step_seconds(first, Loss(loss), precision)
         if math.isfinite(seconds):
             _step_seconds[key] = seconds
-    yield from measure_many(
-        everyone, loss=loss, precision=precision, step_seconds=_step_seconds.get(key, float("nan"))
-    )
+    yield from measure_many(everyone, loss=loss, precision=precision, step_seconds=_step_seconds.get(key, float("nan")))
 
 
 def _failed(rows: list[Row], error: Exception) -> list[Row]:

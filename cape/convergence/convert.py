@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Layer, Linear
 from cape.convergence.recurrent import Embedding, Recurrent

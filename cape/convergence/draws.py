@@ -1,4 +1,4 @@
-"""Dropout masks of a stack of trials, keyed by trial: the same whatever else is in the stack, and wherever it stands."""
+"""Dropout masks of a stack of trials, keyed by trial: the same in every slot, whatever else is in the stack."""
 
 from __future__ import annotations
 

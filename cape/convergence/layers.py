@@ -92,10 +92,8 @@ class Linear(Layer):
         x = x.flatten(1, -2)
         self.saved = [x]
         weight = self.parameters[0].value[: len(x)].transpose(1, 2)
-        if self._bias:
-            y = torch.baddbmm(self.parameters[1].value[: len(x), None], x, weight)
-        else:
-            y = torch.bmm(x, weight)
+        bias = self.parameters[1].value[: len(x), None] if self._bias else None
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
         return y.view(*shape[:-1], -1)
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Let the host's allocator keep what it has: a training step frees and asks for the same tens of megabytes each time."""
+"""Let the host's allocator keep what it has: a training step frees and asks for the same megabytes each time."""
 
 from __future__ import annotations
 

@@ -175,7 +175,10 @@ class LSTMDirection(Direction):
 
 
 class GRUDirection(Direction):
-    """r, z = σ(·) of x W_ihᵀ + b_ih + h W_hhᵀ + b_hh;  n = tanh(x_n + r h_n), h_n with its own bias;  h = n + z (h' - n)."""
+    """r, z = σ(·) of x W_ihᵀ + b_ih + h W_hhᵀ + b_hh;  n = tanh(x_n + r h_n);  h = n + z (h' - n).
+
+    x_n and h_n are the input's and the hidden state's share of n, each with its own bias.
+    """
 
     gates = 3
 
