@@ -4,11 +4,13 @@
 
 The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe)
 and ``engine`` (the one that ``run_trials`` chooses). The work is cut into units that are drawn at random, by turns from
-each (dataset, batch size): all trials of one model where trials may share a stack, one trial elsewhere. The first
-``--compare`` units of each family at B = 32 and at B = 128 run all three ways; further units run the engine alone,
-until ``--fraction`` of the paper's composition (10,800 CNN rows, 6,480 MLP, 10,800 RNN, 6,480 Transformer) has run; the
-time of the whole is extrapolated from them, batch size by batch size. A run ends after ``--seconds``; the same command
-goes on where it ended, and says what is left.
+each (dataset, batch size): the trials of ``--models`` models where trials may share a stack, one trial elsewhere. The
+first ``--compare`` units of each family at B = 32 and at B = 128 run all three ways, the naive one with one trial of
+each model (the others of that model cost the same); further units run the engine alone, until ``--fraction`` of the
+paper's composition (10,800 CNN rows, 6,480 MLP, 10,800 RNN, 6,480 Transformer) has run; the time of the whole is
+extrapolated from them, batch size by batch size. A run ends after ``--seconds``; the same command goes on where it
+ended, and says what is left. Before a unit is timed, its data is decoded and one trial of it has run; ``plain`` and
+``naive`` run under the host allocator's defaults, as a plain loop does.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ LARGEST = {
 }
 
 
-def units(family: str, device: str, data: str | None) -> list[list[TrialSpec]]:
+def units(family: str, device: str, data: str | None, models: int = 1) -> list[list[TrialSpec]]:
     """Return the family's units of work in the order in which they are to run."""
     by_stratum: dict[tuple[str, int], dict[str, list[TrialSpec]]] = defaultdict(lambda: defaultdict(list))
     for trial in Plan(COMPOSITION).trials():
@@ -61,8 +63,9 @@ def units(family: str, device: str, data: str | None) -> list[list[TrialSpec]]:
     shuffled = []
     for stratum, groups in sorted(by_stratum.items()):
         order = np.random.default_rng(int(stable_hash([family, *stratum], 8), 16)).permutation(len(groups))
-        held = list(groups.values())
-        shuffled.append([held[i] for i in order])
+        held = [list(groups.values())[i] for i in order]
+        step = 1 if device == "cpu" and family not in STACKED_ON_CPU else models
+        shuffled.append([sum(held[i : i + step], []) for i in range(0, len(held), step)])
     longest = max(map(len, shuffled))
     return [queue[i] for i in range(longest) for queue in shuffled if i < len(queue)]
 
@@ -86,23 +89,29 @@ def run_engine(unit: list[TrialSpec], device: str, data: str | None, engine: str
 
 
 def run_naive(unit: list[TrialSpec], device: str, data: str | None) -> dict[str, Any]:
-    """Time a unit the naive way, as the sum over its trials."""
-    parts = [naive_rows(trial, device, data, every=device != "cpu") for trial in unit]
-    probe, truth = (sum(p[name] for p in parts) for name in ("probe_seconds", "truth_seconds"))
+    """Time a unit the naive way: one trial of each model, counted as often as the unit has trials of it."""
+    models: dict[str, list[TrialSpec]] = defaultdict(list)
+    for trial in unit:
+        models[canonical_json(draw_model(trial, datasets.load(trial.dataset, data)).to_dict())].append(trial)
+    total = {"probe_seconds": 0.0, "truth_seconds": 0.0}
+    for alike in models.values():
+        middle = sorted(alike, key=lambda t: t.lr)[len(alike) // 2]
+        part = naive_rows(middle, device, data, every=device != "cpu")
+        for name in total:
+            total[name] += part[name] * len(alike)
     rows = sum(len(trial.epsilons) for trial in unit)
-    return {"seconds": probe + truth, "rows": rows, "probe_seconds": probe, "truth_seconds": truth}
+    return {"seconds": sum(total.values()), "rows": rows, **total, "trials_run": len(models)}
 
 
 def work(args: argparse.Namespace) -> Iterator[tuple[str, list[TrialSpec], str]]:
     """Yield (unit's key, unit, way) in the order in which they are to run."""
-    queues = {family: units(family, args.device, args.data) for family in args.families}
+    queues = {family: units(family, args.device, args.data, args.models) for family in args.families}
     for queue in queues.values():
         for size in COMPARED:
             picked = [u for u in queue if u[0].batch_size == size][: args.compare]
             for unit in picked:
-                short = unit[: args.naive_trials]
                 for way in ("engine", "plain", "naive"):
-                    yield key_of(short, "c"), short, way
+                    yield key_of(unit, "c"), unit, way
     total = {family: sum(map(len, queue)) for family, queue in queues.items()}
     for family, queue in queues.items():
         ran = 0
@@ -214,7 +223,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the Parquet datasets")
     parser.add_argument("--families", nargs="+", default=list(COMPOSITION.families), choices=COMPOSITION.families)
     parser.add_argument("--compare", type=int, default=4, help="units of each family and batch size in all three ways")
-    parser.add_argument("--naive-trials", type=int, default=8, help="trials of such a unit at most")
+    parser.add_argument("--models", type=int, default=4, help="models of a unit, where trials may share a stack")
     parser.add_argument("--fraction", type=float, default=0.05, help="of the composition that runs for the whole")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no further unit after this time")
     parser.add_argument("--peak", action="store_true", help="measure the share of the device's peak, and nothing else")
@@ -236,8 +245,8 @@ def main() -> None:
             if time.perf_counter() - began > args.seconds:
                 left += 1
                 continue
-            if family not in warmed:  # data decoded, kernels chosen: not what is measured
-                warmed.add(family)
+            if key not in warmed:
+                warmed.add(key)
                 list(run_trials(unit[:1], args.device, args.data))
             run = run_naive(unit, args.device, args.data) if way == "naive" else run_engine(
                 unit, args.device, args.data, "single" if way == "plain" else "auto"

@@ -63,6 +63,37 @@ def test_a_trial_depends_on_its_seed_and_not_on_its_neighbours() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_engine_decides_nothing_but_the_time() -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 2, "width": 32, "activation": "gelu"})
+    trials = [mlp_trial(seed, model=model, lr=lr) for seed, lr in enumerate([5e-4, 1e-3, 2e-3] * 3)]
+    trials.insert(4, mlp_trial(77))
+
+    def by_id(**options: object) -> dict[str, list[dict]]:
+        return {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials, **options)}  # type: ignore[arg-type]
+
+    stacked = by_id()
+    assert stacked == by_id(engine="single") and len(stacked) == 10
+    assert all(row["step_seconds"] > 0 for rows in run_trials(trials) for row in rows)
+    with pytest.raises(SpecError, match="Unknown engine"):
+        next(run_trials(trials, engine="stack"))
+
+
+def test_trials_that_share_a_stack_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    trials = [mlp_trial(seed, model=model) for seed in range(6)]
+    build = type(families.get("mlp")).build
+
+    def sometimes(self: object, spec: ModelSpec) -> torch.nn.Module:
+        if torch.initial_seed() in {trials[0].seed_for("init"), trials[3].seed_for("init")}:
+            raise RuntimeError("a broken model")
+        return build(self, spec)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", sometimes)
+    found = {rows[0]["trial_id"]: rows for rows in run_trials(trials)}
+    assert [found[t.trial_id][0]["stop_reason"] for t in trials] == ["failed", None, None, "failed", None, None]
+    assert all(row["converged"] for i in (1, 2, 4, 5) for row in found[trials[i].trial_id])
+
+
 def test_a_censored_trial_is_recorded_as_such() -> None:
     (rows,) = run_trials([mlp_trial(stopping=StoppingRule(max_steps=1))])
     assert [row["t_star"] for row in rows] == [None] * 3

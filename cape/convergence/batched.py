@@ -87,30 +87,31 @@ def measure_many(
     queue = _Queue(subjects)
     while (head := queue.peek()) is not None:
         running: list[_Live] = []
+        singly: Iterable[tuple[int, Subject]] = ()
         try:
             if width is None:
                 width = width_for(head, criterion, precision)
-            stack = make_stack(head, criterion, width, precision)
             if step_seconds is None:
                 step_seconds = plain_step_seconds(head, criterion, precision)
+            stack: Stack | None = make_stack(head, criterion, width, precision)
+            assert stack is not None
             yield from _run(stack, queue, running, criterion, precision, step_seconds)
         except Unstackable as why:
             _say_once(f"{type(head.model).__name__} runs singly: {why}.")
             queue.put_back(running)
-            yield from measure_singly(queue, loss=criterion, precision=precision)
+            singly = queue
         except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError):
+            if isinstance(error, torch.AcceleratorError) or error is queue.error:
                 raise
-            width = width or 1
             queue.put_back(running)
-            stack = None  # type: ignore[assignment]  # its memory is needed
-            if out_of_memory(error) and width > 1:
+            if out_of_memory(error) and width is not None and width > 1:
                 width //= 2
                 _LOG.warning("Out of memory: the stack shrinks to %d trials and begins them anew.", width)
-                continue
-            # One of them broke the stack: each runs alone, so that the error is that one's own.
-            several = [queue.pop() for _ in range(max(1, len(running)))]
-            yield from measure_singly(several, loss=criterion, precision=precision)
+            else:  # one of them broke the stack: each runs alone, so that the error is that one's own
+                singly = [queue.pop() for _ in range(max(1, len(running)))]
+        finally:
+            stack = None  # its memory is needed
+        yield from measure_singly(singly, loss=criterion, precision=precision)
 
 
 def measure_singly(
@@ -149,6 +150,7 @@ class _Queue:
     def __init__(self, subjects: Iterable[Subject]) -> None:
         self._rest = iter(enumerate(subjects))
         self._front: deque[tuple[int, Subject]] = deque()
+        self.error: Exception | None = None  # raised by whoever makes the trials: no stack is to blame
 
     def __iter__(self) -> Iterator[tuple[int, Subject]]:
         while self.peek() is not None:
@@ -159,8 +161,14 @@ class _Queue:
 
     def peek(self) -> Subject | None:
         """Return the next trial, or None where there is none; ``pop`` takes it."""
-        if not self._front and (item := next(self._rest, None)) is not None:
-            self._front.append(item)
+        if not self._front:
+            try:
+                item = next(self._rest, None)
+            except Exception as error:  # whatever it was, it is only noted here
+                self.error = error
+                raise
+            if item is not None:
+                self._front.append(item)
         return self._front[0][1] if self._front else None
 
     def put_back(self, running: Iterable[_Live]) -> None:

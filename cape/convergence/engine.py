@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from cape.convergence.convert import Unstackable, layers_of
-from cape.convergence.draws import draws_for
 from cape.convergence.stack import LayerStack, Stack, Subject
 from cape.convergence.vmapped import VmapStack
 from cape.families.rnn import RecurrentNet
@@ -73,6 +72,7 @@ def width_for(subject: Subject, criterion: Loss, precision: str) -> int:
     Raises:
         Unstackable: as ``make_stack``.
     """
+    _refuse(subject, criterion)
     needed = _bytes_per_trial(subject, criterion, precision)
     device = subject.batch[1].device
     if device.type == "cpu":
@@ -101,10 +101,12 @@ def _has_layers(model: nn.Module) -> bool:
 
 
 def _bytes_per_trial(subject: Subject, criterion: Loss, precision: str) -> int:
-    """Return what one trial takes in a stack: four times its parameters, and what a backward pass needs."""
-    parameters = 4 * sum(p.nbytes for p in subject.model.parameters())
-    x, device = subject.batch[0], subject.batch[1].device
-    _refuse(subject, criterion)
+    """Return what one trial takes in a stack: four times its parameters, and what a backward pass needs.
+
+    On a GPU that is measured, by one step of a stack of one. On a CPU it is reckoned, since the first touch of memory
+    would cost more than the answer is worth.
+    """
+    model, device = subject.model, subject.batch[1].device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -116,13 +118,12 @@ def _bytes_per_trial(subject: Subject, criterion: Loss, precision: str) -> int:
             stack.losses()
             stack.update()
         return max(1, torch.cuda.max_memory_allocated(device) - before)
-    if precision == "bf16" or not _has_layers(subject.model):
-        return max(1, _CPU_BYTES // 4)  # vmap on a CPU: no rule chooses it, and four at a time serve whoever does
-    layers = layers_of(subject.model, 1)
-    with torch.no_grad():
-        for parameter, value in zip((p for la in layers for p in la.parameters), subject.model.parameters()):
-            parameter.load(0, value)
-        draws, y = draws_for(x.device, 1), x[None]
-        for layer in layers:
-            y = layer.forward(y, draws)
-    return parameters + sum(layer.kept_bytes() for layer in layers)
+    needed = 4 * sum(p.nbytes for p in model.parameters())
+    if isinstance(model, RecurrentNet):
+        rnn = model.rnn
+        states = rnn.hidden_size * rnn.num_layers * (2 if rnn.bidirectional else 1)
+        positions = subject.batch[1].shape[0] * subject.batch[0].shape[1]
+        needed += 12 * states * positions * 4  # gates, their gradients, states: 12 numbers for each unit and position
+    elif not _has_layers(model):
+        return max(needed, _CPU_BYTES // 4)  # vmap on a CPU: no rule chooses it, and four at a time serve whoever does
+    return needed

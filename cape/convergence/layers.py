@@ -74,10 +74,6 @@ class Layer(ABC):
         """Forget the slots from ``width`` on, between ``forward`` and ``backward``."""
         self.saved = [tensor[:width] for tensor in self.saved]
 
-    def kept_bytes(self) -> int:
-        """Return the size of what the last ``forward`` keeps."""
-        return sum(tensor.nbytes for tensor in self.saved)
-
 
 class Linear(Layer):
     """y = x Wᵀ + b."""

@@ -242,12 +242,12 @@ class Recurrent(Layer):
         super().__init__()
         kind = LSTMDirection if isinstance(module, nn.LSTM) else GRUDirection
         per = 4 if module.bias else 2
-        values = list(module.parameters())
+        values: list[Tensor] = list(module.parameters())
         directions = 2 if module.bidirectional else 1
         self._last = last
         self._layers: list[list[Direction]] = []
         for layer in range(module.num_layers):
-            made = []
+            made: list[Direction] = []
             for direction in range(directions):
                 start = (layer * directions + direction) * per
                 end = last and layer == module.num_layers - 1
@@ -294,9 +294,6 @@ class Recurrent(Layer):
         for made in self._layers:
             for one in made:
                 one.narrow(width)
-
-    def kept_bytes(self) -> int:
-        return sum(one.kept_bytes() for made in self._layers for one in made)
 
 
 class Embedding(Layer):

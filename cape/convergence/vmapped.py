@@ -42,7 +42,7 @@ class _MaskedDropout(nn.Module):
             if self.order:
                 raise Unstackable("a dropout layer is used twice")
             # The plain layer fills a mask in the order in which its input lies in memory.
-            self.order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+            self.order = sorted(range(x.dim()), key=x.stride, reverse=True)
             self.shape = tuple(x.shape[d] for d in self.order)
             return x
         return x * self.mask
@@ -85,6 +85,19 @@ class VmapStack(Stack):
         self._outputs = torch.empty(0)
         self._leaves: list[Tensor] = []
         self._fresh = False  # whether the gradients at hand belong to the last forward
+        self._try(subject)
+
+    def _try(self, subject: Subject) -> None:
+        """Run one trial forward and back, so that a model which cannot be batched is found out at once."""
+        self.load(subject)
+        try:
+            self.forward()
+            self.losses()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch.func names what it has no rule for in its first sentence
+            raise Unstackable(" ".join(str(error).split())[:160]) from error
+        self.width, self._fresh = 0, False
 
     def load(self, subject: Subject) -> int:
         slot = self.width

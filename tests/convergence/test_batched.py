@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from cape import datasets, families
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import Outcome, Subject, measure, measure_many
 from cape.convergence import batched as batched_module
+from cape.convergence import stack as stack_module
 from cape.convergence.draws import CounterDraws
 from cape.convergence.engine import make_stack, stacks, width_for
+from cape.convergence.memory import kept_memory
 from cape.convergence.stack import LayerStack
 from cape.convergence.vmapped import VmapStack
-from cape.tasks import Loss
+from cape.tasks import Loss, LossLike
 from cape.trial import build_model
 
 LRS = (5e-4, 1e-3, 2e-3)
@@ -69,7 +73,7 @@ def subjects(spec: ModelSpec, count: int, batch: int = 16, **changes: object) ->
     return made
 
 
-def alone(subject: Subject, loss: str = "cross_entropy") -> Outcome:
+def alone(subject: Subject, loss: LossLike = "cross_entropy") -> Outcome:
     trajectory = measure(
         subject.model, subject.batch, loss=loss, lr=subject.lr, epsilons=subject.epsilons, stopping=subject.stopping,
         seed=subject.seed,
@@ -271,8 +275,8 @@ def test_frozen_parameters_hooks_and_custom_losses_run_singly() -> None:
     trials[1].model.register_forward_hook(lambda *_: seen.append(1))
     together(trials[1:])
     assert seen
-    custom = list(measure_many(trials[1:], loss=lambda o, t: nn.functional.cross_entropy(o, t)))
-    np.testing.assert_array_equal(losses(custom[0]), losses(alone(trials[1])))
+    custom = list(measure_many(trials[1:], loss=nn.functional.cross_entropy))
+    np.testing.assert_array_equal(losses(custom[0]), losses(alone(trials[1], nn.functional.cross_entropy)))
 
 
 def test_trials_are_taken_as_slots_become_free() -> None:
@@ -319,6 +323,33 @@ def test_counter_draws_are_keyed_by_trial_and_have_the_right_rate() -> None:
     assert torch.equal(other.keep(torch.empty(2, 50, 400), 0.8)[1], first[0])
     other.move(1, 0)
     assert torch.equal(other.keep(torch.empty(1, 50, 400), 0.8)[0], second[0])
+
+
+def test_counter_draws_leave_the_distribution_of_t_star_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does: masks by counters instead of the plain engine's. T* of 90 trials each, the same models."""
+    from scipy.stats import ks_2samp
+
+    trials = subjects(CHAINS["mlp"], 90, epsilons=(0.2,))
+    same = [o.trajectory.t_star[0.2] for o in together(trials) if o.trajectory]
+    monkeypatch.setattr(stack_module, "draws_for", lambda device, slots: CounterDraws(slots, device))
+    other = [o.trajectory.t_star[0.2] for o in together(trials) if o.trajectory]
+    assert same != other and len(same) == len(other) == 90
+    assert ks_2samp(same, other).pvalue > 0.01
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_not_asked_for_again() -> None:
+    def faults_of_ten() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.empty(2**24).fill_(1.0)  # 64 MiB, beyond what glibc keeps by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert faults_of_ten() > 10 * 1000
+    with kept_memory(torch.device("cpu")):
+        faults_of_ten()
+        assert faults_of_ten() < 1000
+    assert faults_of_ten() > 10 * 1000
 
 
 def test_the_rule_follows_from_the_model_and_the_device() -> None:
