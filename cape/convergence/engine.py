@@ -31,7 +31,7 @@ from cape.families.rnn import RecurrentNet
 from cape.tasks import Loss
 
 # What a stack may hold on a CPU, and how many trials at most: beyond, a trial's step became no cheaper.
-_CPU_BYTES = 512 * 2**20
+_CPU_BYTES = 256 * 2**20
 _CPU_WIDEST = 16
 _CPU_WIDEST_RECURRENT = 8
 # The share of a device's free memory that a stack may take, and a width beyond which a launch costs nothing any more.
