@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import time
@@ -22,7 +23,7 @@ from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
 from cape.convergence.batched import measure_singly, plain_step_seconds
-from cape.convergence.engine import stacks
+from cape.convergence.engine import single_because
 from cape.convergence.memory import kept_memory
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.probing import probe
@@ -148,7 +149,10 @@ def _outcomes(subjects: Iterator[Subject], group: list[_Drawn], device: torch.de
         return
     precision, loss = group[0].trial.precision, TASK_LOSS[group[0].dataset.task]
     everyone = chain([first], subjects)
-    if engine == "single" or not stacks(first, precision, len(group)):
+    why = single_because(first, precision, len(group))
+    if engine == "single" or why is not None:
+        if why is not None:
+            _note(f"{group[0].trial.family} {type(first.model).__name__} runs singly: {why}.")
         yield from measure_singly(enumerate(everyone), loss=loss, precision=precision)
         return
     key = _key(group[0], device)
@@ -156,7 +160,14 @@ def _outcomes(subjects: Iterator[Subject], group: list[_Drawn], device: torch.de
         seconds = plain_step_seconds(first, Loss(loss), precision)
         if math.isfinite(seconds):
             _step_seconds[key] = seconds
-    yield from measure_many(everyone, loss=loss, precision=precision, step_seconds=_step_seconds.get(key, float("nan")))
+    known = _step_seconds.get(key, float("nan"))
+    yield from measure_many(everyone, loss=loss, precision=precision, step_seconds=known, count=len(group))
+
+
+@lru_cache(maxsize=256)
+def _note(line: str) -> None:
+    """Log a line once in a process."""
+    logging.getLogger(__name__).info(line)
 
 
 def _failed(rows: list[Row], error: Exception) -> list[Row]:

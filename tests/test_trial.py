@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cape import datasets, families
+from cape import trial as trial_module
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
 from cape.errors import DataError, ModelError, SpecError
@@ -76,6 +78,28 @@ def test_the_engine_decides_nothing_but_the_time() -> None:
     assert all(row["step_seconds"] > 0 for rows in run_trials(trials) for row in rows)
     with pytest.raises(SpecError, match="Unknown engine"):
         next(run_trials(trials, engine="stack"))
+
+
+def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.head(x)
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", lambda self, spec: Doubled())
+    trial_module._note.cache_clear()
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    with caplog.at_level(logging.INFO, logger="cape"):
+        rows = [rows[0] for rows in run_trials([mlp_trial(seed, model=model) for seed in range(3)])]
+    assert all(row["converged"] for row in rows)
+    assert [r.getMessage() for r in caplog.records] == [
+        "mlp Doubled runs singly: Doubled has no stacked layer, and on a CPU one such model fills the cores by itself."
+    ]
 
 
 def test_trials_that_share_a_stack_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:

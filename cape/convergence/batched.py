@@ -8,6 +8,7 @@ Nothing that a trial computes depends on its slot or on the trials beside it.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -61,6 +62,7 @@ def measure_many(
     precision: str = "float32",
     width: int | None = None,
     step_seconds: float | None = None,
+    count: int | None = None,
 ) -> Iterator[Outcome]:
     """Train many trials of one architecture at once, and yield what ``measure`` would say of each, as it finishes.
 
@@ -75,6 +77,7 @@ def measure_many(
         precision: as for ``measure``.
         width: trials at the same time; None: as many as ``engine.width_for`` says.
         step_seconds: of one plain training step of this model, where it is known; else it is measured once.
+        count: how many trials there are at most, where that is known: no stack is made for more.
 
     Yields:
         One ``Outcome`` for each trial, in the order in which they finish. A trial whose model fails (``ModelError``,
@@ -90,7 +93,7 @@ def measure_many(
         singly: Iterable[tuple[int, Subject]] = ()
         try:
             if width is None:
-                width = width_for(head, criterion, precision)
+                width = min(width_for(head, criterion, precision), count or sys.maxsize)
             if step_seconds is None:
                 step_seconds = plain_step_seconds(head, criterion, precision)
             stack: Stack | None = make_stack(head, criterion, width, precision)

@@ -39,19 +39,27 @@ _DEVICE_SHARE = 0.7
 _DEVICE_WIDEST = 256
 
 
-def stacks(subject: Subject, precision: str, count: int) -> bool:
-    """Return whether a stack is the faster engine for ``count`` trials like this one."""
+def single_because(subject: Subject, precision: str, count: int) -> str | None:
+    """Return why ``count`` trials like this one run faster singly, or None where a stack is faster.
+
+    On a GPU a stack always is; ``make_stack`` says where there is none.
+    """
     if subject.batch[1].device.type != "cpu":
-        return True
+        return None
     if precision == "bf16":
-        return False
+        return "stacked layers compute in float32"
     model = subject.model
     if isinstance(model, RecurrentNet):
-        lstm = isinstance(model.rnn, nn.LSTM)
-        return not lstm or (model.rnn.bidirectional and model.rnn.num_layers <= 2)
-    # Convolutions and attention fill the cores by themselves. Chains of dense layers are the same bit for bit in both
-    # engines, so that here the number of trials may decide.
-    return count > 1 and _has_layers(model)
+        if isinstance(model.rnn, nn.GRU) or (model.rnn.bidirectional and model.rnn.num_layers <= 2):
+            return None
+        return "on a CPU the fused LSTM cell is as fast"
+    try:
+        with torch.device("meta"):
+            layers_of(model, 0)
+    except Unstackable as why:
+        return f"{why}, and on a CPU one such model fills the cores by itself"
+    # Dense layers are the same bit for bit in both engines, so that here the number of trials may decide.
+    return None if count > 1 else "it is the only one of its kind"
 
 
 def make_stack(subject: Subject, criterion: Loss, capacity: int, precision: str) -> Stack:

@@ -20,7 +20,7 @@ from cape.convergence import Outcome, Subject, measure, measure_many
 from cape.convergence import batched as batched_module
 from cape.convergence import stack as stack_module
 from cape.convergence.draws import CounterDraws
-from cape.convergence.engine import make_stack, stacks, width_for
+from cape.convergence.engine import make_stack, single_because, width_for
 from cape.convergence.memory import kept_memory
 from cape.convergence.stack import LayerStack
 from cape.convergence.vmapped import VmapStack
@@ -353,11 +353,14 @@ def test_kept_memory_is_not_asked_for_again() -> None:
 
 
 def test_the_rule_follows_from_the_model_and_the_device() -> None:
+    def single(name: str, precision: str = "float32", count: int = 1) -> bool:
+        subject = subjects({**CHAINS, **RECURRENT, **VMAPPED}[name], 1)[0]
+        return single_because(subject, precision, count) is not None
+
+    assert not single("mlp", count=2) and single("mlp", count=1) and single("mlp", "bf16", count=9)
+    assert not single("gru 1 one") and not single("lstm 1 both") and single("lstm 1 one")
+    assert single("resnet", count=50) and single("vit", count=50)
     dense = subjects(CHAINS["mlp"], 1)[0]
-    assert stacks(dense, "float32", 2) and not stacks(dense, "float32", 1) and not stacks(dense, "bf16", 9)
-    for name, expected in {"gru 1 one": True, "lstm 1 both": True, "lstm 1 one": False}.items():
-        assert stacks(subjects(RECURRENT[name], 1)[0], "float32", 1) is expected
-    assert not stacks(subjects(VMAPPED["resnet"], 1)[0], "float32", 50)
     assert width_for(dense, Loss("cross_entropy"), "float32") == 16
     assert width_for(subjects(RECURRENT["gru 1 one"], 1)[0], Loss("cross_entropy"), "float32") == 8
 
