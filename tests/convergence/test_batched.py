@@ -19,7 +19,7 @@ from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import Outcome, Subject, measure, measure_many
 from cape.convergence import batched as batched_module
 from cape.convergence import stack as stack_module
-from cape.convergence.draws import CounterDraws
+from cape.convergence.draws import CounterDraws, GeneratorDraws
 from cape.convergence.engine import make_stack, single_because, width_for
 from cape.convergence.memory import kept_memory
 from cape.convergence.stack import LayerStack
@@ -304,6 +304,16 @@ def test_regression_and_multilabel_stack_too() -> None:
     for loss in ("binary_cross_entropy", "half_mse"):
         for trial, outcome in zip(one_hot, together(one_hot, loss=loss), strict=True):
             np.testing.assert_allclose(losses(outcome), losses(alone(trial, loss)), rtol=1e-5)
+
+
+def test_generator_draws_are_the_same_however_many_threads_make_them() -> None:
+    draws = GeneratorDraws(4)
+    for slot in range(4):
+        draws.seed(slot, slot)
+    large = draws.keep(torch.empty(4, 40, 500), 0.7)
+    for slot in range(4):
+        expected = torch.empty(40, 500).bernoulli_(0.7, generator=torch.Generator().manual_seed(slot))
+        assert torch.equal(large[slot], expected)
 
 
 def test_counter_draws_are_keyed_by_trial_and_have_the_right_rate() -> None:
