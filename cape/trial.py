@@ -22,7 +22,7 @@ from torch import nn
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
-from cape.convergence.batched import measure_singly, plain_step_seconds
+from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
 from cape.convergence.engine import single_because
 from cape.convergence.memory import kept_memory
 from cape.errors import ModelError, SpecError, did_you_mean
@@ -112,24 +112,11 @@ def _key(drawn: _Drawn, device: torch.device) -> tuple[str, int, str, str]:
 
 def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engine: str) -> Iterator[list[Row]]:
     """Run trials of the same model and batch size and yield their rows."""
-    started: list[list[Row]] = []
-    failed: deque[list[Row]] = deque()
-
-    def subjects() -> Iterator[Subject]:
-        for drawn in group:
-            rows = _base_rows(drawn.trial, device, sweep_hash)
-            try:
-                subject = _prepare(rows, drawn, device)
-            except (ModelError, RuntimeError) as error:
-                failed.append(_failed(rows, error))
-                continue
-            started.append(rows)
-            yield subject
-
-    for outcome in _outcomes(subjects(), group, device, engine):
-        while failed:
-            yield failed.popleft()
-        rows = started[outcome.index]
+    subjects = _Subjects(group, device, sweep_hash)
+    for outcome in _outcomes(subjects, group, device, engine):
+        while subjects.failed:
+            yield subjects.failed.popleft()
+        rows = subjects.started[outcome.index]
         if outcome.error is not None:
             yield _failed(rows, outcome.error)
             continue
@@ -137,12 +124,48 @@ def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engin
         for row in rows:
             row.update(_truth(outcome.trajectory, row["epsilon"]))
         yield rows
-    yield from failed
+    yield from subjects.failed
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _outcomes(subjects: Iterator[Subject], group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
+class _Subjects(Iterator[Subject]):
+    """Builds and probes a group's trials, one when it is asked for.
+
+    Attributes:
+        started: rows of the trials handed out, in order.
+        failed: rows of those that failed before.
+        beside_a_stack: whether an out-of-memory error may be a stack's fault: it is then raised, once for each trial,
+            and the trial is built again when the next one is asked for.
+    """
+
+    def __init__(self, group: list[_Drawn], device: torch.device, sweep_hash: str) -> None:
+        self._waiting, self._device, self._sweep_hash = deque(group), device, sweep_hash
+        self._again: _Drawn | None = None
+        self.started: list[list[Row]] = []
+        self.failed: deque[list[Row]] = deque()
+        self.beside_a_stack = False
+
+    def __next__(self) -> Subject:
+        while self._waiting:
+            drawn = self._waiting[0]
+            rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
+            try:
+                subject = _prepare(rows, drawn, self._device)
+            except (ModelError, RuntimeError) as error:
+                if self.beside_a_stack and out_of_memory(error) and drawn is not self._again:
+                    self._again = drawn
+                    raise
+                self._waiting.popleft()
+                self.failed.append(_failed(rows, error))
+                continue
+            self._waiting.popleft()
+            self.started.append(rows)
+            return subject
+        raise StopIteration
+
+
+def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
     """Choose the engine and run it."""
     first = next(subjects, None)
     if first is None:
@@ -161,6 +184,7 @@ def _outcomes(subjects: Iterator[Subject], group: list[_Drawn], device: torch.de
         if math.isfinite(seconds):
             _step_seconds[key] = seconds
     known = _step_seconds.get(key, float("nan"))
+    subjects.beside_a_stack = True
     yield from measure_many(everyone, loss=loss, precision=precision, step_seconds=known, count=len(group))
 
 

@@ -80,6 +80,25 @@ def test_the_engine_decides_nothing_but_the_time() -> None:
         next(run_trials(trials, engine="stack"))
 
 
+def test_a_trial_that_finds_no_memory_beside_a_stack_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    trials = [mlp_trial(seed, model=model) for seed in range(6)]
+    expected = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
+    prepare, refused = trial_module._prepare, []
+
+    def tight(rows: list[dict], drawn: object, device: torch.device) -> object:
+        if rows[0]["seed"] == 5 or (rows[0]["seed"] == 3 and not refused):
+            refused.append(rows[0]["seed"])
+            raise torch.OutOfMemoryError("no room")
+        return prepare(rows, drawn, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial_module, "_prepare", tight)
+    found = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
+    assert refused[:2] == [3, 5] and len(found) == 6
+    assert found.pop(trials[5].trial_id)[0]["error"] == "OutOfMemoryError: no room"
+    assert all(rows == expected[trial_id] for trial_id, rows in found.items())
+
+
 def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,8 @@ def measure_many(
     halves the stack and begins its trials anew.
 
     Args:
-        subjects: taken one by one, as slots become free.
+        subjects: taken one by one, as slots become free. Where making one raises an out-of-memory error, the stack is
+            halved and the same iterator is asked again.
         loss: as for ``measure``; a stack needs a named one.
         precision: as for ``measure``.
         width: trials at the same time; None: as many as ``engine.width_for`` says.
@@ -104,14 +105,17 @@ def measure_many(
             queue.put_back(running)
             singly = queue
         except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError) or error is queue.error:
+            full = out_of_memory(error)
+            if isinstance(error, torch.AcceleratorError) or (error is queue.error and not full):
                 raise
             queue.put_back(running)
-            if out_of_memory(error) and width is not None and width > 1:
+            if full and width is not None and width > 1:
                 width //= 2
                 _LOG.warning("Out of memory: the stack shrinks to %d trials and begins them anew.", width)
-            else:  # one of them broke the stack: each runs alone, so that the error is that one's own
+            elif error is not queue.error:
+                # One of them broke the stack: each runs alone, so that the error is that one's own.
                 singly = [queue.pop() for _ in range(max(1, len(running)))]
+            queue.error = None
         finally:
             stack = None  # its memory is needed
         yield from measure_singly(singly, loss=criterion, precision=precision)
