@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
 from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
-from cape.convergence.engine import single_because
+from cape.convergence.engine import same_bits, single_because
 from cape.convergence.memory import kept_memory
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.probing import probe
@@ -178,14 +178,24 @@ def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, en
             _note(f"{group[0].trial.family} {type(first.model).__name__} runs singly: {why}.")
         yield from measure_singly(enumerate(everyone), loss=loss, precision=precision)
         return
-    key = _key(group[0], device)
+    key, apart = _key(group[0], device), 0
     if key not in _step_seconds:
-        seconds = plain_step_seconds(first, Loss(loss), precision)
+        if same_bits(first):  # then the first trial may run plain, and its own steps are timed
+            (outcome,) = measure_singly([(0, first)], loss=loss, precision=precision)
+            yield outcome
+            seconds = outcome.trajectory.step_seconds if outcome.trajectory else float("nan")
+            everyone, apart = chain(subjects), 1
+        else:
+            seconds = plain_step_seconds(first, Loss(loss), precision)
         if math.isfinite(seconds):
             _step_seconds[key] = seconds
     known = _step_seconds.get(key, float("nan"))
     subjects.beside_a_stack = True
-    yield from measure_many(everyone, loss=loss, precision=precision, step_seconds=known, count=len(group))
+    stacked = measure_many(
+        everyone, loss=loss, precision=precision, step_seconds=known, count=max(1, len(group) - apart)
+    )
+    for outcome in stacked:
+        yield replace(outcome, index=outcome.index + apart)
 
 
 @lru_cache(maxsize=256)

@@ -117,7 +117,7 @@ def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
         rows = [rows[0] for rows in run_trials([mlp_trial(seed, model=model) for seed in range(3)])]
     assert all(row["converged"] for row in rows)
     assert [r.getMessage() for r in caplog.records] == [
-        "mlp Doubled runs singly: Doubled has no stacked layer, and on a CPU one such model fills the cores by itself."
+        "mlp Doubled runs singly: Doubled has no stacked layer, and on a CPU vmap is no faster than one at a time."
     ]
 
 

@@ -16,6 +16,9 @@ GRU 1x256 both directions, 32   47.9        20.3, 17.2, 12.9       stack
 LSTM 1x256 both directions, 32  31.1        26.3, 20.1, 17.1       stack
 LSTM 2x256, 32                  36.8        59.2, 48.4, 44.2       plain: oneDNN's cell is better
 LSTM 3x256 both directions, 32  143.9       172, 143, 133          plain: a stack of one loses
+ViT 192/6/3, 32                 186         255, 297               plain: the cores are full
+VGG 32/64/128, 32               13.4        14.5, 17.4 (of 4)      plain
+MobileNetV2 0.5, 32             37.0        47.2, 44.5 (of 4)      plain
 ==============================  ==========  =====================  ===============================
 """
 
@@ -53,13 +56,17 @@ def single_because(subject: Subject, precision: str, count: int) -> str | None:
         if isinstance(model.rnn, nn.GRU) or (model.rnn.bidirectional and model.rnn.num_layers <= 2):
             return None
         return "on a CPU the fused LSTM cell is as fast"
-    try:
-        with torch.device("meta"):
-            layers_of(model, 0)
-    except Unstackable as why:
-        return f"{why}, and on a CPU one such model fills the cores by itself"
+    why = _no_layers(model)
+    if why is not None:
+        return f"{why}, and on a CPU vmap is no faster than one at a time"
     # Dense layers are the same bit for bit in both engines, so that here the number of trials may decide.
     return None if count > 1 else "it is the only one of its kind"
+
+
+def same_bits(subject: Subject) -> bool:
+    """Return whether a float32 stack of trials like this one computes what ``measure`` computes, bit for bit."""
+    on_cpu = subject.batch[1].device.type == "cpu"
+    return on_cpu and not isinstance(subject.model, RecurrentNet) and _has_layers(subject.model)
 
 
 def make_stack(subject: Subject, criterion: Loss, capacity: int, precision: str) -> Stack:
@@ -100,12 +107,16 @@ def _refuse(subject: Subject, criterion: Loss) -> None:
 
 
 def _has_layers(model: nn.Module) -> bool:
-    with torch.device("meta"):
-        try:
-            layers_of(model, 0)
-        except Unstackable:
-            return False
-    return True
+    return _no_layers(model) is None
+
+
+def _no_layers(model: nn.Module) -> str | None:
+    """Return why a model is no chain of stacked layers, or None where it is."""
+    try:
+        layers_of(model, 0)
+    except Unstackable as why:
+        return str(why)
+    return None
 
 
 def _bytes_per_trial(subject: Subject, criterion: Loss, precision: str) -> int:
