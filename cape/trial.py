@@ -185,6 +185,9 @@ def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, en
             yield outcome
             seconds = outcome.trajectory.step_seconds if outcome.trajectory else float("nan")
             everyone, apart = chain(subjects), 1
+            if len(group) <= 2:  # a stack of one gains nothing
+                yield from measure_singly(enumerate(everyone, start=1), loss=loss, precision=precision)
+                return
         else:
             seconds = plain_step_seconds(first, Loss(loss), precision)
         if math.isfinite(seconds):
