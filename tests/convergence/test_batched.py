@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import Outcome, Subject, measure, measure_many
 from cape.convergence import batched as batched_module
 from cape.convergence import stack as stack_module
-from cape.convergence.draws import CounterDraws, GeneratorDraws
+from cape.convergence.draws import CounterDraws
 from cape.convergence.engine import make_stack, single_because, width_for
-from cape.convergence.memory import kept_memory
 from cape.convergence.stack import LayerStack
 from cape.convergence.vmapped import VmapStack
 from cape.tasks import Loss, LossLike
@@ -95,7 +92,7 @@ def losses(outcome: Outcome) -> np.ndarray:
 @pytest.mark.parametrize("name", list(CHAINS))
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_dense_stacks_are_the_plain_engine_bit_for_bit_dropout_included(name: str, width: int) -> None:
-    trials = subjects(CHAINS[name], 7)
+    trials = subjects(CHAINS[name], 7, epsilons=(0.6, 0.4))
     before = [copy.deepcopy(t.model.state_dict()) for t in trials]
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -174,7 +171,7 @@ def test_the_gradients_of_stacked_cells_are_autograds(kind: str, both: bool, tok
 
 
 def test_bad_trials_are_recorded_and_disturb_nobody() -> None:
-    trials = subjects(CHAINS["mlp"], 6)
+    trials = subjects(CHAINS["mlp"], 6, stopping=StoppingRule(max_steps=40))
     x, y = trials[1].batch
     nan = Subject(trials[1].model, (torch.full_like(x, float("nan")), y))
     labels = Subject(trials[2].model, (trials[2].batch[0], y + 90))
@@ -199,7 +196,7 @@ def test_trials_of_another_shape_run_beside_the_stack() -> None:
 
 
 def test_out_of_memory_halves_the_stack_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = subjects(CHAINS["mlp"], 7)
+    trials = subjects(CHAINS["mlp"], 7, epsilons=(0.5,))
     forward, widths = LayerStack.forward, []
 
     def tight(self: LayerStack) -> Tensor:
@@ -306,60 +303,16 @@ def test_regression_and_multilabel_stack_too() -> None:
             np.testing.assert_allclose(losses(outcome), losses(alone(trial, loss)), rtol=1e-5)
 
 
-def test_generator_draws_are_the_same_however_many_threads_make_them() -> None:
-    draws = GeneratorDraws(4)
-    for slot in range(4):
-        draws.seed(slot, slot)
-    large = draws.keep(torch.empty(4, 40, 500), 0.7)
-    for slot in range(4):
-        expected = torch.empty(40, 500).bernoulli_(0.7, generator=torch.Generator().manual_seed(slot))
-        assert torch.equal(large[slot], expected)
-
-
-def test_counter_draws_are_keyed_by_trial_and_have_the_right_rate() -> None:
-    device = torch.device("cpu")
-    draws = CounterDraws(4, device)
-    for slot, seed in enumerate((11, 12, 2**63 - 1, 0)):
-        draws.seed(slot, seed)
-    first = draws.keep(torch.empty(4, 50, 400), 0.8).clone()
-    second = draws.keep(torch.empty(4, 50, 400), 0.8).clone()
-    assert set(first.unique().tolist()) == {0.0, 1.0}
-    # 20,000 draws a trial: a standard deviation of 0.0028.
-    assert all(abs(float(row.mean()) - 0.8) < 0.012 for row in (*first, *second))
-    assert abs(float(((first - 0.8) * (second - 0.8)).mean())) < 0.003
-    assert abs(float(((first[0] - 0.8) * (first[1] - 0.8)).mean())) < 0.006
-    other = CounterDraws(2, device)
-    other.seed(1, 11)
-    assert torch.equal(other.keep(torch.empty(2, 50, 400), 0.8)[1], first[0])
-    other.move(1, 0)
-    assert torch.equal(other.keep(torch.empty(1, 50, 400), 0.8)[0], second[0])
-
-
 def test_counter_draws_leave_the_distribution_of_t_star_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does: masks by counters instead of the plain engine's. T* of 90 trials each, the same models."""
     from scipy.stats import ks_2samp
 
-    trials = subjects(CHAINS["mlp"], 90, epsilons=(0.2,))
-    same = [o.trajectory.t_star[0.2] for o in together(trials) if o.trajectory]
+    trials = subjects(CHAINS["mlp"], 90, epsilons=(0.4,))
+    same = [o.trajectory.t_star[0.4] for o in together(trials) if o.trajectory]
     monkeypatch.setattr(stack_module, "draws_for", lambda device, slots: CounterDraws(slots, device))
-    other = [o.trajectory.t_star[0.2] for o in together(trials) if o.trajectory]
+    other = [o.trajectory.t_star[0.4] for o in together(trials) if o.trajectory]
     assert same != other and len(same) == len(other) == 90
     assert ks_2samp(same, other).pvalue > 0.01
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_kept_memory_is_not_asked_for_again() -> None:
-    def faults_of_ten() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.empty(2**24).fill_(1.0)  # 64 MiB, beyond what glibc keeps by itself
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    assert faults_of_ten() > 10 * 1000
-    with kept_memory(torch.device("cpu")):
-        faults_of_ten()
-        assert faults_of_ten() < 1000
-    assert faults_of_ten() > 10 * 1000
 
 
 def test_the_rule_follows_from_the_model_and_the_device() -> None:
