@@ -100,6 +100,11 @@ class Loss:
         else:
             raise SpecError(f"A loss is a name, an nn.Module or a callable, not {loss!r}.")
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the loss was given by name: its per-sample values are then known to be independent of each other."""
+        return self._named is not None
+
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample alone, [B], differentiable in ``outputs``."""
         values = self._function(outputs, targets)

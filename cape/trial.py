@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,24 @@ from torch import nn
 
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
-from cape.convergence import Trajectory, measure
-from cape.errors import ModelError
+from cape.convergence import Outcome, Subject, Trajectory, measure_many
+from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
+from cape.convergence.engine import same_bits, single_because
+from cape.memory import kept_memory
+from cape.errors import ModelError, SpecError, did_you_mean
 from cape.probing import probe
 from cape.store.schema import KEPT_LOSSES
-from cape.tasks import TASK_LOSS
+from cape.tasks import TASK_LOSS, Loss
 
 Row = dict[str, Any]
+
+ENGINES = ("auto", "single")
+
+# Trials that are looked at together, to find those that can share a stack: a shard's worth.
+_LOOKAHEAD = 512
+
+# Seconds of one plain training step by (model, batch size, precision, device): measured once in a process.
+_step_seconds: dict[tuple[str, int, str, str], float] = {}
 
 
 def run_trials(
@@ -30,37 +46,174 @@ def run_trials(
     device: str | torch.device = "cpu",
     data_root: str | Path | None = None,
     sweep_hash: str = "",
+    engine: str = "auto",
 ) -> Iterator[list[Row]]:
     """Probe and train each trial, and yield its rows (one for each ε) as soon as it is done.
 
     A trial's numbers follow from its seed alone: the model's choice, its initialization, the batch and the dropout
-    masks each have a seed of their own. A trial whose model fails (``ModelError``, out of memory, any other
-    ``RuntimeError``) yields rows with ``stop_reason`` "failed" and its error; it does not disturb the next.
+    masks each have a seed of their own. Trials of the same model and batch size are trained together where that is
+    faster (``convergence.engine``), so that rows come in the order in which trials finish. A trial whose model fails
+    (``ModelError``, out of memory, any other ``RuntimeError``) yields rows with ``stop_reason`` "failed" and its error;
+    it does not disturb the others.
 
     Args:
         trials: what to run.
         device: where to run it.
         data_root: folder of the data; see ``datasets.data_root``.
         sweep_hash: written into every row.
+        engine: ``auto``, or ``single`` for one trial after the other, each as ``measure`` runs it.
 
     Raises:
         SpecError, DataError: an unknown family or dataset, data that is missing or does not fit: no trial of the
             same kind could succeed.
         RuntimeError: the device itself failed (a sticky CUDA error); nothing after it in this process can be trusted.
     """
+    if engine not in ENGINES:
+        raise SpecError(f"Unknown engine '{engine}'.{did_you_mean(engine, ENGINES)}")
     device = torch.device(device)
-    for trial in trials:
-        rows = _base_rows(trial, device, sweep_hash)
-        try:
-            _fill(rows, trial, device, data_root)
-        except (ModelError, RuntimeError) as error:
-            if _poisoned(error):
-                raise
-            for row in rows:
-                row.update(converged=False, stop_reason="failed", t_star=None, error=_one_line(error))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    rest = iter(trials)
+    with kept_memory(device) if engine == "auto" else nullcontext():
+        while window := list(islice(rest, _LOOKAHEAD)):
+            groups: dict[Any, list[_Drawn]] = {}
+            for number, trial in enumerate(window):
+                drawn = _draw(trial, data_root)
+                # Where the choice of the model fails there is nothing to share.
+                alike = number if drawn.spec is None or engine == "single" else _key(drawn, device)
+                groups.setdefault(alike, []).append(drawn)
+            for group in groups.values():
+                yield from _run_alike(group, device, sweep_hash, engine)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A trial and what its seed draws, or the error of that."""
+
+    trial: TrialSpec
+    dataset: datasets.Dataset
+    spec: ModelSpec | None
+    error: Exception | None = None
+
+
+def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
+    dataset = datasets.load(trial.dataset, data_root)
+    if trial.task is not None:
+        dataset = dataset.with_task(trial.task)
+    try:
+        return _Drawn(trial, dataset, trial.model or draw_model(trial, dataset))
+    except (ModelError, RuntimeError) as error:
+        return _Drawn(trial, dataset, None, error)
+
+
+def _key(drawn: _Drawn, device: torch.device) -> tuple[str, int, str, str]:
+    """Return what trials of one stack have in common."""
+    assert drawn.spec is not None
+    return canonical_json(drawn.spec.to_dict()), drawn.trial.batch_size, drawn.trial.precision, str(device)
+
+
+def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engine: str) -> Iterator[list[Row]]:
+    """Run trials of the same model and batch size and yield their rows."""
+    subjects = _Subjects(group, device, sweep_hash)
+    for outcome in _outcomes(subjects, group, device, engine):
+        while subjects.failed:
+            yield subjects.failed.popleft()
+        rows = subjects.started[outcome.index]
+        if outcome.error is not None:
+            yield _failed(rows, outcome.error)
+            continue
+        assert outcome.trajectory is not None
+        for row in rows:
+            row.update(_truth(outcome.trajectory, row["epsilon"]))
         yield rows
+    yield from subjects.failed
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Subjects(Iterator[Subject]):
+    """Builds and probes a group's trials, one when it is asked for.
+
+    Attributes:
+        started: rows of the trials handed out, in order.
+        failed: rows of those that failed before.
+        beside_a_stack: whether an out-of-memory error may be a stack's fault: it is then raised, once for each trial,
+            and the trial is built again when the next one is asked for.
+    """
+
+    def __init__(self, group: list[_Drawn], device: torch.device, sweep_hash: str) -> None:
+        self._waiting, self._device, self._sweep_hash = deque(group), device, sweep_hash
+        self._again: _Drawn | None = None
+        self.started: list[list[Row]] = []
+        self.failed: deque[list[Row]] = deque()
+        self.beside_a_stack = False
+
+    def __next__(self) -> Subject:
+        while self._waiting:
+            drawn = self._waiting[0]
+            rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
+            try:
+                subject = _prepare(rows, drawn, self._device)
+            except (ModelError, RuntimeError) as error:
+                if self.beside_a_stack and out_of_memory(error) and drawn is not self._again:
+                    self._again = drawn
+                    raise
+                self._waiting.popleft()
+                self.failed.append(_failed(rows, error))
+                continue
+            self._waiting.popleft()
+            self.started.append(rows)
+            return subject
+        raise StopIteration
+
+
+def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
+    """Choose the engine and run it."""
+    first = next(subjects, None)
+    if first is None:
+        return
+    precision, loss = group[0].trial.precision, TASK_LOSS[group[0].dataset.task]
+    everyone = chain([first], subjects)
+    why = single_because(first, precision, len(group))
+    if engine == "single" or why is not None:
+        if why is not None:
+            _note(f"{group[0].trial.family} {type(first.model).__name__} runs singly: {why}.")
+        yield from measure_singly(enumerate(everyone), loss=loss, precision=precision)
+        return
+    key, apart = _key(group[0], device), 0
+    if key not in _step_seconds:
+        if same_bits(first):  # then the first trial may run plain, and its own steps are timed
+            (outcome,) = measure_singly([(0, first)], loss=loss, precision=precision)
+            yield outcome
+            seconds = outcome.trajectory.step_seconds if outcome.trajectory else float("nan")
+            everyone, apart = chain(subjects), 1
+            if len(group) <= 2:  # a stack of one gains nothing
+                yield from measure_singly(enumerate(everyone, start=1), loss=loss, precision=precision)
+                return
+        else:
+            seconds = plain_step_seconds(first, Loss(loss), precision)
+        if math.isfinite(seconds):
+            _step_seconds[key] = seconds
+    known = _step_seconds.get(key, float("nan"))
+    subjects.beside_a_stack = True
+    stacked = measure_many(
+        everyone, loss=loss, precision=precision, step_seconds=known, count=max(1, len(group) - apart)
+    )
+    for outcome in stacked:
+        yield replace(outcome, index=outcome.index + apart)
+
+
+@lru_cache(maxsize=256)
+def _note(line: str) -> None:
+    """Log a line once in a process."""
+    logging.getLogger(__name__).info(line)
+
+
+def _failed(rows: list[Row], error: Exception) -> list[Row]:
+    """Return the rows of a trial that failed; raise the error again where the device did."""
+    if isinstance(error, torch.AcceleratorError):  # out of memory is the trial's fault, this is not
+        raise error
+    for row in rows:
+        row.update(converged=False, stop_reason="failed", t_star=None, error=_one_line(error))
+    return rows
 
 
 def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[Row]:
@@ -82,11 +235,12 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
     return [{**shared, "epsilon": e, "log_epsilon": math.log(e)} for e in trial.epsilons]
 
 
-def _fill(rows: list[Row], trial: TrialSpec, device: torch.device, data_root: str | Path | None) -> None:
-    dataset = datasets.load(trial.dataset, data_root)
-    if trial.task is not None:
-        dataset = dataset.with_task(trial.task)
-    spec = trial.model or draw_model(trial, dataset)
+def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
+    """Build a trial's model, probe it, and write what is known then into its rows."""
+    if drawn.error is not None:
+        raise drawn.error
+    trial, dataset, spec = drawn.trial, drawn.dataset, drawn.spec
+    assert spec is not None
     described = {"architecture": spec.architecture, "model": canonical_json(spec.to_dict()), "task": dataset.task}
     for row in rows:
         row.update(described)
@@ -94,25 +248,12 @@ def _fill(rows: list[Row], trial: TrialSpec, device: torch.device, data_root: st
     preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
     x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
     batch = (x.to(device), y.to(device))
-    loss = TASK_LOSS[dataset.task]
-
     start = time.perf_counter()
-    features = probe(model, batch, loss=loss, lr=trial.lr, dataset_size=dataset.full_train_size).as_dict()
+    features = probe(model, batch, loss=TASK_LOSS[dataset.task], lr=trial.lr, dataset_size=dataset.full_train_size)
     probe_seconds = time.perf_counter() - start
-    trajectory = measure(
-        model,
-        batch,
-        loss=loss,
-        lr=trial.lr,
-        epsilons=trial.epsilons,
-        stopping=trial.stopping,
-        seed=trial.seed_for("train"),
-        precision=trial.precision,
-    )
     for row in rows:
-        row.update(features)
-        row.update(_truth(trajectory, row["epsilon"]))
-        row.update(probe_seconds=probe_seconds)
+        row.update(features.as_dict(), probe_seconds=probe_seconds)
+    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:
@@ -155,11 +296,6 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _poisoned(error: Exception) -> bool:
-    """Return whether the device failed for good (out of memory is the trial's fault, not the device's)."""
-    return isinstance(error, torch.AcceleratorError)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cape import datasets, families
+from cape import trial as trial_module
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
 from cape.errors import DataError, ModelError, SpecError
@@ -61,6 +63,78 @@ def test_a_trial_depends_on_its_seed_and_not_on_its_neighbours() -> None:
     assert after_another == alone
     assert other[0]["losses"] != alone[0]["losses"]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_engine_decides_nothing_but_the_time() -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 2, "width": 32, "activation": "gelu"})
+    trials = [mlp_trial(seed, model=model, lr=lr) for seed, lr in enumerate([5e-4, 1e-3, 2e-3] * 3)]
+    trials.insert(4, mlp_trial(77))
+
+    def by_id(**options: object) -> dict[str, list[dict]]:
+        return {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials, **options)}  # type: ignore[arg-type]
+
+    stacked = by_id()
+    assert stacked == by_id(engine="single") and len(stacked) == 10
+    assert all(row["step_seconds"] > 0 for rows in run_trials(trials) for row in rows)
+    with pytest.raises(SpecError, match="Unknown engine"):
+        next(run_trials(trials, engine="stack"))
+
+
+def test_a_trial_that_finds_no_memory_beside_a_stack_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    trials = [mlp_trial(seed, model=model) for seed in range(6)]
+    expected = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
+    prepare, refused = trial_module._prepare, []
+
+    def tight(rows: list[dict], drawn: object, device: torch.device) -> object:
+        if rows[0]["seed"] == 5 or (rows[0]["seed"] == 3 and not refused):
+            refused.append(rows[0]["seed"])
+            raise torch.OutOfMemoryError("no room")
+        return prepare(rows, drawn, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial_module, "_prepare", tight)
+    found = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
+    assert refused[:2] == [3, 5] and len(found) == 6
+    assert found.pop(trials[5].trial_id)[0]["error"] == "OutOfMemoryError: no room"
+    assert all(rows == expected[trial_id] for trial_id, rows in found.items())
+
+
+def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.head(x)
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", lambda self, spec: Doubled())
+    trial_module._note.cache_clear()
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    with caplog.at_level(logging.INFO, logger="cape"):
+        rows = [rows[0] for rows in run_trials([mlp_trial(seed, model=model) for seed in range(3)])]
+    assert all(row["converged"] for row in rows)
+    assert [r.getMessage() for r in caplog.records] == [
+        "mlp Doubled runs singly: Doubled has no stacked layer, and on a CPU vmap is no faster than one at a time."
+    ]
+
+
+def test_trials_that_share_a_stack_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
+    trials = [mlp_trial(seed, model=model) for seed in range(6)]
+    build = type(families.get("mlp")).build
+
+    def sometimes(self: object, spec: ModelSpec) -> torch.nn.Module:
+        if torch.initial_seed() in {trials[0].seed_for("init"), trials[3].seed_for("init")}:
+            raise RuntimeError("a broken model")
+        return build(self, spec)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", sometimes)
+    found = {rows[0]["trial_id"]: rows for rows in run_trials(trials)}
+    assert [found[t.trial_id][0]["stop_reason"] for t in trials] == ["failed", None, None, "failed", None, None]
+    assert all(row["converged"] for i in (1, 2, 4, 5) for row in found[trials[i].trial_id])
 
 
 def test_a_censored_trial_is_recorded_as_such() -> None:

@@ -106,12 +106,17 @@ def measure(
     scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
     with (
         preserved(model, seed, parameters=True),
-        _precision(precision, device),
+        fixed_precision(precision, device),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision)
         seconds, step_seconds = _follow(run, scan, read_every)
+    return trajectory_of(scan, seconds, step_seconds)
+
+
+def trajectory_of(scan: TrajectoryScan, seconds: float, step_seconds: float) -> Trajectory:
+    """Return what a scan that has ended says of its trajectory."""
     assert scan.stop_reason is not None and scan.stopped_at is not None
     return Trajectory(
         t_star=dict(scan.t_star),
@@ -120,6 +125,14 @@ def measure(
         stopped_at=scan.stopped_at,
         seconds=seconds,
         step_seconds=step_seconds,
+    )
+
+
+def not_above_zero(l0: float) -> str:
+    """Return what to tell someone whose loss has no fraction to aim at."""
+    return (
+        f"The loss is {l0:g} before any update, so that no fraction of it can be aimed at; use a loss that starts above"
+        " zero."
     )
 
 
@@ -182,10 +195,7 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     began = time.perf_counter()
     l0 = float(run.loss.detach())
     if l0 <= 0.0:
-        raise ModelError(
-            f"The loss is {l0:g} before any update, so that no fraction of it can be aimed at;"
-            " use a loss that starts above zero."
-        )
+        raise ModelError(not_above_zero(l0))
     ended = scan.feed(l0)
     updates = 0
     timed: list[float] = []
@@ -209,7 +219,7 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
 
 
 @contextmanager
-def _precision(precision: str, device: torch.device) -> Iterator[None]:
+def fixed_precision(precision: str, device: torch.device) -> Iterator[None]:
     """Fix what CUDA may do to float32 products, and ask cuDNN for deterministic kernels, inside the block."""
     if device.type != "cuda":
         yield

@@ -45,6 +45,10 @@ class TrajectoryScan:
         self._values = np.empty(256, dtype=np.float64)
         self._count = 0
 
+    def __len__(self) -> int:
+        """Number of losses seen, L_0 included."""
+        return self._count
+
     @property
     def losses(self) -> NDArray[np.float64]:
         """L_0..L_t as seen so far, nothing after the end, float64 [t + 1] (a copy)."""

@@ -63,10 +63,10 @@ class MLP(Family):
         units = spec.input_shape[0]
         for _ in range(options.depth):
             activation = nn.GELU() if options.activation == "gelu" else nn.ReLU()
-            layers += [nn.Linear(units, options.width), nn.BatchNorm1d(options.width), activation]
+            layers += [_linear(units, options.width), nn.BatchNorm1d(options.width), activation]
             layers.append(nn.Dropout(options.dropout))
             units = options.width
-        layers.append(nn.Linear(units, spec.outputs))
+        layers.append(_linear(units, spec.outputs))
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 if options.activation == "gelu":
@@ -75,3 +75,10 @@ class MLP(Family):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         return nn.Sequential(*layers)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a layer without values: torch's own initialization would cost as much as ours, which replaces it."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    assert isinstance(layer, nn.Linear)
+    return layer

@@ -113,7 +113,8 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
             return grad.view(g.shape[0], *x.shape)
 
         run = lambda w, b: func(x, w, b, **settings)  # noqa: E731
-        return mode.meet("convolution", x, (w, b), run, make, back if padded is x else None)
+        kind = "convolution" if geometry.groups == 1 else "grouped convolution"
+        return mode.meet(kind, x, (w, b), run, make, back if padded is x else None)
 
     return handler
 

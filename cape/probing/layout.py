@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cape.state import Inputs, map_tensors, tensors_of
@@ -134,23 +136,22 @@ def _explain(differs: Tensor) -> Layout | None:
         size = differs.shape[dim]
         if size % 2:
             continue
-        changed = differs.movedim(dim, 0).reshape(size, -1).any(1).tolist()
+        changed = differs.movedim(dim, 0).reshape(size, -1).any(1).cpu().numpy()
         found += [Layout(dim, size // (2 * inner), inner) for inner in _explanations(changed)]
     return found[0] if len(found) == 1 else None
 
 
-def _explanations(changed: list[bool]) -> list[int]:
+def _explanations(changed: NDArray[np.bool_]) -> list[int]:
     """Return every ``inner`` for which exactly (or at least only) sample 0's indices changed."""
     size = len(changed)
-    if not any(changed) or all(changed):
+    if not changed.any() or changed.all():
         return []
     exact, partial = [], []
     for inner in (n for n in range(1, size // 2 + 1) if size % (2 * n) == 0):
-        own = [(i // inner) % 2 == 0 for i in range(size)]
-        if changed == own:
-            exact.append(inner)
-        elif all(o for c, o in zip(changed, own, strict=True) if c):
-            partial.append(inner)
+        pairs = changed.reshape(-1, 2, inner)  # of the two samples, block by block
+        if pairs[:, 1].any():
+            continue
+        (exact if pairs[:, 0].all() else partial).append(inner)
     return exact or partial
 
 

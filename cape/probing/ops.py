@@ -69,6 +69,7 @@ def _register_fakes() -> None:
         return g.new_empty(g.shape[:2], dtype=torch.float64)
 
     torch.library.register_fake("cape::sq_norms", one_per_sample)
+
     def lstm(pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
         h = pre.new_empty(*pre.shape[:2], w_hh.shape[1])
         return h, pre.new_empty(pre.shape), torch.empty_like(h)

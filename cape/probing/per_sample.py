@@ -22,6 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError, SpecError
+from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
@@ -39,7 +40,7 @@ _grad = opened(torch.autograd.grad) or torch.autograd.grad
 
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
-_WEIGHT_KINDS = ("convolution", "linear", "product", "contract")
+_WEIGHT_KINDS = ("convolution", "grouped convolution", "linear", "product", "contract")
 INTERACTING = (
     "The model's samples influence each other (changing one sample changes another's output), so there is no"
     " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
@@ -137,6 +138,7 @@ def all_norms(
         ops.use_backend(backend),
         torch.enable_grad(),
         _eagerly(),
+        kept_memory(y.device, trim=False),
     ):
         model.eval()
         verdicts, seen = _scan(model, x, batch_size, list(params.values()), kept)
@@ -172,9 +174,10 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
 
 
 def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
-    """Convolutional networks run a few samples at a time on a CPU; products prefer the whole batch."""
+    """Convolutional networks run a few samples at a time on a CPU; products and narrow groups prefer the whole batch."""
     kinds = [v.key[0] for v in verdicts or ()]
     convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
+    convolutional = convolutional and "grouped convolution" not in kinds
     return min(batch_size, _CONVOLUTION_CHUNK) if convolutional and device.type == "cpu" else batch_size
 
 

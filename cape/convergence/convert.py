@@ -1,0 +1,83 @@
+"""From a model to the layers of a stack, or the reason why it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Layer, Linear
+from cape.convergence.recurrent import Embedding, Recurrent
+from cape.families.rnn import RecurrentNet
+
+_aten = torch.ops.aten
+
+
+class Unstackable(Exception):
+    """A model that cannot be trained in a stack; the message says why."""
+
+
+def _gelu(module: nn.GELU) -> Layer:
+    how = module.approximate
+    return Activation(
+        lambda x: F.gelu(x, approximate=how), lambda g, x: _aten.gelu_backward(g, x, approximate=how), of_output=False
+    )
+
+
+_MAKERS: dict[type[nn.Module], Callable[[nn.Module, int], Layer]] = {
+    nn.Linear: Linear,  # type: ignore[dict-item]
+    nn.BatchNorm1d: BatchNorm,  # type: ignore[dict-item]
+    nn.GELU: lambda m, _: _gelu(m),  # type: ignore[arg-type]
+    nn.ReLU: lambda m, _: Activation(torch.relu, lambda g, y: _aten.threshold_backward(g, y, 0), of_output=True),
+    nn.Tanh: lambda m, _: Activation(torch.tanh, _aten.tanh_backward, of_output=True),
+    nn.Sigmoid: lambda m, _: Activation(torch.sigmoid, _aten.sigmoid_backward, of_output=True),
+    nn.SiLU: lambda m, _: Activation(F.silu, _aten.silu_backward, of_output=False),
+    nn.Dropout: lambda m, _: Dropout(m.p),  # type: ignore[arg-type]
+    nn.Flatten: lambda m, _: Flatten(),
+}
+
+
+def layers_of(model: nn.Module, capacity: int) -> list[Layer]:
+    """Return the stacked layers of a model, with room for ``capacity`` trials.
+
+    Raises:
+        Unstackable: the model is no chain of layers that have a written-out backward pass.
+    """
+    refuse_special(model)
+    layers = [make(capacity) for make in _chain(model)]
+    if len([p for layer in layers for p in layer.parameters]) != len(list(model.parameters())):
+        raise Unstackable("two of its parameters are one")
+    return layers
+
+
+def _chain(model: nn.Module) -> list[Callable[[int], Layer]]:
+    if type(model) is nn.Sequential:
+        return [make for child in model for make in _chain(child)]
+    if type(model) is RecurrentNet:
+        return _recurrent(model)
+    if type(model) is nn.Identity or (type(model) is nn.Dropout and model.p == 0.0):
+        return []
+    if type(model) not in _MAKERS:
+        raise Unstackable(f"{type(model).__name__} has no stacked layer")
+    return [partial(_MAKERS[type(model)], model)]
+
+
+def _recurrent(model: RecurrentNet) -> list[Callable[[int], Layer]]:
+    rnn = model.rnn
+    if rnn.dropout or not rnn.batch_first or getattr(rnn, "proj_size", 0):
+        raise Unstackable("a recurrent layer with dropout, a projection or the positions first has no stacked layer")
+    tokens = model.embedding is not None
+    front = [] if model.embedding is None else [partial(Embedding, model.embedding)]
+    return [*front, partial(Recurrent, rnn, last=not tokens), *_chain(model.head)]
+
+
+def refuse_special(model: nn.Module) -> None:
+    """Raise ``Unstackable`` for what no stack reproduces: frozen parameters and hooks."""
+    if any(not p.requires_grad for p in model.parameters()):
+        raise Unstackable("it has frozen parameters")
+    for m in model.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise Unstackable("it has hooks")

@@ -1,0 +1,224 @@
+"""Layers of many models of one architecture at once, with their backward passes written out.
+
+Activations are [k, B, ...]: k trials, B samples. There is no autograd graph: a layer keeps what its backward pass
+needs, writes the gradients of its parameters into buffers that live as long as the stack, and the optimizer goes over
+them at once, while they are in the cache. Products, normalizations and reductions are made per trial by the kernels
+that the plain engine uses, so that on a CPU a trial's losses are those of ``measure``, bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cape.convergence.draws import Draws
+
+# A product with so few rows goes through another kernel for one matrix than for many (seen with MKL): one at a time.
+_FEW_ROWS = 16
+
+
+class StackedParameter:
+    """One parameter of all trials of a stack, with its gradient and AdamW's moments, each [capacity, ...]."""
+
+    def __init__(self, like: Tensor, capacity: int) -> None:
+        def buffer() -> Tensor:  # pages that no trial ever uses are never touched
+            return torch.empty(capacity, *like.shape, dtype=like.dtype, device=like.device)
+
+        self.value, self.grad, self.exp_avg, self.exp_avg_sq = buffer(), buffer(), buffer(), buffer()
+
+    def load(self, slot: int, value: Tensor) -> None:
+        """Begin a trial in a slot with its initial value."""
+        self.value[slot].copy_(value)
+        self.exp_avg[slot].zero_()
+        self.exp_avg_sq[slot].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """Let the trial of one slot go on in another (gradients do not outlive a step)."""
+        for tensor in (self.value, self.exp_avg, self.exp_avg_sq):
+            tensor[target].copy_(tensor[source])
+
+
+class Layer(ABC):
+    """A layer of all trials of a stack.
+
+    Attributes:
+        parameters: in the order of the module's own.
+        saved: what ``forward`` keeps for ``backward``, each [k, ...].
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[StackedParameter] = []
+        self.saved: list[Tensor] = []
+
+    @abstractmethod
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        """Return the outputs [k, B, ...] for inputs [k, B, ...]."""
+
+    @abstractmethod
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        """Fill the parameters' gradients, rows 0..k-1, and return the gradient of the inputs if it is needed."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let the trial of one slot go on in another, between ``forward`` and ``backward`` or before ``forward``."""
+        for parameter in self.parameters:
+            parameter.move(source, target)
+        for tensor in self.saved:
+            if len(tensor) > source:
+                tensor[target].copy_(tensor[source])
+
+    def narrow(self, width: int) -> None:
+        """Forget the slots from ``width`` on, between ``forward`` and ``backward``."""
+        self.saved = [tensor[:width] for tensor in self.saved]
+
+
+class Linear(Layer):
+    """y = x Wᵀ + b."""
+
+    def __init__(self, module: nn.Linear, capacity: int) -> None:
+        super().__init__()
+        self.parameters = [StackedParameter(p.detach(), capacity) for p in module.parameters()]
+        self._bias = module.bias is not None
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        shape = x.shape
+        x = x.flatten(1, -2)
+        self.saved = [x]
+        weight = self.parameters[0].value[: len(x)].transpose(1, 2)
+        bias = self.parameters[1].value[: len(x), None] if self._bias else None
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        return y.view(*shape[:-1], -1)
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        (x,) = self.saved
+        width, shape = len(x), grad.shape
+        grad = grad.flatten(1, -2)
+        product_of_transposed(grad, x, self.parameters[0].grad[:width])
+        if self._bias:
+            torch.sum(grad, 1, out=self.parameters[1].grad[:width])
+        return torch.bmm(grad, self.parameters[0].value[:width]).view(*shape[:-1], -1) if needs_input else None
+
+
+def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write aᵀ b into ``out`` [k, p, d], for a [k, n, p] and b [k, n, d]."""
+    if a.shape[2] > _FEW_ROWS or a.device.type != "cpu":
+        return torch.bmm(a.transpose(1, 2), b, out=out)
+    for i in range(len(a)):
+        torch.mm(a[i].t(), b[i], out=out[i])
+    return out
+
+
+class BatchNorm(Layer):
+    """Batch norm of vectors in train mode: each trial has the statistics of its own batch.
+
+    Running statistics are not kept: nothing in a trajectory reads them.
+    """
+
+    def __init__(self, module: nn.BatchNorm1d, capacity: int) -> None:
+        super().__init__()
+        self.parameters = [StackedParameter(p.detach(), capacity) for p in module.parameters()]
+        self._eps = module.eps
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        width, batch, channels = x.shape
+        weight, bias = self._affine(width)
+        y = torch.empty_like(x)
+        mean, inverse = x.new_empty(width, channels), x.new_empty(width, channels)
+        if x.device.type == "cpu":  # one call for all trials is up to 7 times slower there (B = 128)
+            for i in range(width):
+                torch.native_batch_norm(
+                    x[i], weight[i], bias[i], None, None, True, 0.0, self._eps, out=(y[i], mean[i], inverse[i])
+                )
+        else:
+            flat, m, s = torch.native_batch_norm(
+                _as_channels(x), _flat(weight), _flat(bias), None, None, True, 0.0, self._eps
+            )
+            y.copy_(flat.view(batch, width, channels).transpose(0, 1))
+            mean, inverse = m.view(width, channels), s.view(width, channels)
+        self.saved = [x, mean, inverse]
+        return y
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        x, mean, inverse = self.saved
+        width, batch, channels = x.shape
+        weight, _ = self._affine(width)
+        derivative = torch.ops.aten.native_batch_norm_backward
+        wanted = [True, bool(self.parameters), bool(self.parameters)]
+        if x.device.type == "cpu":
+            result = torch.empty_like(x)
+            for i in range(width):
+                result[i], *affine = derivative(
+                    grad[i], x[i], weight[i], None, None, mean[i], inverse[i], True, self._eps, wanted
+                )
+                for parameter, value in zip(self.parameters, affine, strict=False):
+                    parameter.grad[i] = value
+            return result
+        flat, *affine = derivative(
+            _as_channels(grad), _as_channels(x), _flat(weight), None, None, mean.reshape(-1), inverse.reshape(-1),
+            True, self._eps, wanted,
+        )  # fmt: skip
+        for parameter, value in zip(self.parameters, affine, strict=False):
+            parameter.grad[:width] = value.view(width, channels)
+        return flat.view(batch, width, channels).transpose(0, 1).contiguous()
+
+    def _affine(self, width: int) -> tuple[Any, Any]:
+        if not self.parameters:
+            return [None] * width, [None] * width
+        return self.parameters[0].value[:width], self.parameters[1].value[:width]
+
+
+def _as_channels(x: Tensor) -> Tensor:
+    """[k, B, C] -> [B, k * C]: the trials as channels of one batch."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _flat(values: Any) -> Tensor | None:
+    return values.reshape(-1) if isinstance(values, Tensor) else None
+
+
+class Activation(Layer):
+    """An elementwise function of which aten has the derivative."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor, Tensor], Tensor], of_output: bool
+    ) -> None:
+        super().__init__()
+        self._function, self._derivative, self._of_output = function, derivative, of_output
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        y = self._function(x)
+        self.saved = [y if self._of_output else x]
+        return y
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        return self._derivative(grad, self.saved[0])
+
+
+class Dropout(Layer):
+    """Zeros with probability p, the rest scaled by 1/(1 - p), as ``nn.Dropout`` on a CPU makes it."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._p = p
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        mask = draws.keep(torch.empty_like(x), 1.0 - self._p).div_(1.0 - self._p)
+        self.saved = [mask]
+        return x * mask
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        return grad * self.saved[0]
+
+
+class Flatten(Layer):
+    """Samples as vectors."""
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        self._shape = x.shape[1:]
+        return x.flatten(2)
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        return grad.view(len(grad), *self._shape)

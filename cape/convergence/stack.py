@@ -1,0 +1,203 @@
+"""A stack: many trials of one architecture in training at once, each in a slot of its own.
+
+Two kinds share one interface: ``LayerStack`` (layers with written-out backward passes, for the models that it knows)
+and ``vmapped.VmapStack`` (any other model that ``torch.func`` can batch).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cape.config import StoppingRule
+from cape.convergence.draws import draws_for
+from cape.convergence.layers import Layer, StackedParameter
+from cape.convergence.single import BETAS, WEIGHT_DECAY
+from cape.tasks import Loss
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one trial trains; the arguments of ``measure`` that may differ within a stack.
+
+    Attributes:
+        model: initialized; never changed.
+        batch: (inputs [B, ...], targets [B, ...]) on the model's device.
+        lr: learning rate.
+        epsilons: fractions of L_0 whose crossings are recorded.
+        stopping: cap and plateau exit.
+        seed: of dropout and whatever else the model draws.
+    """
+
+    model: nn.Module
+    batch: tuple[Tensor, Tensor]
+    lr: float = 1e-3
+    epsilons: tuple[float, ...] = (0.2, 0.15, 0.1)
+    stopping: StoppingRule = field(default_factory=StoppingRule)
+    seed: int = 0
+
+
+class StackedAdamW:
+    """AdamW of the trials in a stack's slots, each with its own learning rate and number of updates.
+
+    It calls torch's fused kernel on the rows of the stacked tensors: the update of a trial is, bit for bit, the one
+    that ``torch.optim.AdamW(fused=True)`` makes.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._lrs = [0.0] * capacity
+        self._steps = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self._lists: dict[int, list[tuple[float, tuple[list[Tensor], ...]]]] = {}
+        self._width = 0
+
+    def load(self, slot: int, lr: float) -> None:
+        """Begin a trial in a slot."""
+        self._lrs[slot] = lr
+        self._steps[slot] = 0.0
+        self._lists.clear()
+
+    def move(self, source: int, target: int) -> None:
+        """Let the trial of one slot go on in another."""
+        self._lrs[target] = self._lrs[source]
+        self._steps[target] = self._steps[source]
+        self._lists.clear()
+
+    def count(self, width: int) -> None:
+        """Begin an update of the trials in slots 0..width-1."""
+        if width != self._width:
+            self._width = width
+            self._lists.clear()
+        self._steps[:width] += 1.0
+
+    def step(self, parameters: Sequence[StackedParameter]) -> None:
+        """Update some of the parameters; every parameter once between two calls of ``count``."""
+        key = id(parameters[0])
+        if key not in self._lists:
+            self._lists[key] = self._rows(parameters)
+        for lr, (values, grads, exp_avgs, exp_avg_sqs, steps) in self._lists[key]:
+            torch._fused_adamw_(
+                values, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=BETAS[0], beta2=BETAS[1],
+                weight_decay=WEIGHT_DECAY, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    def _rows(self, parameters: Sequence[StackedParameter]) -> list[tuple[float, tuple[list[Tensor], ...]]]:
+        by_lr: dict[float, tuple[list[Tensor], ...]] = {}
+        for slot in range(self._width):
+            lists = by_lr.setdefault(self._lrs[slot], ([], [], [], [], []))
+            for p in parameters:
+                for held, tensor in zip(lists, (p.value, p.grad, p.exp_avg, p.exp_avg_sq, self._steps), strict=True):
+                    held.append(tensor[slot])
+        return list(by_lr.items())
+
+
+class Stack(ABC):
+    """Trials of one architecture in slots 0..width-1 of ``capacity``; one ``forward`` and one ``update`` at a time."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.width = 0
+
+    @abstractmethod
+    def load(self, subject: Subject) -> int:
+        """Begin a trial in the next free slot, before ``forward``; return the slot."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Return the outputs [width, B, ...], without a graph."""
+
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Return the loss of each trial, [width], after ``forward``."""
+
+    @abstractmethod
+    def drop(self, slot: int) -> None:
+        """Remove a trial, between ``losses`` and ``update`` or before ``forward``; the last one takes its slot."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Go back through the last ``forward`` and make one update of each trial."""
+
+
+def stacked_losses(criterion: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each trial, [k], of outputs [k, B, ...] and targets [k, B, ...], for a named loss."""
+    per_sample = criterion.per_sample(outputs.flatten(0, 1), targets.flatten(0, 1))
+    return per_sample.view(len(outputs), -1).mean(1)
+
+
+class LayerStack(Stack):
+    """Trials of a model that is a chain of layers with written-out backward passes.
+
+    Args:
+        layers: of ``capacity`` trials, see ``convert.layers_of``.
+        subject: one of the trials: the others have its shapes.
+        criterion: a named loss.
+        capacity: trials at most.
+    """
+
+    def __init__(self, layers: Sequence[Layer], subject: Subject, criterion: Loss, capacity: int) -> None:
+        super().__init__(capacity)
+        x, y = subject.batch
+        self._layers, self._criterion = layers, criterion
+        self._x, self._y = x.new_zeros(capacity, *x.shape), y.new_zeros(capacity, *y.shape)
+        self._draws = draws_for(x.device, capacity)
+        self._optimizer = StackedAdamW(capacity, x.device)
+        self._outputs: Tensor = torch.empty(0)
+        self._grad: Tensor = torch.empty(0)
+        self._first = next(i for i, layer in enumerate(layers) if layer.parameters)
+
+    def load(self, subject: Subject) -> int:
+        slot = self.width
+        self._x[slot].copy_(subject.batch[0])
+        self._y[slot].copy_(subject.batch[1])
+        values = iter([p.detach() for p in subject.model.parameters()])
+        for layer in self._layers:
+            for parameter in layer.parameters:
+                parameter.load(slot, next(values))
+        self._draws.seed(slot, subject.seed)
+        self._optimizer.load(slot, subject.lr)
+        self.width += 1
+        return slot
+
+    def forward(self) -> Tensor:
+        x = self._x[: self.width]
+        for layer in self._layers:
+            x = layer.forward(x, self._draws)
+        self._outputs = x
+        return x
+
+    def losses(self) -> Tensor:
+        outputs = self._outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = stacked_losses(self._criterion, outputs, self._y[: self.width])
+            (self._grad,) = torch.autograd.grad(losses.sum(), outputs)
+        return losses.detach()
+
+    def drop(self, slot: int) -> None:
+        last = self.width - 1
+        if slot != last:
+            for tensor in (self._x, self._y, self._outputs, self._grad):
+                if len(tensor) > last:
+                    tensor[slot].copy_(tensor[last])
+            for layer in self._layers:
+                layer.move(last, slot)
+            self._draws.move(last, slot)
+            self._optimizer.move(last, slot)
+        for layer in self._layers:
+            layer.narrow(last)
+        self._outputs, self._grad = self._outputs[:last], self._grad[:last]
+        self.width = last
+
+    def update(self) -> None:
+        grad: Tensor | None = self._grad
+        self._optimizer.count(self.width)
+        for i in range(len(self._layers) - 1, self._first - 1, -1):
+            layer = self._layers[i]
+            assert grad is not None
+            grad = layer.backward(grad, needs_input=i > self._first)
+            if layer.parameters:
+                self._optimizer.step(layer.parameters)
+            layer.saved = []
