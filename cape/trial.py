@@ -24,8 +24,8 @@ from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
 from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
 from cape.convergence.engine import same_bits, single_because
-from cape.memory import kept_memory
 from cape.errors import ModelError, SpecError, did_you_mean
+from cape.memory import kept_memory
 from cape.probing import probe
 from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss

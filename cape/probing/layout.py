@@ -146,7 +146,8 @@ def _explanations(changed: NDArray[np.bool_]) -> list[int]:
     size = len(changed)
     if not changed.any() or changed.all():
         return []
-    exact, partial = [], []
+    exact: list[int] = []
+    partial: list[int] = []
     for inner in (n for n in range(1, size // 2 + 1) if size % (2 * n) == 0):
         pairs = changed.reshape(-1, 2, inner)  # of the two samples, block by block
         if pairs[:, 1].any():

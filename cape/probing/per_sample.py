@@ -174,7 +174,7 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
 
 
 def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
-    """Convolutional networks run a few samples at a time on a CPU; products and narrow groups prefer the whole batch."""
+    """Return how many samples run at a time: on a CPU, dense convolutions are fastest in small pieces."""
     kinds = [v.key[0] for v in verdicts or ()]
     convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
     convolutional = convolutional and "grouped convolution" not in kinds
