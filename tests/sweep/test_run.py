@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
-from cape.sweep import job as job_module
+from cape.sweep import shard_run
 from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
+from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
 
 SPEC = SweepSpec(
@@ -40,7 +43,7 @@ def _one_thread() -> Any:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "CHUNK_SECONDS", 0.05)
+    monkeypatch.setattr(shard_run, "CHUNK_SECONDS", 0.05)
 
 
 def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], float]]:
@@ -68,8 +71,10 @@ def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: Non
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
     whole = table(inline.out)
     assert table(ray.out) == whole
-    assert not [p for p in ray.out.rglob("*") if p.name.startswith(".")]  # neither Tune's state nor half a file
-    assert {p.name for p in ray.out.iterdir()} == {"_spec.json", "family=mlp"}
+    assert isinstance(ray.out, Path)
+    left = {p.name for p in ray.out.iterdir()} - {".lock", ".tmp", "rows", "_rows.0"}
+    assert left == {"_spec.json", "_specs", "_status.json", "_log.jsonl", "_flights"}  # not Tune's state, not a claim
+    assert not list((ray.out / ".tmp").iterdir()) and not list((ray.out / "_flights").iterdir())
 
     files = reader.list_files(ray.out)
     kept = {p: p.stat().st_mtime_ns for p in files[2:]}
@@ -93,39 +98,43 @@ def test_nothing_is_started_where_nothing_is_missing(tmp_path: Path, monkeypatch
 def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, calls = job_module.ShardRun.step, collections.Counter[str]()
+    step, calls = shard_run.ShardRun.step, collections.Counter[str]()
 
-    def stop_at_the_third(self: job_module.ShardRun) -> dict[str, Any]:
+    def stop_at_the_third(self: shard_run.ShardRun) -> dict[str, Any]:
         calls["step"] += 1
         if calls["step"] == 3:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(job_module.ShardRun, "step", stop_at_the_third)
+    monkeypatch.setattr(shard_run.ShardRun, "step", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_inline(SPEC, tmp_path, progress=False)
     assert "--resume" in capsys.readouterr().err
     before = table(tmp_path)
     assert 0 < len(before) < 24
-    monkeypatch.setattr(job_module.ShardRun, "step", step)
+    monkeypatch.setattr(shard_run.ShardRun, "step", step)
     run_inline(SPEC, tmp_path, resume=True, progress=False)
     after = table(tmp_path)
     assert len(after) == 24 and before.items() <= after.items()
 
 
 def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: Path) -> None:
-    job = job_module.prepare(SPEC, tmp_path, resume=False, data_root=None)
-    shard = Shard("mlp", "digits", range(6))
-    first = job_module.ShardRun(job, shard, "cpu").step()
-    assert 0 < first["trials"] < 6 and not first["done"]
-    second, trials = job_module.ShardRun(job, shard, "cpu"), 0
-    done = False
-    while not done:
-        chunk = second.step()
-        done, trials = chunk["done"], trials + chunk["trials"]
-    assert trials == 6 - first["trials"]
-    assert len(table(tmp_path)) == 12
-    assert job_module.ShardRun(job, shard, "cpu").step()["done"]
+    shard = Shard(Plan(SPEC).groups[0], range(6))
+    with running(SPEC, tmp_path, resume=False, data_root=None) as (job, _):
+        lost = shard_run.ShardRun(job, shard, "cpu")
+        first = lost.step()
+        assert 0 < first["trials"] < 6 and not first["done"]
+        second, trials = shard_run.ShardRun(job, shard, "cpu"), 0
+        # The first worker was given up for lost and lives: it must not commit what the second one runs.
+        fenced = lost.step()
+        assert fenced["fenced"] and fenced["done"] and fenced["trials"] == 0
+        done = False
+        while not done:
+            chunk = second.step()
+            done, trials = chunk["done"], trials + chunk["trials"]
+        assert trials == 6 - first["trials"]
+        assert len(table(tmp_path)) == 12
+        assert shard_run.ShardRun(job, shard, "cpu").step()["done"]
 
 
 def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +159,8 @@ def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, t
     run_inline(SPEC, tmp_path, progress=False)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for run in (run_inline, run_sweep):
-        with pytest.raises(StoreError, match=r"another sweep: trials_per_cell is 6 there and 7 here"):
-            run(SPEC.replace(trials_per_cell=7), tmp_path, resume=True, progress=False)
+        with pytest.raises(StoreError, match=r"another sweep: a cell of mlp has 6 trials there and 5 here"):
+            run(SPEC.replace(trials_per_cell=5), tmp_path, resume=True, progress=False)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -182,15 +191,15 @@ def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_p
     data = tmp_path / "gone.parquet"
     _write_images(data)
     spec = SPEC.replace(datasets=(str(data),))
-    prepare = job_module.prepare
 
-    def and_delete(*args: Any, **kwargs: Any) -> job_module.Job:
-        job = prepare(*args, **kwargs)
-        data.unlink()
-        return job
+    @contextmanager
+    def and_delete(*args: Any, **kwargs: Any) -> Iterator[tuple[Job, Any]]:
+        with running(*args, **kwargs) as (job, done):
+            data.unlink()
+            yield job, done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cape.sweep.driver.prepare", and_delete)
+        patch.setattr("cape.sweep.driver.running", and_delete)
         with pytest.raises(StoreError, match=r"12 of 12 trials are missing .* --resume\. The error was: .*gone"):
             run_sweep(spec, tmp_path / "meta", workers=2, progress=False)
 
