@@ -196,23 +196,27 @@ class Location:
         return count
 
     @contextmanager
-    def lock(self, *, exclusive: bool = False) -> Iterator[None]:
+    def lock(self, *, exclusive: bool = False, name: str = _LOCK, wait: bool = True) -> Iterator[None]:
         """Hold the folder's lock (shared, or alone) inside the block; an object store has none to hold.
 
         Raises:
-            StoreError: the file system has no locks, or the folder cannot be written to.
+            StoreError: the file system has no locks, the folder cannot be written to, or (``wait`` is False) someone
+                else holds the lock.
         """
         if self.folder is None:
             yield
             return
         try:
             os.makedirs(self.target, exist_ok=True)
-            handle = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            handle = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise self.failure(_LOCK, error) from error
+            raise self.failure(name, error) from error
         try:
+            how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+                fcntl.flock(handle, how)
+            except BlockingIOError as error:
+                raise StoreError(f"Somebody else is at this with {self} just now; try again later.") from error
             except OSError as error:
                 raise StoreError(
                     f"The file system of {self} has no file locks ({_reason(error)}); mount it with locks (NFS: not"

@@ -203,20 +203,18 @@ def _is_id(text: object) -> bool:
     return isinstance(text, str) and len(text) == 16 and set(text) <= set("0123456789abcdef")
 
 
-def done_trials(meta_dir: Where, family: str | None = None, dataset: str | None = None, prefix: str = "") -> set[str]:
-    """Return the ids of the trials whose rows are committed: all, or those of one (family, dataset).
+def done_trials(meta_dir: Where, family: str, dataset: str) -> set[str]:
+    """Return the ids of the trials of one (family, dataset) whose rows are committed.
 
-    ``prefix`` narrows the search to the files that ``write_shard`` wrote with that prefix.
+    Raises:
+        StoreError: a file that cannot be read (the message names it).
     """
     location = Location.of(meta_dir)
-    base = rows_folder(location)
-    if family is not None and dataset is not None:
-        folder = f"{base}/{partition(family, dataset)}".lstrip("/")
-        files = [n for n in location.list(folder) if _named(n, prefix)]
-    else:
-        files = list_chunks(location, base)
+    folder = f"{rows_folder(location)}/{partition(family, dataset)}".lstrip("/")
     done: set[str] = set()
-    for name in files:
+    for name in location.list(folder):
+        if not name.endswith(".parquet"):
+            continue
         try:
             path = location.path(name)
             table = pq.read_table(path, columns=["trial_id"], partitioning=None, filesystem=location.filesystem)
@@ -226,18 +224,14 @@ def done_trials(meta_dir: Where, family: str | None = None, dataset: str | None 
     return done
 
 
-def _named(name: str, prefix: str) -> bool:
-    file = name.rsplit("/", 1)[-1]
-    return file.endswith(".parquet") and file[0] not in "._" and file.startswith(prefix)
-
-
 def unreadable_chunks(meta_dir: Where) -> list[tuple[str, str]]:
-    """Return (name, reason) of every committed file that is no whole Parquet file: its footer is looked at."""
+    """Return (name, reason) of every committed file that is no whole Parquet file or whose trial ids cannot be read."""
     location = Location.of(meta_dir)
     found = []
     for name in list_chunks(location):
         try:
-            pq.ParquetFile(location.path(name), filesystem=location.filesystem).close()
+            with pq.ParquetFile(location.path(name), filesystem=location.filesystem) as file:
+                file.read(columns=["trial_id"])
         except (pa.ArrowInvalid, OSError) as error:
             found.append((name, _first_line(error)))
     return found

@@ -29,8 +29,8 @@ PARTITION_COLUMNS = ("family", "dataset")
 # Files with this prefix hold columns beyond ROW_SCHEMA; a reader opens only these to learn what they are called.
 EXTRA_PREFIX = "extra-"
 
-# family=F/dataset=D/[extra-][PREFIX-]HASH.parquet, below ROWS
-CHUNK_PATH = re.compile(r"family=[^/]+/dataset=[^/]+/(?:[a-z0-9]+-)*(?P<hash>[0-9a-f]{16})\.parquet")
+# Of a chunk below ROWS; early versions wrote the key of a shard before the hash.
+CHUNK_PATH = re.compile(r"family=[^/]+/dataset=[^/]+/(?:extra-)?(?:[0-9a-f]{8}-)?(?P<hash>[0-9a-f]{16})\.parquet")
 
 # How many losses of a trajectory, L_0 first, a row keeps.
 KEPT_LOSSES = 64

@@ -24,7 +24,6 @@ def write_shard(
     rows: Iterable[Mapping[str, Any]],
     meta_dir: reader.Where,
     *,
-    prefix: str = "",
     provenance: Mapping[str, str] | None = None,
     allowed: Callable[[], bool] | None = None,
 ) -> list[str]:
@@ -36,7 +35,6 @@ def write_shard(
     Args:
         rows: mappings with at least ``trial_id``, ``family`` and ``dataset``.
         meta_dir: folder or URI of the meta-dataset.
-        prefix: beginning of the files' names, by which they can be found again without opening any other.
         provenance: what the files' schema metadata says of their origin, each under ``cape_<name>``.
         allowed: asked right before the files get their names, under the folder's lock; where it returns False,
             nothing is written.
@@ -54,7 +52,7 @@ def write_shard(
     files: dict[str, pa.Buffer] = {}
     for (family, dataset), group in groups.items():
         schema, extra = _schema_of(group, provenance or {})
-        name = chunk_name({row["trial_id"] for row in group}, f"{prefix}-" if prefix else "", extra)
+        name = chunk_name((row["trial_id"] for row in group), extra=extra)
         files[f"{partition(family, dataset)}/{name}"] = to_parquet(pa.Table.from_pylist(group, schema=schema))
     return commit(location, files, allowed)
 
@@ -117,9 +115,9 @@ def ensure_rows(location: Location) -> str:
     return FIRST_GENERATION
 
 
-def chunk_name(trial_ids: Iterable[str], prefix: str = "", extra: bool = False) -> str:
+def chunk_name(trial_ids: Iterable[str], *, extra: bool = False) -> str:
     """Return the name of the file that holds these trials: the same trials, the same name."""
-    return f"{EXTRA_PREFIX if extra else ''}{prefix}{stable_hash(sorted(set(trial_ids)))}.parquet"
+    return f"{EXTRA_PREFIX if extra else ''}{stable_hash(sorted(set(trial_ids)))}.parquet"
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:

@@ -20,7 +20,7 @@ from cape.errors import DependencyError, SpecError
 from cape.store import claims, reader
 from cape.sweep.estimate import trial_seconds_of
 from cape.sweep.inline import interrupted, reporter
-from cape.sweep.job import Job, SweepResult, finish, running
+from cape.sweep.job import TRIAL_SECONDS, Job, SweepResult, finish, running
 from cape.sweep.plan import Plan, Shard
 from cape.sweep.progress import Reporter
 from cape.sweep.shards import cut
@@ -50,7 +50,7 @@ def run_sweep(
     workers: int | None = None,
     gpus_per_worker: float | None = None,
     data_root: str | Path | None = None,
-    trial_seconds: float = 0.0,
+    trial_seconds: float = TRIAL_SECONDS,
     imports: Sequence[str] = (),
     progress: bool = True,
 ) -> SweepResult:

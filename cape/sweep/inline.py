@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cape.config import SweepSpec
-from cape.sweep.job import Job, SweepResult, finish, running
+from cape.sweep.job import TRIAL_SECONDS, Job, SweepResult, finish, running
 from cape.sweep.plan import Plan, Shard
 from cape.sweep.progress import Progress, Reporter
 from cape.sweep.shard_run import ShardRun
@@ -24,7 +24,7 @@ def run_inline(
     resume: bool = False,
     data_root: str | Path | None = None,
     device: str | None = None,
-    trial_seconds: float = 0.0,
+    trial_seconds: float = TRIAL_SECONDS,
     imports: Sequence[str] = (),
     progress: bool = True,
 ) -> SweepResult:

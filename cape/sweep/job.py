@@ -20,9 +20,10 @@ from cape.errors import SpecError, StoreError
 from cape.store import claims, reader
 from cape.store.location import Location
 from cape.store.provenance import provenance
+from cape.store.verify import aside
 from cape.sweep.plan import Plan
 
-CORRUPT = "_corrupt"
+TRIAL_SECONDS = 3 * 3600.0  # default time budget of a trial
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def running(
     resume: bool,
     data_root: str | Path | None,
     inline: bool = False,
-    trial_seconds: float = 0.0,
+    trial_seconds: float = TRIAL_SECONDS,
     imports: Sequence[str] = (),
 ) -> Iterator[tuple[Job, np.ndarray]]:
     """Check a sweep, claim its meta-dataset, and be its one run inside the block.
@@ -148,10 +149,7 @@ def _done(location: Location) -> np.ndarray:
         if not broken:
             raise
     for name, reason in broken:
-        kept = f"{CORRUPT}/{name.rsplit('/', 1)[-1]}"
-        location.write(kept, location.read(name) or b"")
-        location.delete(name)
-        print(f"{location}/{name} cannot be read ({reason}); set aside as {kept}.", file=sys.stderr)
+        print(f"{location}/{name} cannot be read ({reason}); set aside as {aside(location, name)}.", file=sys.stderr)
     return reader.done_ids(location)
 
 

@@ -105,14 +105,15 @@ class ShardRun:
         self._job, self._shard, self._device = job, shard, device
         self._location = job.location
         group = shard.group
-        done = reader.done_trials(self._location, group.family, group.dataset, prefix=shard.key)
         self._claim = Claim(self._location, job.run, shard.key)
+        done: set[str] = set()
+        if self._claim.earlier:  # a run begins with what is missing: only its own earlier attempts have committed since
+            done = reader.done_trials(self._location, group.family, group.dataset)
         self._flight = Flight(job, shard)
         self._gave_up = 0
         suspects = self._take_over(done)
         skip = done | suspects.keys()
         others = (t for t in Plan(job.spec).trials_of(shard) if not skip or t.trial_id not in skip)
-        self._left = len(shard) - len(done)
         self._rows = self._run(suspects, others)
         self._watch = _Watch(job.trial_seconds, self._hung) if job.trial_seconds else None
 
@@ -226,8 +227,7 @@ class ShardRun:
             text = " ".join(str(error).split())
             self._flight.blame(f"{type(error).__name__}: {text}"[:500])
             raise
-        self._left -= trials
-        done = ended or self._left <= 0 or not written
+        done = ended or not written
         if done:
             self.close()
         given_up, self._gave_up = self._gave_up, 0
@@ -249,7 +249,6 @@ class ShardRun:
         written = writer.write_shard(
             chunk,
             self._location,
-            prefix=self._shard.key,
             provenance={**self._job.provenance, "device": str(chunk[0]["device"])},
             allowed=self._claim.holds,
         )

@@ -55,7 +55,7 @@ def test_the_same_trials_written_twice_are_one_file(make_rows: MakeRows, tmp_pat
     rows = make_rows(4)
     assert writer.write_shard(rows, tmp_path) == writer.write_shard(rows[::-1], tmp_path)
     assert reader.count_rows(tmp_path) == 8
-    assert reader.done_trials(tmp_path) == {r["trial_id"] for r in rows}
+    assert set(reader.done_ids(tmp_path).tolist()) == {int(r["trial_id"], 16) for r in rows}
     assert reader.done_trials(tmp_path, "mlp", "digits") == {r["trial_id"] for r in rows}
     assert reader.done_trials(tmp_path, "mlp", "mnist") == set()
 
@@ -82,12 +82,30 @@ def test_other_readers_see_the_same_rows(make_rows: MakeRows, tmp_path: Path) ->
     pandas = pytest.importorskip("pandas")
     claims.claim(tmp_path, SPEC)
     writer.write_shard(make_rows(3), tmp_path)
+    (tmp_path / ".tmp" / "half").write_bytes(b"PAR1")  # what a sweep that runs, or was killed, has beside its rows
     ours = sorted(reader.read(tmp_path)["t_star"].to_pylist())
-    frame = pandas.read_parquet(tmp_path)
-    assert sorted(frame["t_star"]) == ours and set(frame["family"]) == {"mlp"}
-    arrow = pds.dataset(tmp_path, partitioning="hive").to_table()
-    assert sorted(arrow["t_star"].to_pylist()) == ours and set(arrow["dataset"].to_pylist()) == {"digits"}
-    assert sorted(pq.read_table(tmp_path)["t_star"].to_pylist()) == ours
+    for where in (tmp_path, tmp_path / "rows", reader.rows_path(tmp_path)):
+        frame = pandas.read_parquet(where)
+        assert sorted(frame["t_star"]) == ours and set(frame["family"]) == {"mlp"}
+        arrow = pds.dataset(where, partitioning="hive").to_table()
+        assert sorted(arrow["t_star"].to_pylist()) == ours and set(arrow["dataset"].to_pylist()) == {"digits"}
+        assert sorted(pq.read_table(where)["t_star"].to_pylist()) == ours
+
+
+def test_polars_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars")
+    writer.write_shard(make_rows(3) + make_rows(2, dataset="mnist"), tmp_path)
+    (tmp_path / ".tmp" / "half").write_bytes(b"PAR1")
+    frame = polars.scan_parquet(tmp_path / "rows", hive_partitioning=True).collect()
+    assert sorted(frame["t_star"].to_list()) == sorted(reader.read(tmp_path)["t_star"].to_pylist())
+    assert set(frame["dataset"].to_list()) == {"digits", "mnist"}
+
+
+def test_duckdb_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    writer.write_shard(make_rows(3) + make_rows(2, dataset="mnist"), tmp_path)
+    query = f"select dataset, count(*) from read_parquet('{tmp_path}/rows/*/*/*.parquet', hive_partitioning=true) group by 1"
+    assert sorted(duckdb.sql(query).fetchall()) == [("digits", 6), ("mnist", 4)]
 
 
 def test_a_reader_never_sees_part_of_a_file(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -140,7 +158,7 @@ def test_files_that_are_no_rows_are_named(make_rows: MakeRows, tmp_path: Path) -
     writer.write_shard(make_rows(1, first_seed=3), tmp_path)
     whole = (tmp_path / path).read_bytes()
     (tmp_path / path).write_bytes(whole[:200])
-    for use in (reader.read, reader.count_rows, reader.done_trials, reader.done_ids):
+    for use in (reader.read, reader.count_rows, reader.done_ids):
         with pytest.raises(StoreError, match=path):
             use(tmp_path)
 

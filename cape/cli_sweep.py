@@ -1,0 +1,92 @@
+"""The commands of ``cape.cli`` around a sweep: ``sweep``, ``store``, and the Ray jobs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from cape.errors import SpecError, StoreError
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """``cape sweep SPEC.json|PRESET --out DIR``, ``cape sweep SPEC --dry-run``, ``cape sweep status DIR``."""
+    from cape import datasets
+    from cape.sweep.plan import read_spec
+
+    if args.spec == "status":
+        from cape.sweep.summary import status as sweep_status
+
+        if args.folder is None:
+            raise SpecError("`cape sweep status` needs the directory of a sweep: cape sweep status DIR.")
+        print(sweep_status(args.folder))
+        return
+    if args.folder is not None:
+        raise SpecError(f"'{args.folder}' is one argument too many; `cape sweep --help` lists them.")
+    spec = read_spec(args.spec, datasets.data_root(args.data_root))
+    if args.dry_run:
+        from cape.store.location import Location
+        from cape.sweep.estimate import estimate
+        from cape.sweep.job import check
+
+        check(spec, args.data_root, args.imports)
+        where = None if args.out is None else Location.of(args.out)
+        print(estimate(spec, where, args.workers or 1))
+        return
+    if args.out is None:
+        raise SpecError("A sweep needs a directory to write to: --out DIR.")
+    options: dict[str, Any] = {
+        "resume": args.resume,
+        "data_root": args.data_root,
+        "progress": not args.quiet,
+        "imports": tuple(args.imports),
+    }
+    if args.trial_seconds is not None:
+        options["trial_seconds"] = args.trial_seconds
+    # `ray job stop` and a batch system end a process with SIGTERM: stop as for Ctrl-C, with every chunk committed.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.inline:
+            from cape.sweep.inline import run_inline
+
+            result = run_inline(spec, args.out, **options)
+        else:
+            from cape.sweep.driver import run_sweep
+
+            options |= {"address": args.address, "workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
+            result = run_sweep(spec, args.out, **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not args.quiet:
+        from cape.sweep.summary import summary
+
+        print(summary(args.out), file=sys.stderr)
+    print(result)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def store(args: argparse.Namespace) -> None:
+    """``cape store verify|compact|path DIR``."""
+    if args.action == "path":
+        from cape.store.reader import rows_path
+
+        print(rows_path(args.meta_dir))
+    elif args.action == "verify":
+        from cape.store.verify import verify
+        from cape.sweep.plan import Plan
+
+        found = verify(args.meta_dir, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
+        print(found)
+        if not found.sound:
+            done = "They were set aside" if args.set_aside else "Add --set-aside to move unreadable and foreign files"
+            raise StoreError(f"{args.meta_dir} is not sound. {done}; a resume then runs their trials again.")
+    else:
+        from cape.store.compact import compact
+
+        size = int(args.target_mb * 2**20)
+        print(compact(args.meta_dir, out=args.out, target_bytes=size, keep_seconds=args.keep_seconds))
