@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="budget of one trial (default 10800; 0: none)",
     )
+    sub.add_argument("--chunk-seconds", type=float, metavar="S", help="every worker commits so often (default 5)")
     sub.add_argument(
         "--import",
         action="append",

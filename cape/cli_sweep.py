@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 from cape.errors import SpecError, StoreError
@@ -25,6 +24,8 @@ def sweep(args: argparse.Namespace) -> None:
         return
     if args.folder is not None:
         raise SpecError(f"'{args.folder}' is one argument too many; `cape sweep --help` lists them.")
+    if args.imports and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     spec = read_spec(args.spec, datasets.data_root(args.data_root))
     if args.dry_run:
         from cape.store.location import Location
@@ -43,31 +44,23 @@ def sweep(args: argparse.Namespace) -> None:
         "progress": not args.quiet,
         "imports": tuple(args.imports),
     }
-    if args.trial_seconds is not None:
-        options["trial_seconds"] = args.trial_seconds
-    # `ray job stop` and a batch system end a process with SIGTERM: stop as for Ctrl-C, with every chunk committed.
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if args.inline:
-            from cape.sweep.inline import run_inline
+    for name in ("trial_seconds", "chunk_seconds"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.inline:
+        from cape.sweep.inline import run_inline
 
-            result = run_inline(spec, args.out, **options)
-        else:
-            from cape.sweep.driver import run_sweep
+        result = run_inline(spec, args.out, **options)
+    else:
+        from cape.sweep.driver import run_sweep
 
-            options |= {"address": args.address, "workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
-            result = run_sweep(spec, args.out, **options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        options |= {"address": args.address, "workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
+        result = run_sweep(spec, args.out, **options)
     if not args.quiet:
         from cape.sweep.summary import summary
 
         print(summary(args.out), file=sys.stderr)
     print(result)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def store(args: argparse.Namespace) -> None:

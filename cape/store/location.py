@@ -60,7 +60,8 @@ class Location:
         try:
             found._remote  # noqa: B018  an unknown scheme should fail here, not in a worker
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise SpecError(f"{found} is no place that pyarrow can open: {_reason(error)}.") from error
+            reason = _reason(error).replace(found.target, str(found))  # which may hold credentials
+            raise SpecError(f"{found} is no place that pyarrow can open: {reason}.") from None
         return found
 
     def __str__(self) -> str:
@@ -229,7 +230,8 @@ class Location:
     def failure(self, relative: str, error: Exception) -> StoreError:
         """Return the error of a file that cannot be written."""
         named = f"{self}/{relative}"
-        return StoreError(f"Cannot write {named}: {_reason(error)}. What was committed before is kept.")
+        reason = _reason(error).replace(self.target, str(self))
+        return StoreError(f"Cannot write {named}: {reason}. What was committed before is kept.")
 
 
 def sync_folder(path: str) -> None:

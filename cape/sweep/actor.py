@@ -46,7 +46,7 @@ class ShardWorker(tune.Trainable):
         }
         torch.set_num_threads(max(1, int(config["cpus"])))
         try:
-            load_imports(job.imports)
+            load_imports(job.imports, job.import_folders)
             self._device = _device(float(config["gpus"]))
         except CapeError as error:
             self._error = str(error)

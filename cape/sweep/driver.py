@@ -19,8 +19,8 @@ from cape.config import SweepSpec
 from cape.errors import DependencyError, SpecError
 from cape.store import claims, reader
 from cape.sweep.estimate import trial_seconds_of
-from cape.sweep.inline import interrupted, reporter
-from cape.sweep.job import TRIAL_SECONDS, Job, SweepResult, finish, running
+from cape.sweep.inline import interrupted, reporter, terminable
+from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
 from cape.sweep.plan import Plan, Shard
 from cape.sweep.progress import Reporter
 from cape.sweep.shards import cut
@@ -51,6 +51,7 @@ def run_sweep(
     gpus_per_worker: float | None = None,
     data_root: str | Path | None = None,
     trial_seconds: float = TRIAL_SECONDS,
+    chunk_seconds: float = CHUNK_SECONDS,
     imports: Sequence[str] = (),
     progress: bool = True,
 ) -> SweepResult:
@@ -67,6 +68,7 @@ def run_sweep(
         data_root: see ``datasets.data_root``.
         trial_seconds: a trial that takes longer ends its worker and is tried again; recorded as failed after three
             times. 0 for no limit.
+        chunk_seconds: every worker commits about so often.
         imports: modules that register families or datasets of your own; every node must have them.
         progress: print a progress line to standard error.
 
@@ -79,7 +81,7 @@ def run_sweep(
         raise SpecError(f"workers must be at least 1, not {workers}.")
     if gpus_per_worker is not None and gpus_per_worker < 0:
         raise SpecError(f"gpus_per_worker must be zero or more, not {gpus_per_worker}.")
-    settings = {"trial_seconds": trial_seconds, "imports": imports}
+    settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports}
     with running(spec, out, resume=resume, data_root=data_root, **settings) as (job, done):  # type: ignore[arg-type]
         missing = Plan(spec).missing(done)
         if not missing:
@@ -205,7 +207,8 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
         except ConnectionError as error:
             raise SpecError(f"There is no Ray cluster at '{address}': {error}") from error
     try:
-        yield ray.cluster_resources()
+        with terminable():  # Ray's own handler, installed above, would end this process at once
+            yield ray.cluster_resources()
     finally:
         if ours:
             ray.shutdown()

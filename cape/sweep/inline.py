@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from cape.config import SweepSpec
-from cape.sweep.job import TRIAL_SECONDS, Job, SweepResult, finish, running
+from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
 from cape.sweep.plan import Plan, Shard
 from cape.sweep.progress import Progress, Reporter
 from cape.sweep.shard_run import ShardRun
@@ -25,6 +29,7 @@ def run_inline(
     data_root: str | Path | None = None,
     device: str | None = None,
     trial_seconds: float = TRIAL_SECONDS,
+    chunk_seconds: float = CHUNK_SECONDS,
     imports: Sequence[str] = (),
     progress: bool = True,
 ) -> SweepResult:
@@ -38,6 +43,7 @@ def run_inline(
         device: ``cuda`` where there is one, else ``cpu``.
         trial_seconds: a trial that takes longer ends this process (nothing else can stop it); after three such ends,
             each followed by a resume, it is recorded as failed. 0 for no limit.
+        chunk_seconds: every worker commits about so often.
         imports: modules that register families or datasets of your own.
         progress: print a progress line to standard error.
 
@@ -46,22 +52,15 @@ def run_inline(
         KeyboardInterrupt: as it came; what was committed is kept.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"trial_seconds": trial_seconds, "imports": imports, "inline": True}
+    settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports, "inline": True}
     with running(spec, out, resume=resume, data_root=data_root, **settings) as (job, done):  # type: ignore[arg-type]
         missing = Plan(spec).missing(done)
         report = reporter(job, missing, progress)
         state = "failed"
         try:
-            for shard in cut(missing, 1):
-                run = ShardRun(job, shard, device)
-                try:
-                    ended = False
-                    while not ended:
-                        chunk = run.step()
-                        ended = chunk["done"]
-                        report.chunk(chunk)
-                finally:
-                    run.close()
+            with terminable():
+                for shard in cut(missing, 1):
+                    _run(ShardRun(job, shard, device), report)
             state = "finished"
         except KeyboardInterrupt:
             state = "interrupted"
@@ -71,6 +70,17 @@ def run_inline(
             if state == "interrupted":
                 print(interrupted(job), file=sys.stderr)
         return finish(job)
+
+
+def _run(run: ShardRun, report: Reporter) -> None:
+    try:
+        ended = False
+        while not ended:
+            chunk = run.step()
+            ended = chunk["done"]
+            report.chunk(chunk)
+    finally:
+        run.close()
 
 
 def reporter(job: Job, missing: Sequence[Shard], enabled: bool) -> Reporter:
@@ -84,6 +94,23 @@ def reporter(job: Job, missing: Sequence[Shard], enabled: bool) -> Reporter:
         before[group.family] += group.count
     before.subtract(todo)
     return Reporter(job.location, job.run, Progress(todo, before, enabled=enabled))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Take SIGTERM, which batch systems and `ray job stop` send, for Ctrl-C inside the block (in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupted(job: Job) -> str:

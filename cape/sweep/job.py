@@ -23,6 +23,10 @@ from cape.store.provenance import provenance
 from cape.store.verify import aside
 from cape.sweep.plan import Plan
 
+# Trials are committed in chunks of about this many seconds: long enough that a file and a message cost nothing
+# beside them, short enough that little is lost with a killed worker.
+CHUNK_SECONDS = 5.0
+
 TRIAL_SECONDS = 3 * 3600.0  # default time budget of a trial
 
 
@@ -57,7 +61,9 @@ class Job:
         run: id of the run; its workers may commit while the meta-dataset names it.
         inline: driver and worker are one process.
         trial_seconds: a trial that takes longer is given up; 0 for no limit.
+        chunk_seconds: trials are committed about so often.
         imports: modules that register families or datasets of the user's own.
+        import_folders: where the driver found them.
         provenance: what every chunk says of its origin.
     """
 
@@ -68,7 +74,9 @@ class Job:
     began: float
     inline: bool = False
     trial_seconds: float = 0.0
+    chunk_seconds: float = CHUNK_SECONDS
     imports: tuple[str, ...] = ()
+    import_folders: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
 
@@ -94,13 +102,24 @@ def check(spec: SweepSpec, data_root: str | Path | None, imports: Sequence[str] 
     return None if root is None else Path(root).resolve()
 
 
-def load_imports(names: Sequence[str]) -> None:
-    """Import modules that register families or datasets of the user's own."""
+def load_imports(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
+    """Import modules that register families or datasets of the user's own; return the folders that they were found in.
+
+    Args:
+        names: of the modules.
+        folders: to search beside ``sys.path``: where the driver found them.
+    """
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    found = []
     for name in names:
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
         except ImportError as error:
             raise SpecError(f"The module '{name}' cannot be imported: {error}.") from error
+        if module.__spec__ is not None and module.__spec__.origin is not None:
+            levels = name.count(".") + (module.__spec__.submodule_search_locations is not None)
+            found.append(str(Path(module.__spec__.origin).resolve().parents[levels]))
+    return tuple(dict.fromkeys(found))
 
 
 @contextmanager
@@ -112,6 +131,7 @@ def running(
     data_root: str | Path | None,
     inline: bool = False,
     trial_seconds: float = TRIAL_SECONDS,
+    chunk_seconds: float = CHUNK_SECONDS,
     imports: Sequence[str] = (),
 ) -> Iterator[tuple[Job, np.ndarray]]:
     """Check a sweep, claim its meta-dataset, and be its one run inside the block.
@@ -125,6 +145,8 @@ def running(
     """
     if not (math.isfinite(trial_seconds) and trial_seconds >= 0):
         raise SpecError(f"The time budget of a trial must be zero (none) or more seconds, not {trial_seconds}.")
+    if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
+        raise SpecError(f"A chunk must take more than zero seconds, not {chunk_seconds}.")
     began = time.monotonic()
     root = check(spec, data_root, imports)
     location = Location.of(out)
@@ -132,10 +154,20 @@ def running(
     run = claims.start_run(location)
     try:
         done = _done(location) if resume else np.empty(0, np.uint64)
-        yield (
-            Job(spec, location, root, run, began, inline, float(trial_seconds), tuple(imports), provenance(spec)),
-            done,
+        job = Job(
+            spec,
+            location,
+            root,
+            run,
+            began,
+            inline=inline,
+            trial_seconds=float(trial_seconds),
+            chunk_seconds=float(chunk_seconds),
+            imports=tuple(imports),
+            import_folders=load_imports(imports),
+            provenance=provenance(spec),
         )
+        yield job, done
     finally:
         claims.end_run(location, run)
 

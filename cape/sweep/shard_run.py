@@ -27,10 +27,6 @@ from cape.sweep.job import Job
 from cape.sweep.plan import Plan, Shard
 from cape.trial import Row, failed_rows, run_trials
 
-# Trials are committed in chunks of about this many seconds: long enough that a file and a message cost nothing
-# beside them, short enough that little is lost with a killed worker.
-CHUNK_SECONDS = 5.0
-
 MAX_TRIES = 3
 FLIGHTS = "_flights"
 TRIES = "_tries"
@@ -46,7 +42,7 @@ class Flight:
     def __init__(self, job: Job, shard: Shard) -> None:
         self._location = job.location
         self._name = f"{FLIGHTS}/{uuid.uuid4().hex}.json"
-        self._about = {"run": job.run, "shard": shard.key, "inline": job.inline}
+        self._about = {"run": job.run, "shard": shard.key, "inline": job.inline, "pid": os.getpid()}
         self._handle: int | None = None
         self.trials: list[str] = []
         self.alone = False
@@ -201,7 +197,7 @@ class ShardRun:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def step(self) -> dict[str, Any]:
-        """Run trials for about ``CHUNK_SECONDS``, commit them and return what was done: numbers, and ``done``."""
+        """Run trials for about ``chunk_seconds``, commit them and return what was done: numbers, and ``done``."""
         start = time.monotonic()
         chunk: list[Row] = []
         trials = failed = 0
@@ -212,7 +208,7 @@ class ShardRun:
                 chunk += rows
                 trials += 1
                 failed += rows[0].get("stop_reason") == "failed"
-                if time.monotonic() - start > CHUNK_SECONDS or self._flight.alone:
+                if time.monotonic() - start > self._job.chunk_seconds or self._flight.alone:
                     break
             else:
                 ended = True

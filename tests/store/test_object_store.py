@@ -39,7 +39,7 @@ SPEC = SweepSpec(
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The address of an S3 server; moto needs an older python-dateutil than this project pins, so it is not in the lock."""
+    """The address of an S3 server (moto needs an older python-dateutil than this project pins: not in the lock)."""
     beside = Path(sys.executable).with_name("moto_server")
     server = os.environ.get("CAPE_MOTO_SERVER") or (str(beside) if beside.exists() else shutil.which("moto_server"))
     if not server:

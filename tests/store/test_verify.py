@@ -58,7 +58,7 @@ def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -
     content = bytearray(flipped.read_bytes())
     group = pq.read_metadata(flipped).row_group(0)
     column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "l0")
-    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0x01  # one bit of a page; the footer is whole
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0x01  # one bit of a page
     flipped.write_bytes(content)
     foreign = truncated.parent / "notes.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)

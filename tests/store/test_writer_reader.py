@@ -104,8 +104,11 @@ def test_polars_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
 def test_duckdb_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     writer.write_shard(make_rows(3) + make_rows(2, dataset="mnist"), tmp_path)
-    query = f"select dataset, count(*) from read_parquet('{tmp_path}/rows/*/*/*.parquet', hive_partitioning=true) group by 1"
-    assert sorted(duckdb.sql(query).fetchall()) == [("digits", 6), ("mnist", 4)]
+    files = f"read_parquet('{tmp_path}/rows/*/*/*.parquet', hive_partitioning=true)"
+    assert sorted(duckdb.sql(f"select dataset, count(*) from {files} group by 1").fetchall()) == [
+        ("digits", 6),
+        ("mnist", 4),
+    ]
 
 
 def test_a_reader_never_sees_part_of_a_file(make_rows: MakeRows, tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_run, "CHUNK_SECONDS", 0.05)
+QUICK = {"progress": False, "chunk_seconds": 0.05}
 
 
 def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], float]]:
@@ -55,19 +53,19 @@ def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], f
 
 
 def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
-    result = run_inline(SPEC, tmp_path / "a", progress=False)
+    result = run_inline(SPEC, tmp_path / "a", **QUICK)
     plan = Plan(SPEC)
     assert (result.rows, result.trials, result.failed) == (24, 12, 0)
     assert result.out == tmp_path / "a" and result.seconds > 0
     assert {key[0] for key in table(result.out)} == {t.trial_id for t in plan.trials()}
     assert len(reader.list_files(result.out)) > 1
-    again = run_inline(SPEC, tmp_path / "b", progress=False)
+    again = run_inline(SPEC, tmp_path / "b", **QUICK)
     assert table(again.out) == table(result.out)
 
 
 def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
-    ray = run_sweep(SPEC, tmp_path / "ray", workers=2, progress=False)
-    inline = run_inline(SPEC, tmp_path / "inline", progress=False)
+    ray = run_sweep(SPEC, tmp_path / "ray", workers=2, **QUICK)
+    inline = run_inline(SPEC, tmp_path / "inline", **QUICK)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
     whole = table(inline.out)
     assert table(ray.out) == whole
@@ -82,17 +80,17 @@ def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: Non
         path.unlink()
     assert 0 < len(table(ray.out)) < 24
     with pytest.raises(StoreError, match="--resume"):
-        run_sweep(SPEC, ray.out, progress=False)
-    result = run_sweep(SPEC, ray.out, resume=True, workers=2, progress=False)
+        run_sweep(SPEC, ray.out, **QUICK)
+    result = run_sweep(SPEC, ray.out, resume=True, workers=2, **QUICK)
     assert (result.rows, result.trials) == (24, 12)
     assert table(ray.out) == whole
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
 def test_nothing_is_started_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_inline(SPEC, tmp_path, progress=False)
+    run_inline(SPEC, tmp_path, **QUICK)
     monkeypatch.setattr("cape.sweep.driver._tune", None)
-    assert run_sweep(SPEC, tmp_path, resume=True, progress=False).rows == 24
+    assert run_sweep(SPEC, tmp_path, resume=True, **QUICK).rows == 24
 
 
 def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
@@ -108,19 +106,19 @@ def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
 
     monkeypatch.setattr(shard_run.ShardRun, "step", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run_inline(SPEC, tmp_path, progress=False)
+        run_inline(SPEC, tmp_path, **QUICK)
     assert "--resume" in capsys.readouterr().err
     before = table(tmp_path)
     assert 0 < len(before) < 24
     monkeypatch.setattr(shard_run.ShardRun, "step", step)
-    run_inline(SPEC, tmp_path, resume=True, progress=False)
+    run_inline(SPEC, tmp_path, resume=True, **QUICK)
     after = table(tmp_path)
     assert len(after) == 24 and before.items() <= after.items()
 
 
 def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: Path) -> None:
     shard = Shard(Plan(SPEC).groups[0], range(6))
-    with running(SPEC, tmp_path, resume=False, data_root=None) as (job, _):
+    with running(SPEC, tmp_path, resume=False, data_root=None, chunk_seconds=0.05) as (job, _):
         lost = shard_run.ShardRun(job, shard, "cpu")
         first = lost.step()
         assert 0 < first["trials"] < 6 and not first["done"]
@@ -149,18 +147,18 @@ def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, mon
         return build(self, spec)
 
     monkeypatch.setattr(type(family), "build", sometimes)
-    result = run_inline(SPEC, tmp_path, progress=False)
+    result = run_inline(SPEC, tmp_path, **QUICK)
     assert (result.trials, result.failed, result.rows) == (12, 1, 24)
     rows = [r for r in reader.read(tmp_path).to_pylist() if r["stop_reason"] == "failed"]
     assert {(r["trial_id"], r["error"]) for r in rows} == {(unlucky.trial_id, "RuntimeError: out of luck")}
 
 
 def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, tmp_path: Path) -> None:
-    run_inline(SPEC, tmp_path, progress=False)
+    run_inline(SPEC, tmp_path, **QUICK)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for run in (run_inline, run_sweep):
         with pytest.raises(StoreError, match=r"another sweep: a cell of mlp has 6 trials there and 5 here"):
-            run(SPEC.replace(trials_per_cell=5), tmp_path, resume=True, progress=False)
+            run(SPEC.replace(trials_per_cell=5), tmp_path, resume=True, **QUICK)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -173,7 +171,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         (SpecError, SPEC.replace(task="sequence")),
     ):
         with pytest.raises(error):
-            run_sweep(spec, out, progress=False)
+            run_sweep(spec, out, **QUICK)
     with pytest.raises(SpecError, match="workers"):
         run_sweep(SPEC, out, workers=0)
     with pytest.raises(SpecError, match="gpus_per_worker"):
@@ -183,7 +181,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="asks for 1 GPU, but the Ray cluster has 0"):
-        run_sweep(SPEC, tmp_path, gpus_per_worker=1, progress=False)
+        run_sweep(SPEC, tmp_path, gpus_per_worker=1, **QUICK)
 
 
 def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_path: Path) -> None:
@@ -201,7 +199,7 @@ def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cape.sweep.driver.running", and_delete)
         with pytest.raises(StoreError, match=r"12 of 12 trials are missing .* --resume\. The error was: .*gone"):
-            run_sweep(spec, tmp_path / "meta", workers=2, progress=False)
+            run_sweep(spec, tmp_path / "meta", workers=2, **QUICK)
 
 
 def _write_images(path: Path) -> None:
