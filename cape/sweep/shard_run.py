@@ -46,6 +46,7 @@ class Flight:
         self._handle: int | None = None
         self.trials: list[str] = []
         self.alone = False
+        self._blamed = False
 
     def begin(self, trial_id: str) -> None:
         """Note a trial before it begins."""
@@ -59,11 +60,14 @@ class Flight:
             self._write(None)
 
     def blame(self, error: str) -> None:
-        """Note why the trials under way will not come back."""
+        """Note why the trials under way will not come back; the record stays for the next process."""
         self._write(error)
+        self._blamed = True
 
     def land(self) -> None:
-        """Remove the record: nothing is under way, and whatever went wrong was not a trial's fault."""
+        """Remove the record, unless a trial was blamed: whatever else ended the shard was not a trial's fault."""
+        if self._blamed:
+            return
         self.trials = []
         if self._handle is not None:
             os.close(self._handle)
