@@ -61,7 +61,7 @@ print(json.dumps({"trials": len(plan), "shards_for_64_workers": len(shards), "id
     return dict(json.loads(done.stdout))
 
 
-def overhead(seconds: float = 22.0) -> dict[str, Any]:
+def overhead(seconds: float = 27.0, chunk_seconds: float = 2.0) -> dict[str, Any]:
     """Sweep real MLP trials with one and with two workers of one core each; say how busy they were."""
     import ray
 
@@ -74,14 +74,14 @@ def overhead(seconds: float = 22.0) -> dict[str, Any]:
         start = time.perf_counter()
         run_inline(trial, f"{folder}/paced", progress=False)
         pace = (time.perf_counter() - start) / len(Plan(trial))
-        found: dict[str, Any] = {"seconds_of_a_trial": pace}
+        found: dict[str, Any] = {"seconds_of_a_trial": pace, "chunk_seconds": chunk_seconds}
         for workers in (1, 2):
             count = max(1, round(workers * seconds / pace / 6))
             spec = MLP.replace(trials_per_cell=count)
             out = Path(folder) / f"workers{workers}"
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
             cpu, start = time.process_time(), time.perf_counter()
-            result = run_sweep(spec, out, workers=workers, progress=False)
+            result = run_sweep(spec, out, workers=workers, progress=False, chunk_seconds=chunk_seconds)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             ray.shutdown()
             found[f"{workers}_workers"] = {
@@ -102,19 +102,25 @@ def _busy(out: Path) -> dict[str, Any]:
         by_worker[chunk["worker"]].append(chunk)
     workers = []
     for mine in by_worker.values():
-        steady = mine[1:]  # before its first chunk a worker waits for the driver to start the others
-        ran, committed, waited = (
-            sum(c[k] for c in steady) for k in ("run_seconds", "commit_seconds", "waited_seconds")
-        )
-        whole = ran + committed + waited
+        # Steady state: chunk after chunk of one shard. What lies between two shards is given by itself: a long sweep
+        # has as many shards for each worker as a short one, give or take a logarithm.
+        steady = [c for before, c in zip(mine, mine[1:]) if c["shard"] == before["shard"]]
+        changes = [c for before, c in zip(mine, mine[1:]) if c["shard"] != before["shard"]]
+        spent = {k: sum(c[k] for c in steady) for k in ("run_seconds", "commit_seconds", "waited_seconds")}
+        whole = sum(spent.values())
         workers.append(
             {
                 "chunks": len(mine),
-                "busy_fraction": ran / whole,
-                "commit_fraction": committed / whole,
-                "waiting_fraction": waited / whole,
-                "commit_ms": 1e3 * statistics.median(c["commit_seconds"] for c in mine),
-                "waited_ms_median": 1e3 * statistics.median(c["waited_seconds"] for c in mine),
+                "steady_chunks": len(steady),
+                "steady_busy_fraction": spent["run_seconds"] / whole,
+                "steady_commit_fraction": spent["commit_seconds"] / whole,
+                "steady_waiting_fraction": spent["waited_seconds"] / whole,
+                "commit_ms_median": 1e3 * statistics.median(c["commit_seconds"] for c in mine),
+                "between_chunks_ms_median": 1e3 * statistics.median(c["waited_seconds"] for c in steady),
+                "shard_changes": len(changes),
+                "between_shards_ms_median": 1e3 * statistics.median(c["waited_seconds"] for c in changes),
+                "whole_run_busy_fraction": sum(c["run_seconds"] for c in mine[1:])
+                / sum(c["run_seconds"] + c["commit_seconds"] + c["waited_seconds"] for c in mine[1:]),
             }
         )
     first = min(c["time"] - c["run_seconds"] - c["commit_seconds"] for c in chunks)

@@ -145,7 +145,17 @@ class Reporter:
     def chunk(self, done: Mapping[str, Any]) -> None:
         """Count a committed chunk."""
         self.progress.add(done["trials"], done["rows"], done["failed"], done["family"])
-        keep = ("family", "trials", "rows", "failed", "run_seconds", "commit_seconds", "waited_seconds", "worker")
+        keep = (
+            "family",
+            "shard",
+            "trials",
+            "rows",
+            "failed",
+            "run_seconds",
+            "commit_seconds",
+            "waited_seconds",
+            "worker",
+        )
         self.log("chunk", **{k: done[k] for k in keep if k in done})
 
     def log(self, event: str, **facts: Any) -> None:

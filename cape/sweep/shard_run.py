@@ -235,6 +235,7 @@ class ShardRun:
             "done": done,
             "fenced": not written,
             "family": self._shard.group.family,
+            "shard": self._shard.key,
             "trials": given_up + (trials if written else 0),
             "rows": given_up * len(self._job.spec.epsilons) + (len(chunk) if written else 0),
             "failed": given_up + (failed if written else 0),
