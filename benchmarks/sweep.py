@@ -61,7 +61,7 @@ print(json.dumps({"trials": len(plan), "shards_for_64_workers": len(shards), "id
     return dict(json.loads(done.stdout))
 
 
-def overhead(seconds: float = 27.0, chunk_seconds: float = 2.0) -> dict[str, Any]:
+def overhead(seconds: float = 15.0, chunk_seconds: float = 2.0) -> dict[str, Any]:
     """Sweep real MLP trials with one and with two workers of one core each; say how busy they were."""
     import ray
 

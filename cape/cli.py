@@ -71,6 +71,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="no progress line, no summary")
     _data_option(sub)
 
+    sub = command("submit", "run a command as a Ray job on a cluster; submitting it twice attaches to it")
+    sub.add_argument(
+        "--address", metavar="URL", help="job server (default RAY_API_SERVER_ADDRESS, else 127.0.0.1:8265)"
+    )
+    sub.add_argument("--installed", action="store_true", help="every node has CAPE: do not send it as a wheel")
+    sub.add_argument("--no-follow", action="store_true", help="return at once; default: print the log, exit as the job")
+    sub.add_argument("job", metavar="sweep|fit|evaluate")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
+
+    sub = command("status", "list CAPE's jobs on a cluster")
+    sub.add_argument("id", nargs="?", metavar="ID")
+    sub.add_argument("--address", metavar="URL", help="job server")
+
+    sub = command("stop", "stop a job; what it committed is kept")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--address", metavar="URL", help="job server")
+
     sub = command("store", "look after a meta-dataset: verify its rows, merge its files, say where they are")
     sub.add_argument("action", choices=("verify", "compact", "path"), help="path: what to give to another reader")
     sub.add_argument("meta_dir", metavar="META_DIR")

@@ -10,14 +10,14 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from cape.cli_sweep import store, sweep
+from cape.cli_sweep import status, stop, store, submit, sweep
 from cape.config import check_epsilon, check_epsilons, check_lr
 from cape.errors import CapeError, DependencyError, StoreError
 
 if TYPE_CHECKING:
     from cape.predict import Prediction
 
-__all__ = ["store", "sweep"]  # and every function below
+__all__ = ["status", "stop", "store", "submit", "sweep"]  # and every function below
 
 
 def fit(args: argparse.Namespace) -> None:

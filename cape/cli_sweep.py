@@ -83,3 +83,34 @@ def store(args: argparse.Namespace) -> None:
 
         size = int(args.target_mb * 2**20)
         print(compact(args.meta_dir, out=args.out, target_bytes=size, keep_seconds=args.keep_seconds))
+
+
+def submit(args: argparse.Namespace) -> None:
+    """``cape submit sweep SPEC --out DIR --address http://head:8265``."""
+    from cape.sweep.submit import default_address
+    from cape.sweep.submit import submit as submit_job
+
+    submit_job(
+        args.job,
+        args.arguments,
+        args.address or default_address(),
+        ship=not args.installed,
+        follow=not args.no_follow,
+    )
+
+
+def status(args: argparse.Namespace) -> None:
+    """``cape status [ID]``: CAPE's jobs on a cluster."""
+    from cape.sweep.submit import default_address
+    from cape.sweep.submit import status as job_status
+
+    for job_id, state, message in job_status(args.address or default_address(), args.id):
+        print(f"{job_id}  {state:<10} {message}")
+
+
+def stop(args: argparse.Namespace) -> None:
+    """``cape stop ID``."""
+    from cape.sweep.submit import default_address
+    from cape.sweep.submit import stop as stop_job
+
+    print(f"{args.id}  {stop_job(args.address or default_address(), args.id)}")
