@@ -90,13 +90,14 @@ def submit(args: argparse.Namespace) -> None:
     from cape.sweep.submit import default_address
     from cape.sweep.submit import submit as submit_job
 
-    submit_job(
-        args.job,
-        args.arguments,
-        args.address or default_address(),
-        ship=not args.installed,
-        follow=not args.no_follow,
-    )
+    # Our own options may also stand behind the command: what they do not know goes to the job as it is.
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--address", default=args.address)
+    own.add_argument("--installed", action="store_true", default=args.installed)
+    own.add_argument("--no-follow", action="store_true", default=args.no_follow)
+    ours, arguments = own.parse_known_args(args.arguments)
+    address = ours.address or default_address()
+    submit_job(args.job, arguments, address, ship=not ours.installed, follow=not ours.no_follow)
 
 
 def status(args: argparse.Namespace) -> None:

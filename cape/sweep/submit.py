@@ -127,6 +127,7 @@ def connect(address: str) -> Any:
         SpecError: it cannot be reached, or does not accept our token.
     """
     try:
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise DependencyError("Ray is not installed; run pip install 'ray[default]'.") from error
@@ -139,9 +140,9 @@ def connect(address: str) -> Any:
         client = JobSubmissionClient(address)
         client.list_jobs()
         return client
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except (ConnectionError, RuntimeError, OSError, RayError) as error:
         text = " ".join(str(error).split())
-        if any(word in text.lower() for word in ("unauthorized", "authentication", "401", "403", "forbidden")):
+        if any(word in text.lower() for word in ("unauthorized", "authentication", "401", "403", "forbidden", "token")):
             raise SpecError(
                 f"The job server at {_plain(address)} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to"
                 " the file that the cluster uses."

@@ -75,7 +75,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     finally:
         os.killpg(process.pid, 15)
         try:
-            process.wait(30)
+            process.wait(3)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
         log.close()
