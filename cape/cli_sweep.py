@@ -12,7 +12,7 @@ from cape.errors import SpecError, StoreError
 
 def sweep(args: argparse.Namespace) -> None:
     """``cape sweep SPEC.json|PRESET --out DIR``, ``cape sweep SPEC --dry-run``, ``cape sweep status DIR``."""
-    from cape import datasets
+    from cape import datasets, families
     from cape.sweep.plan import read_spec
 
     if args.spec == "status":
@@ -30,9 +30,11 @@ def sweep(args: argparse.Namespace) -> None:
     if args.dry_run:
         from cape.store.location import Location
         from cape.sweep.estimate import estimate
-        from cape.sweep.job import check
+        from cape.sweep.job import load_imports
 
-        check(spec, args.data_root, args.imports)
+        load_imports(args.imports)
+        for family in spec.families:
+            families.get(family)
         where = None if args.out is None else Location.of(args.out)
         print(estimate(spec, where, args.workers or 1))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from cape.sweep.plan import Group, Plan
 from cape.sweep.shards import cut
 
 _SAMPLE = 200  # files that are looked at in a meta-dataset
-_COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds"]
+_COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
 # Seconds of one trial (probe and trajectory, batch size 64) on one core of an Intel Xeon, from benchmarks/sweep.py
 # (results/sweep_cpu.json); the mean over the families' own models on MNIST and CIFAR-10.
@@ -78,8 +79,11 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
     there are none, the package's own measurements on one CPU core.
     """
     exact: dict[tuple[str, str, int], list[float]] = {}
-    for family, dataset, batch_size, value in _sample(out) if out is not None else ():
-        exact.setdefault((family, dataset, batch_size), []).append(value)
+    devices: set[str] = set()
+    for family, dataset, row in _sample(out) if out is not None else ():
+        spent = row["truth_seconds"] + (row["probe_seconds"] or 0.0)
+        exact.setdefault((family, dataset, row["batch_size"]), []).append(spent)
+        devices.add(str(row["device"]))
     family_means = {
         f: _mean([v for key, values in exact.items() if key[0] == f for v in values]) for f in spec.families
     }
@@ -95,12 +99,12 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
 
     count = sum(map(len, exact.values()))
     if count:
-        return seconds, f"{count} trials that {out} holds"
+        return seconds, f"{count} trials that {out} holds, on {', '.join(sorted(devices))}"
     return seconds, f"for this package on {MEASURED_DEVICE}; run a few trials into --out for your own device's times"
 
 
-def _sample(out: Location) -> list[tuple[str, str, int, float]]:
-    """Return (family, dataset, batch size, seconds) of trials in some of the files, spread over all of them."""
+def _sample(out: Location) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (family, dataset, row) of trials in some of the files, spread over all of them."""
     base = reader.rows_folder(out)
     files = reader.list_chunks(out, base)
     found = []
@@ -111,10 +115,7 @@ def _sample(out: Location) -> list[tuple[str, str, int, float]]:
         except (pa.ArrowInvalid, OSError):  # whoever reads all of it will say so
             continue
         rows = {r["trial_id"]: r for r in table.to_pylist()}.values()
-        for row in rows:
-            if row["truth_seconds"] is not None:
-                spent = row["truth_seconds"] + (row["probe_seconds"] or 0.0)
-                found.append((family, dataset, row["batch_size"], spent))
+        found += [(family, dataset, row) for row in rows if row["truth_seconds"] is not None]
     return found
 
 
