@@ -215,8 +215,8 @@ def costs(data_root: str | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for family, count in (("mlp", 6), ("cnn", 2), ("rnn", 2), ("transformer", 1)):
-            names = ("mnist", "cifar10") if data_root else ("digits",)
+        for family, count in (("mlp", 8), ("rnn", 1), ("cnn", 1), ("transformer", 1)):
+            names = ("mnist",) if data_root else ("digits",)
             spec = SweepSpec(families=(family,), datasets=names, lrs=(1e-3,), batch_sizes=(64,), trials_per_cell=count)
             out = f"{folder}/{family}"
             run_inline(spec, out, data_root=data_root, progress=False)
