@@ -18,6 +18,7 @@ from cape.store.location import Location
 from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, ROWS, partition
 
 FIRST_GENERATION = "_rows.0"
+_KNOWN = frozenset(ROW_SCHEMA.names)
 
 
 def write_shard(
@@ -132,7 +133,7 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
 def _schema_of(rows: list[Mapping[str, Any]], provenance: Mapping[str, str]) -> tuple[pa.Schema, bool]:
     """Return the schema of the file (partition columns left out) and whether it goes beyond ``ROW_SCHEMA``."""
     fields = [f for f in ROW_SCHEMA if f.name not in PARTITION_COLUMNS]
-    names = dict.fromkeys(key for row in rows for key in row if key not in ROW_SCHEMA.names)
+    names = dict.fromkeys(key for row in rows for key in row if key not in _KNOWN)
     for name in names:
         values = pa.array([row.get(name) for row in rows])
         fields.append(pa.field(name, pa.string() if pa.types.is_null(values.type) else values.type))
