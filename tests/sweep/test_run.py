@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
 from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
+from cape.trial import device_name
 
 SPEC = SweepSpec(
     name="test",
@@ -59,6 +61,11 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert result.out == tmp_path / "a" and result.seconds > 0
     assert {key[0] for key in table(result.out)} == {t.trial_id for t in plan.trials()}
     assert len(reader.list_files(result.out)) > 1
+    schema = pq.read_schema(reader.list_files(result.out)[0])
+    origin = {k.decode(): v.decode() for k, v in schema.metadata.items() if k.startswith(b"cape_")}
+    assert origin["cape_spec_hash"] == SPEC.spec_hash and origin["cape_precision"] == "float32"
+    assert origin["cape_schema_version"] == "1" and origin["cape_version"] and origin["cape_git_revision"]
+    assert origin["cape_device"] == device_name(torch.device("cpu"))
     again = run_inline(SPEC, tmp_path / "b", **QUICK)
     assert table(again.out) == table(result.out)
 
@@ -160,6 +167,44 @@ def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, t
         with pytest.raises(StoreError, match=r"another sweep: a cell of mlp has 6 trials there and 5 here"):
             run(SPEC.replace(trials_per_cell=5), tmp_path, resume=True, **QUICK)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_sweep_may_be_extended_and_runs_only_what_is_new(tmp_path: Path) -> None:
+    first = run_inline(SPEC, tmp_path, **QUICK)
+    before, files = table(tmp_path), {p: p.stat().st_mtime_ns for p in reader.list_files(tmp_path)}
+    larger = SPEC.replace(trials_per_cell=8, batch_sizes=(8, 16), lrs=(5e-4, *SPEC.lrs))
+    second = run_inline(larger, tmp_path, resume=True, **QUICK)
+    assert (first.trials, second.trials) == (12, 48)
+    after = table(tmp_path)
+    assert before.items() <= after.items() and len(after) == 96
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert [s.spec_hash for s in reader.read_specs(tmp_path)] == [SPEC.spec_hash, larger.spec_hash]
+    for change, words in (
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"epsilons": (0.5,)}, "epsilons is"),
+        ({"lrs": (5e-4, 1e-3)}, "without 0.002"),
+        ({"trials_per_cell": 7}, "a cell of mlp has 8 trials there and 7 here"),
+        ({"stopping": StoppingRule(max_steps=9)}, "stopping is"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            run_inline(larger.replace(**change), tmp_path, resume=True, **QUICK)
+    assert table(tmp_path) == after
+
+
+def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
+    """A family or a dataset of a spec becomes part of a path only once the registry knows it, and escaped."""
+    out = tmp_path / "a" / "meta"
+    for change in ({"families": ("../../up",)}, {"datasets": ("../../up",)}):
+        with pytest.raises((SpecError, DataError)):
+            run_inline(SPEC.replace(**change), out, **QUICK)
+    outside = tmp_path / "up.parquet"
+    _write_images(outside)
+    name = f"{tmp_path}/a/../up.parquet"
+    run_inline(SPEC.replace(datasets=(name,), trials_per_cell=1), out, **QUICK)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "up.parquet"} and {p.name for p in out.parent.iterdir()} == {
+        "meta"
+    }
+    assert set(reader.read(out)["dataset"].to_pylist()) == {name}
 
 
 def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
