@@ -219,9 +219,14 @@ def _environment() -> Iterator[None]:
     """Make Tune quiet, inside the block."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
+    # It misses the result files of each Tune trial, which are switched off above: a line a shard.
+    analysis = logging.getLogger("ray.tune.analysis.experiment_analysis")
+    level = analysis.level
+    analysis.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        analysis.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
