@@ -141,7 +141,7 @@ def connect(address: str) -> Any:
         client.list_jobs()
         return client
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).replace(address, _plain(address))
         if any(word in text.lower() for word in ("unauthorized", "authentication", "401", "403", "forbidden", "token")):
             raise SpecError(
                 f"The job server at {_plain(address)} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to"

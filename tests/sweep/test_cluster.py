@@ -27,7 +27,7 @@ SPEC = SweepSpec(
     lrs=(1e-3, 2e-3),
     batch_sizes=(8,),
     epsilons=(0.9, 0.8),
-    trials_per_cell=100,
+    trials_per_cell=50,
     stopping=StoppingRule(max_steps=30),
 )
 
@@ -66,7 +66,7 @@ def test_workers_are_pinned_and_a_node_that_dies_costs_nothing(cluster: Any, tmp
         while reader.count_rows(out) < 20 and time.monotonic() < end:
             time.sleep(0.02)
         before = reader.count_rows(out)
-        assert 20 <= before < 300
+        assert 20 <= before < 170
         raylet = next(p for kind, p in cluster.second.live_processes() if kind == "raylet")
         os.kill(raylet.pid, signal.SIGKILL)
         _, said = driver.communicate(timeout=150)
@@ -74,7 +74,7 @@ def test_workers_are_pinned_and_a_node_that_dies_costs_nothing(cluster: Any, tmp
         driver.kill()
     assert driver.returncode == 0, said[-3000:]
     found = verify(out, lambda s: Plan(s).all_ids())
-    assert found.sound and (found.rows, found.missing, found.failed) == (400, 0, 0), str(found)
+    assert found.sound and (found.rows, found.missing, found.failed) == (200, 0, 0), str(found)
     if table := os.environ.get("CAPE_FAULT_TABLE"):
         path = Path(table)
         lines = json.loads(path.read_text()) if path.exists() else []

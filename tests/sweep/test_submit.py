@@ -58,6 +58,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     gcs, dashboard, client, agent = free_ports(4)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment = {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{ray.parent}:{clean.get('PATH', '')}"  # a job's `python` is the cluster's
     # A short path: a Unix socket's name has room for about a hundred characters.
     temporary = Path("/tmp") / f"cape-{os.getpid()}"
     command = [str(ray), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
