@@ -243,7 +243,7 @@ def test_looking_after_a_meta_dataset(run: Run, tmp_path: Path) -> None:
     assert code == 0 and "files are 1 now" in printed
     code, printed, _ = run("store", "path", out)
     assert printed.strip() == str(out / "_rows.1")
-    extended = write_spec(tmp_path / "spec.json", lrs=[1e-3, 2e-3], batch_sizes=[16, 32], trials_per_cell=3)
+    extended = write_spec(tmp_path / "extended.json", lrs=[1e-3, 2e-3], batch_sizes=[16, 32], trials_per_cell=3)
     code, printed, _ = run("sweep", extended, "--out", out, "--inline", "--quiet", "--resume")
     assert code == 0 and "36 rows of 12 trials" in printed
     assert run("store", "verify", out)[0] == 0
