@@ -79,7 +79,9 @@ def overhead(seconds: float = 15.0, chunk_seconds: float = 2.0) -> dict[str, Any
             count = max(1, round(workers * seconds / pace / 6))
             spec = MLP.replace(trials_per_cell=count)
             out = Path(folder) / f"workers{workers}"
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            ray.init(
+                address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False
+            )
             cpu, start = time.process_time(), time.perf_counter()
             result = run_sweep(spec, out, workers=workers, progress=False, chunk_seconds=chunk_seconds)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
