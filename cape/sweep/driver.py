@@ -38,6 +38,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C reaches us as KeyboardInterrupt
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # inside a Ray job: what `_cluster` sets joins what the job has set
 }
 
 

@@ -57,7 +57,7 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
         else:
             if state is not None:  # it failed or was stopped: begin again where its files end
                 client.delete_job(job_id)
-            runtime: dict[str, Any] = {"working_dir": f"{folder}/job", "env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}}
+            runtime: dict[str, Any] = {"working_dir": f"{folder}/job"}
             if ship:
                 runtime["py_modules"] = [str(build_wheel(Path(folder)))]
             client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime)
