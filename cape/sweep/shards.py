@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from cape.sweep.plan import Group, Shard
 
 _SHARE = 3  # a shard is at most this part of what each worker still has ahead
+# The driver starts one shard after the other, in about 18 ms: a shard must keep a worker busy while it serves the others
+# (twice over).
+_DRIVER_SECONDS = 0.036
 LEAST_SECONDS = 2.0  # of a shard at the very end: short against a chunk, long against what a shard costs the driver
 
 
@@ -27,7 +30,7 @@ def cut(wholes: Sequence[Shard], workers: int, seconds: Callable[[Group], float]
         Shards of at least one trial, each of one group, that hold every trial once.
     """
     cost = [max(seconds(w.group), 1e-6) if seconds else 1.0 for w in wholes]
-    least = LEAST_SECONDS if seconds else 1.0
+    least = max(LEAST_SECONDS, _DRIVER_SECONDS * workers) if seconds else 1.0
     total = left = sum(len(w) * c for w, c in zip(wholes, cost))
     taken = [0] * len(wholes)
     # The group that is furthest behind comes next, so that all end together and each one's ETA is worth reading.
