@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from cape.sweep.plan import Group, Shard
 
 _SHARE = 3  # a shard is at most this part of what each worker still has ahead
-# The driver starts one shard after the other, in about 18 ms: a shard must keep a worker busy while it serves the others
-# (twice over).
+# The driver starts one shard after the other, in about 18 ms: a shard keeps a worker busy twice as long as it takes to
+# serve all the others.
 _DRIVER_SECONDS = 0.036
 LEAST_SECONDS = 2.0  # of a shard at the very end: short against a chunk, long against what a shard costs the driver
 
