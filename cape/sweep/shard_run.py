@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from cape.sweep.plan import Plan, Shard
 from cape.trial import Row, failed_rows, run_trials
 
 MAX_TRIES = 3
+
+# Trials that ``run_trials`` gets at once: enough to train side by side, few enough to note and to suspect.
+_WINDOW = 256
+
 FLIGHTS = "_flights"
 TRIES = "_tries"
 
@@ -179,6 +184,11 @@ class ShardRun:
         yield from self._results(others)
 
     def _results(self, trials: Iterable[TrialSpec]) -> Iterator[list[Row]]:
+        pending = iter(trials)
+        while window := list(islice(pending, _WINDOW)):
+            yield from self._window(window)
+
+    def _window(self, trials: Iterable[TrialSpec]) -> Iterator[list[Row]]:
         def begun() -> Iterator[TrialSpec]:
             for trial in trials:
                 self._flight.begin(trial.trial_id)
