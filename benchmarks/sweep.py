@@ -211,28 +211,29 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
 
 
 def costs(data_root: str | None) -> dict[str, Any]:
-    """Measure trials of each family on one core: probe and trajectory, batch size 64."""
+    """Measure trials of each family on one core: probe and trajectory, batch size 32."""
     import torch
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for family, count in (("mlp", 8), ("rnn", 1), ("cnn", 1), ("transformer", 1)):
+        for family, count in (("mlp", 4), ("rnn", 1), ("cnn", 1), ("transformer", 1)):
             names = ("mnist",) if data_root else ("digits",)
-            spec = SweepSpec(families=(family,), datasets=names, lrs=(1e-3,), batch_sizes=(64,), trials_per_cell=count)
+            spec = SweepSpec(families=(family,), datasets=names, lrs=(2e-3,), batch_sizes=(32,), trials_per_cell=count)
             out = f"{folder}/{family}"
             run_inline(spec, out, data_root=data_root, progress=False)
             rows = reader.read(out, columns=["trial_id", "probe_seconds", "truth_seconds", "stopped_at"]).to_pylist()
             trials = {r["trial_id"]: r for r in rows}.values()
             spent = [r["probe_seconds"] + r["truth_seconds"] for r in trials]
             files = reader.list_files(out)
+            print(family, spent, flush=True)
             found[family] = {
                 "trials": len(spent),
                 "seconds_mean": statistics.mean(spent),
                 "seconds_range": [min(spent), max(spent)],
                 "bytes_per_row": sum(f.stat().st_size for f in files) / len(rows),
             }
-    return {"batch_size": 64, "datasets": list(names), "threads": 1, "families": found}
+    return {"batch_size": 32, "lr": 2e-3, "datasets": list(names), "threads": 1, "families": found}
 
 
 def main() -> None:

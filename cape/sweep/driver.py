@@ -18,7 +18,7 @@ from typing import Any
 from cape.config import SweepSpec
 from cape.errors import DependencyError, SpecError
 from cape.store import claims, reader
-from cape.sweep.estimate import trial_seconds_of
+from cape.sweep.estimate import relative, trial_seconds_of
 from cape.sweep.inline import interrupted, reporter, terminable
 from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
 from cape.sweep.plan import Plan, Shard
@@ -107,10 +107,10 @@ def run_sweep(
 
 def _passes(job: Job, missing: list[Shard], cpus: int, gpus: float, concurrent: int, report: Reporter) -> str | None:
     """Run what is missing, and what a pass leaves missing again; return the error that stopped it, if any did."""
-    seconds, _ = trial_seconds_of(job.spec, job.location)
+    costs = relative(trial_seconds_of(job.spec, job.location)[0], job.spec)
     for _ in range(_PASSES):
         before = sum(map(len, missing))
-        error, hopeless = _tune(job, cut(missing, concurrent, seconds), cpus, gpus, concurrent, report)
+        error, hopeless = _tune(job, cut(missing, concurrent, costs), cpus, gpus, concurrent, report)
         if error is None or hopeless:
             break
         missing = Plan(job.spec).missing(reader.done_ids(job.location))

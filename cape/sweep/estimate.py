@@ -19,12 +19,11 @@ from cape.sweep.shards import cut
 _SAMPLE = 200  # files that are looked at in a meta-dataset
 _COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
-# Seconds of one trial (probe and trajectory, batch size 64) on one core of an Intel Xeon, from benchmarks/sweep.py
-# (results/sweep_cpu.json); the mean over the families' own models on MNIST and CIFAR-10.
-MEASURED_DEVICE = "one CPU core"
-MEASURED_SECONDS = {"mlp": 0.6, "cnn": 12.0, "rnn": 9.0, "transformer": 60.0}
-MEASURED_BATCH = 64
-MEASURED_ROW_BYTES = 900.0
+# Seconds of one trial (probe and trajectory) on one core: benchmarks/sweep.py, "overhead" in results/sweep_cpu.json
+# (batch sizes 32 and 64). A family that is not here has not been measured for the package.
+MEASURED_DEVICE = "one core of an AMD EPYC, on the bundled digits"
+MEASURED_SECONDS = {"mlp": 0.064}
+ROW_BYTES = 1100.0  # a row with all its losses takes less (tests/store/test_writer_reader.py), a short one a quarter
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Estimate:
         return "\n".join(
             [
                 f"{self.cells} cells, {self.trials} trials, {self.rows} rows, {self.shards} shards",
-                f"about {self.worker_hours:.3g} worker-hours (a worker is a GPU, its share of one, or a core) and"
-                f" {_size(self.bytes)} of disk",
+                f"about {_known(self.worker_hours)} worker-hours (a worker is a GPU, its share of one, or a core), "
+                + f"{_size(self.bytes)} of disk",
                 f"measured: {self.source}",
             ]
         )
@@ -67,8 +66,8 @@ def estimate(spec: SweepSpec, out: Location | None = None, workers: int = 1) -> 
     plan = Plan(spec)
     seconds, source = trial_seconds_of(spec, out)
     total = sum(group.count * seconds(group) for group in plan.groups)
-    shards = len(cut(plan.missing(), workers, seconds))
-    row_bytes = _row_bytes(out) or MEASURED_ROW_BYTES
+    shards = len(cut(plan.missing(), workers, relative(seconds, spec)))
+    row_bytes = _row_bytes(out) or ROW_BYTES
     return Estimate(plan.cells, len(plan), plan.rows, shards, total / 3600, plan.rows * row_bytes, source)
 
 
@@ -76,7 +75,7 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
     """Return the expected seconds of a trial of a group, and where the numbers come from.
 
     The mean over the trials of ``out`` with the same family, dataset and batch size, else with the same family; where
-    there are none, the package's own measurements on one CPU core.
+    there are none, the package's own measurements; NaN for a family that has none.
     """
     exact: dict[tuple[str, str, int], list[float]] = {}
     devices: set[str] = set()
@@ -94,13 +93,19 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
             return _mean(known)
         if not math.isnan(family_means.get(group.family, math.nan)):
             return family_means[group.family]
-        shipped = MEASURED_SECONDS.get(group.family, max(MEASURED_SECONDS.values()))
-        return shipped * group.batch_size / MEASURED_BATCH
+        return MEASURED_SECONDS.get(group.family, math.nan)
 
     count = sum(map(len, exact.values()))
     if count:
         return seconds, f"{count} trials that {out} holds, on {', '.join(sorted(devices))}"
-    return seconds, f"for this package on {MEASURED_DEVICE}; run a few trials into --out for your own device's times"
+    advice = "a few trials of every family in --out (a small spec, extended later) give your device's times"
+    return seconds, f"for this package on {MEASURED_DEVICE}; {advice}"
+
+
+def relative(seconds: Callable[[Group], float], spec: SweepSpec) -> Callable[[Group], float] | None:
+    """Return costs to cut shards by: those of ``seconds``, or None (all the same) where one of them is not known."""
+    known = all(math.isfinite(seconds(group)) for group in Plan(spec).groups)
+    return seconds if known else None
 
 
 def _sample(out: Location) -> list[tuple[str, str, dict[str, Any]]]:
@@ -130,6 +135,10 @@ def _row_bytes(out: Location | None) -> float | None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def _known(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "an unknown number of"
 
 
 def _size(count: float) -> str:
