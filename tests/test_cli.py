@@ -212,9 +212,9 @@ def test_a_dry_run_says_what_a_sweep_amounts_to_and_needs_no_data(run: Run, tmp_
     code, printed, err = run("sweep", "paper", "--dry-run", "--workers", "64")
     assert code == 0, err
     assert printed.startswith("144 cells, 14400 trials, 43200 rows, ") and " shards\n" in printed
-    assert "unknown number of worker-hours" in printed  # of four families one was measured for the package
+    assert "about 9.97 worker-hours" in printed and "AMD EPYC" in printed
     code, printed, _ = run("sweep", "smoke", "--dry-run")
-    assert code == 0 and "about 7.11e-05 worker-hours" in printed and "AMD EPYC" in printed
+    assert code == 0 and "about 0.0003 worker-hours" in printed
     assert not list(tmp_path.iterdir())
 
 
