@@ -19,7 +19,7 @@ from cape.sweep.shards import cut
 _SAMPLE = 200  # files that are looked at in a meta-dataset
 _COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
-# Seconds of one trial (probe and trajectory) on one core, one to four trials of each family on MNIST with batch size 32,
+# Seconds of one trial (probe and trajectory) on one core, 1 to 4 trials of each family on MNIST with batch size 32,
 # beside other work: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide; a user's family has none.
 MEASURED_DEVICE = "one core of an AMD EPYC (one to four trials of a family, MNIST)"
 MEASURED_SECONDS = {"mlp": 0.27, "rnn": 3.7, "cnn": 2.6, "transformer": 3.4}
