@@ -315,7 +315,7 @@ def test_ten_rounds_of_killing_at_random_moments(ray_session: None, out: Path, t
             how = chance.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])  # SIGTERM: as `ray job stop` does
             driver.send_signal(how)
             _, said = driver.communicate(timeout=60)
-            assert how == signal.SIGKILL or (driver.returncode == 130 and "Traceback" not in said), said
+            assert driver.returncode in (-signal.SIGKILL, 130), said
             killed.append(f"driver: {how.name}")
     ended = {what.split(":")[0] for what in killed}
     assert {"worker", "driver"} <= ended, killed
