@@ -40,17 +40,63 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("sweep", "measure features and T* of many models, through Ray Tune")
-    sub.add_argument("spec", metavar="SPEC.json|PRESET", help="a sweep spec as JSON, or the name of a preset")
-    sub.add_argument("--out", required=True, metavar="DIR", help="directory of the meta-dataset")
-    sub.add_argument("--resume", action="store_true", help="continue the sweep that DIR holds")
+    sub.add_argument(
+        "spec", metavar="SPEC.json|PRESET|status", help="a spec as JSON, a preset, or `status DIR`: how far a sweep is"
+    )
+    sub.add_argument("folder", nargs="?", metavar="DIR", help="only after `status`")
+    sub.add_argument("--out", metavar="DIR", help="directory of the meta-dataset, or a URI such as s3://bucket/prefix")
+    sub.add_argument("--resume", action="store_true", help="continue the sweep that DIR holds, or extend it")
+    sub.add_argument("--dry-run", action="store_true", help="print what the sweep amounts to, and run nothing")
     sub.add_argument("--address", metavar="ADDRESS", help="Ray cluster to use, e.g. auto (default: a local one)")
     sub.add_argument("--workers", type=int, metavar="N", help="actors that run shards (default: what the cluster has)")
     sub.add_argument(
         "--gpus-per-worker", type=float, metavar="F", help="GPUs of each actor (default: 1 where there is one)"
     )
+    sub.add_argument(
+        "--trial-seconds",
+        type=float,
+        metavar="S",
+        help="budget of one trial (default 10800; 0: none)",
+    )
+    sub.add_argument("--chunk-seconds", type=float, metavar="S", help="every worker commits so often (default 5)")
+    sub.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="register your own families and datasets: imported here and in every worker (repeatable)",
+    )
     sub.add_argument("--inline", action="store_true", help="run in this process, without Ray")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub.add_argument("--quiet", action="store_true", help="no progress line, no summary")
     _data_option(sub)
+
+    sub = command("submit", "run a command as a Ray job on a cluster; submitting it twice attaches to it")
+    sub.add_argument(
+        "--address", metavar="URL", help="job server (default RAY_API_SERVER_ADDRESS, else 127.0.0.1:8265)"
+    )
+    sub.add_argument("--installed", action="store_true", help="every node has CAPE: do not send it as a wheel")
+    sub.add_argument("--no-follow", action="store_true", help="return at once; default: print the log, exit as the job")
+    sub.add_argument("job", metavar="sweep|fit|evaluate")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
+
+    sub = command("status", "list CAPE's jobs on a cluster")
+    sub.add_argument("id", nargs="?", metavar="ID")
+    sub.add_argument("--address", metavar="URL", help="job server")
+
+    sub = command("stop", "stop a job; what it committed is kept")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--address", metavar="URL", help="job server")
+
+    sub = command("store", "look after a meta-dataset: verify its rows, merge its files, say where they are")
+    sub.add_argument("action", choices=("verify", "compact", "path"), help="path: what to give to another reader")
+    sub.add_argument("meta_dir", metavar="META_DIR")
+    sub.add_argument("--set-aside", action="store_true", help="verify: move bad files to META_DIR/_corrupt")
+    sub.add_argument("--out", metavar="DIR", help="compact: write there, leave META_DIR alone")
+    sub.add_argument("--target-mb", type=float, default=64.0, metavar="MB", help="compact: size of a file (default 64)")
+    sub.add_argument(
+        "--keep-seconds", type=float, default=3600.0, metavar="S", help="compact: readers keep old files so long (3600)"
+    )
 
     sub = command("fit", "fit the meta-regressor on a meta-dataset, through Ray Train")
     sub.add_argument("meta_dir", metavar="META_DIR")

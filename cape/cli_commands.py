@@ -10,36 +10,14 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from cape.cli_sweep import status, stop, store, submit, sweep
 from cape.config import check_epsilon, check_epsilons, check_lr
 from cape.errors import CapeError, DependencyError, StoreError
 
 if TYPE_CHECKING:
     from cape.predict import Prediction
 
-
-def sweep(args: argparse.Namespace) -> None:
-    """``cape sweep SPEC.json|PRESET --out DIR``."""
-    from cape import datasets
-    from cape.sweep.plan import read_spec
-
-    spec = read_spec(args.spec, datasets.data_root(args.data_root))
-    options: dict[str, Any] = {"resume": args.resume, "data_root": args.data_root, "progress": not args.quiet}
-    if args.inline:
-        from cape.sweep.inline import run_inline
-
-        result = run_inline(spec, args.out, **options)
-    else:
-        from cape.sweep.driver import run_sweep
-
-        result = run_sweep(
-            spec,
-            args.out,
-            address=args.address,
-            workers=args.workers,
-            gpus_per_worker=args.gpus_per_worker,
-            **options,
-        )
-    print(result)
+__all__ = ["status", "stop", "store", "submit", "sweep"]  # and every function below
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -216,6 +216,14 @@ def _failed(rows: list[Row], error: Exception) -> list[Row]:
     return rows
 
 
+def failed_rows(trial: TrialSpec, device: str | torch.device, sweep_hash: str, error: str) -> list[Row]:
+    """Return the rows of a trial that was given up: what is known without running it, and the error."""
+    rows = _base_rows(trial, torch.device(device), sweep_hash)
+    for row in rows:
+        row.update(converged=False, stop_reason="failed", t_star=None, error=error[:500])
+    return rows
+
+
 def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[Row]:
     """Return what is known of a trial's rows before it runs."""
     shared = {

@@ -39,7 +39,14 @@ def ray_session() -> Iterator[None]:
     """One local Ray for the whole test session (starting it takes seconds)."""
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local",  # not a cluster that somebody else has started on this machine
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     yield
     ray.shutdown()
 

@@ -205,6 +205,58 @@ def test_errors_show_their_traceback_when_asked(run: Run, monkeypatch: pytest.Mo
         run("probe", MODEL, "--data", "digits", "--lr", "-1")
 
 
+# --- around a sweep ---
+
+
+def test_a_dry_run_says_what_a_sweep_amounts_to_and_needs_no_data(run: Run, tmp_path: Path) -> None:
+    code, printed, err = run("sweep", "paper", "--dry-run", "--workers", "64")
+    assert code == 0, err
+    assert printed.startswith("144 cells, 14400 trials, 43200 rows, ") and " shards\n" in printed
+    assert "about 9.97 worker-hours" in printed and "AMD EPYC" in printed
+    code, printed, _ = run("sweep", "smoke", "--dry-run")
+    assert code == 0 and "about 0.0003 worker-hours" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_takes_its_times_from_the_rows_that_are_there(run: Run, tmp_path: Path) -> None:
+    out, spec = tmp_path / "meta", tmp_path / "spec.json"
+    path = write_spec(spec, lrs=[1e-3], batch_sizes=[16], trials_per_cell=2)
+    assert run("sweep", path, "--out", out, "--inline", "--quiet")[0] == 0
+    larger = write_spec(spec, lrs=[1e-3], batch_sizes=[16], trials_per_cell=2000)
+    code, printed, _ = run("sweep", larger, "--out", out, "--dry-run")
+    assert code == 0 and "measured: 2 trials that" in printed
+    rows = store.read(out, columns=["trial_id", "truth_seconds", "probe_seconds"]).to_pylist()
+    spent = [t + p for t, p in {(r["truth_seconds"], r["probe_seconds"]) for r in rows}]
+    hours = 2000 * sum(spent) / len(spent) / 3600
+    assert float(printed.split("about ")[1].split()[0]) == pytest.approx(hours, rel=0.01)
+
+
+def test_looking_after_a_meta_dataset(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "meta"
+    spec = write_spec(tmp_path / "spec.json", lrs=[1e-3, 2e-3], batch_sizes=[16], trials_per_cell=2)
+    code, printed, err = run("sweep", spec, "--out", out, "--inline", "--chunk-seconds", "0.01")
+    assert code == 0 and "12 rows of 4 trials" in printed
+    assert "4/4 trials" in err and "median T*" in err  # the last progress line, and the summary
+    code, printed, _ = run("sweep", "status", out)
+    assert code == 0 and printed.startswith("finished (process ") and "4/4 trials" in printed
+    code, printed, _ = run("store", "verify", out)
+    assert code == 0 and "12 rows of 4 trials, 4 planned, 0 missing" in printed and printed.endswith("sound\n")
+    code, printed, _ = run("store", "compact", out)
+    assert code == 0 and "files are 1 now" in printed
+    code, printed, _ = run("store", "path", out)
+    assert printed.strip() == str(out / "_rows.1")
+    extended = write_spec(tmp_path / "extended.json", lrs=[1e-3, 2e-3], batch_sizes=[16, 32], trials_per_cell=3)
+    code, printed, _ = run("sweep", extended, "--out", out, "--inline", "--quiet", "--resume")
+    assert code == 0 and "36 rows of 12 trials" in printed
+    assert run("store", "verify", out)[0] == 0
+    expect_sentence(run("sweep", spec, "--out", out, "--inline", "--resume"), "batch_sizes is [16, 32] there")
+    expect_sentence(run("sweep", "status", tmp_path / "absent"), "No sweep has run")
+    expect_sentence(run("sweep", "status"), "cape sweep status DIR")
+    expect_sentence(run("sweep", "smoke", "status", "--out", out), "one argument too many")
+    (out / "_rows.1" / "family=mlp" / "dataset=digits" / "x.parquet").write_bytes(b"PAR1")
+    expect_sentence(run("store", "verify", out), "--set-aside")
+
+
 # --- another sweep's directory ---
 
 
@@ -301,7 +353,8 @@ def test_help_is_immediate_and_lists_every_command() -> None:
         [sys.executable, "-X", "importtime", "-m", "cape.cli", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and time.monotonic() - started < 10
-    for name in ("sweep", "fit", "evaluate", "predict", "rank", "probe", "measure", "data", "report", "import-csv"):
+    commands = ("sweep", "store", "submit", "status", "stop", "fit", "evaluate", "predict", "rank", "probe", "measure")
+    for name in (*commands, "data", "report", "import-csv"):
         assert name in done.stdout
     for heavy in ("torch", "ray", "numpy", "xgboost"):
         assert not any(line.split("|")[-1].strip() == heavy for line in done.stderr.splitlines()), heavy

@@ -1,10 +1,13 @@
-"""Read a meta-dataset as an Arrow table, also while a sweep writes to it."""
+"""Read a meta-dataset as an Arrow table, also while a sweep writes to it or a compaction replaces its files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
@@ -12,37 +15,95 @@ import pyarrow.parquet as pq
 
 from cape.config import SweepSpec
 from cape.errors import SpecError, StoreError, did_you_mean
+from cape.store.location import Location
 from cape.store.schema import (
     EXTRA_PREFIX,
     PARTITION_COLUMNS,
     PARTITION_SCHEMA,
     ROW_SCHEMA,
+    ROWS,
     SPEC_FILE,
-    partition_dir,
+    SPEC_HISTORY,
+    partition,
 )
 
-
-def list_files(meta_dir: str | Path) -> list[Path]:
-    """Return the committed Parquet files, in a stable order; none where the folder does not exist."""
-    return sorted(p for p in Path(meta_dir).glob("family=*/dataset=*/*.parquet") if p.name[0] not in "._")
+Where = str | Path | Location
 
 
-def read_spec(meta_dir: str | Path) -> SweepSpec | None:
-    """Return the sweep that fills the folder, or None where there is none.
+def rows_folder(meta_dir: Where) -> str:
+    """Return where the rows are now, relative to the meta-dataset: the generation that ``META/rows`` points to.
+
+    Whoever reads below it reads one generation from beginning to end, whatever a compaction does meanwhile.
+    """
+    location = Location.of(meta_dir)
+    if location.folder is None:
+        return ROWS
+    try:
+        return os.readlink(location.path(ROWS))
+    except FileNotFoundError:
+        legacy = any(location.folder.glob("family=*/dataset=*"))  # as cape 0.1.0 wrote them
+        return "" if legacy else ROWS
+    except OSError:  # a folder, where the file system has no symbolic links
+        return ROWS
+
+
+def rows_path(meta_dir: Where) -> str:
+    """Return the path or key to give to another reader (``pyarrow.dataset``, Polars, DuckDB): one generation."""
+    location = Location.of(meta_dir)
+    return location.path(rows_folder(location)).rstrip("/")
+
+
+def list_chunks(meta_dir: Where, base: str | None = None) -> list[str]:
+    """Return the committed Parquet files, relative to the meta-dataset, in a stable order."""
+    location = Location.of(meta_dir)
+    base = rows_folder(location) if base is None else base
+    start = len(base) + 1 if base else 0
+    return [
+        name
+        for name in location.list(base, recursive=True)
+        if name.endswith(".parquet") and name.startswith("family=", start) and name.rsplit("/", 1)[-1][0] not in "._"
+    ]
+
+
+def list_files(meta_dir: Where) -> list[Path]:
+    """Return the committed Parquet files of a folder, in a stable order; none where it does not exist."""
+    location = Location.of(meta_dir)
+    return [Path(location.path(name)) for name in list_chunks(location)]
+
+
+def read_spec(meta_dir: Where) -> SweepSpec | None:
+    """Return the sweep that fills the meta-dataset, or None where there is none.
 
     Raises:
         StoreError: the file is there but is no sweep.
     """
-    path = Path(meta_dir) / SPEC_FILE
-    try:
-        return SweepSpec.from_json(path.read_text())
-    except FileNotFoundError:
+    return _spec_at(Location.of(meta_dir), SPEC_FILE)
+
+
+def read_specs(meta_dir: Where) -> list[SweepSpec]:
+    """Return every spec that the sweep had, the current one last: it may have been extended.
+
+    Raises:
+        StoreError: a file that is no sweep.
+    """
+    location = Location.of(meta_dir)
+    current = read_spec(location)
+    earlier = [_spec_at(location, name) for name in location.list(SPEC_HISTORY) if name.endswith(".json")]
+    found = [spec for spec in earlier if spec is not None and spec != current]
+    return found if current is None else [*found, current]
+
+
+def _spec_at(location: Location, name: str) -> SweepSpec | None:
+    content = location.read(name)
+    if content is None:
         return None
+    try:
+        return SweepSpec.from_json(content.decode())
     except (SpecError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} does not describe a sweep: {error}") from error
+        raise StoreError(f"{location}/{name} does not describe a sweep: {error}") from error
 
 
-def open_dataset(meta_dir: str | Path) -> pds.Dataset:
+def open_dataset(meta_dir: Where) -> pds.Dataset:
     """Return the meta-dataset as a ``pyarrow.dataset.Dataset`` with an explicit schema.
 
     Columns that imported files have beyond ``ROW_SCHEMA`` follow it; rows without them hold null there.
@@ -50,31 +111,38 @@ def open_dataset(meta_dir: str | Path) -> pds.Dataset:
     Raises:
         StoreError: no such folder, no rows in it, or a file that is no Parquet.
     """
-    root, files = Path(meta_dir), list_files(meta_dir)
+    location = Location.of(meta_dir)
+    base = rows_folder(location)
+    files = list_chunks(location, base)
     if not files:
-        state = "holds no rows yet" if root.is_dir() else "does not exist"
-        raise StoreError(f"The meta-dataset {root} {state}; run `cape sweep` or `cape import-csv` into it first.")
+        state = "holds no rows yet" if location.exists() else "does not exist"
+        raise StoreError(f"The meta-dataset {location} {state}; run `cape sweep` or `cape import-csv` into it first.")
     fields = {name: ROW_SCHEMA.field(name) for name in ROW_SCHEMA.names}
-    for path in files:
-        if path.name.startswith(EXTRA_PREFIX):
-            for f in _file_schema(path):
+    for name in files:
+        if name.rsplit("/", 1)[-1].startswith(EXTRA_PREFIX):
+            for f in _file_schema(location, name):
                 known = fields.setdefault(f.name, f)
                 if f.name not in ROW_SCHEMA.names and known.type != f.type:
                     fields[f.name] = _common(known, f)
+    return _dataset(location, base, files, pa.schema(list(fields.values()), metadata=ROW_SCHEMA.metadata))
+
+
+def _dataset(location: Location, base: str, files: Sequence[str], schema: pa.Schema) -> pds.Dataset:
     return pds.dataset(
-        [str(p) for p in files],
-        schema=pa.schema(list(fields.values()), metadata=ROW_SCHEMA.metadata),
+        [location.path(name) for name in files],
+        schema=schema,
         format="parquet",
+        filesystem=location.filesystem,
         partitioning=pds.partitioning(PARTITION_SCHEMA, flavor="hive"),
-        partition_base_dir=str(root),
+        partition_base_dir=location.path(base),
     )
 
 
-def read(meta_dir: str | Path, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
+def read(meta_dir: Where, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
     """Return the rows of a meta-dataset.
 
     Args:
-        meta_dir: folder that a sweep or an import wrote.
+        meta_dir: folder or URI that a sweep or an import wrote.
         columns: names to read; all where None.
         filter: e.g. ``pyarrow.dataset.field("family") == "mlp"``.
 
@@ -92,9 +160,9 @@ def read(meta_dir: str | Path, columns: Sequence[str] | None = None, filter: pc.
         raise _unreadable(meta_dir, error) from error
 
 
-def count_rows(meta_dir: str | Path, filter: pc.Expression | None = None) -> int:
+def count_rows(meta_dir: Where, filter: pc.Expression | None = None) -> int:
     """Return the number of rows, zero where nothing was written yet."""
-    if not list_files(meta_dir):
+    if not list_chunks(meta_dir):
         return 0
     try:
         return int(open_dataset(meta_dir).count_rows(filter=filter))
@@ -102,32 +170,79 @@ def count_rows(meta_dir: str | Path, filter: pc.Expression | None = None) -> int
         raise _unreadable(meta_dir, error) from error
 
 
-def done_trials(
-    meta_dir: str | Path, family: str | None = None, dataset: str | None = None, prefix: str = ""
-) -> set[str]:
-    """Return the ids of the trials whose rows are committed: all, or those of one (family, dataset).
+def done_ids(meta_dir: Where) -> np.ndarray:
+    """Return the committed trials as their ids' numbers, [n] uint64, sorted and distinct: 8 bytes a trial.
 
-    ``prefix`` narrows the search to the files that ``write_shard`` wrote with that prefix.
+    Raises:
+        StoreError: a file that cannot be read (the message names it).
     """
-    if family is not None and dataset is not None:
-        folder = partition_dir(Path(meta_dir), family, dataset)
-        files = [p for p in folder.glob(f"{prefix}*.parquet") if p.name[0] not in "._"]
-    else:
-        files = list_files(meta_dir)
+    location = Location.of(meta_dir)
+    base = rows_folder(location)
+    files = list_chunks(location, base)
+    if not files:
+        return np.empty(0, np.uint64)
+    dataset = _dataset(location, base, files, pa.schema([ROW_SCHEMA.field("trial_id")]))
+    found: list[np.ndarray] = [np.empty(0, np.uint64)]
+    try:
+        for batch in dataset.to_batches(columns=["trial_id"]):
+            found.append(id_numbers(pc.unique(batch.column(0)).to_pylist()))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(location, error) from error
+    return np.unique(np.concatenate(found))
+
+
+def id_numbers(trial_ids: Sequence[str]) -> np.ndarray:
+    """Return trial ids (16 hex digits) as numbers, [n] uint64; what is no such id is left out."""
+    try:
+        return np.fromiter((int(i, 16) for i in trial_ids), np.uint64, len(trial_ids))
+    except (ValueError, TypeError, OverflowError):  # a foreign file; `cape store verify` names it
+        return np.asarray([int(i, 16) for i in trial_ids if _is_id(i)], np.uint64)
+
+
+def _is_id(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 16 and set(text) <= set("0123456789abcdef")
+
+
+def done_trials(meta_dir: Where, family: str, dataset: str) -> set[str]:
+    """Return the ids of the trials of one (family, dataset) whose rows are committed.
+
+    Raises:
+        StoreError: a file that cannot be read (the message names it).
+    """
+    location = Location.of(meta_dir)
+    folder = f"{rows_folder(location)}/{partition(family, dataset)}".lstrip("/")
     done: set[str] = set()
-    for path in files:
+    for name in location.list(folder):
+        if not name.endswith(".parquet"):
+            continue
         try:
-            done.update(pq.read_table(path, columns=["trial_id"], partitioning=None)["trial_id"].to_pylist())
+            path = location.path(name)
+            table = pq.read_table(path, columns=["trial_id"], partitioning=None, filesystem=location.filesystem)
+            done.update(table["trial_id"].to_pylist())
         except (pa.ArrowInvalid, OSError) as error:
-            raise _broken(path, error) from error
+            raise _broken(location, name, error) from error
     return done
 
 
-def _file_schema(path: Path) -> pa.Schema:
+def unreadable_chunks(meta_dir: Where) -> list[tuple[str, str]]:
+    """Return (name, reason) of every committed file that is no whole Parquet file or whose trial ids cannot be read."""
+    location = Location.of(meta_dir)
+    found = []
+    for name in list_chunks(location):
+        try:
+            with pq.ParquetFile(location.path(name), filesystem=location.filesystem) as file:
+                file.read(columns=["trial_id"])
+        except (pa.ArrowInvalid, OSError) as error:
+            found.append((name, _first_line(error)))
+    return found
+
+
+def _file_schema(location: Location, name: str) -> pa.Schema:
     try:
-        return pa.schema([f for f in pq.read_schema(path) if f.name not in PARTITION_COLUMNS])
+        schema = pq.read_schema(location.path(name), filesystem=location.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
-        raise _broken(path, error) from error
+        raise _broken(location, name, error) from error
+    return pa.schema([f for f in schema if f.name not in PARTITION_COLUMNS])
 
 
 def _common(a: pa.Field, b: pa.Field) -> pa.Field:
@@ -138,16 +253,27 @@ def _common(a: pa.Field, b: pa.Field) -> pa.Field:
         return pa.field(a.name, pa.string())
 
 
-def _unreadable(meta_dir: str | Path, error: Exception) -> StoreError:
+def _unreadable(meta_dir: Where, error: Exception) -> StoreError:
     """Find the file at fault: Arrow's own message does not always name it."""
-    for path in list_files(meta_dir):
-        try:
-            pq.ParquetFile(path).close()
-        except (pa.ArrowInvalid, OSError) as cause:
-            return _broken(path, cause)
-    return StoreError(f"The meta-dataset {meta_dir} cannot be read: {error}")
+    location = Location.of(meta_dir)
+    for name, reason in unreadable_chunks(location):
+        return _broken(location, name, reason)
+    return StoreError(f"The meta-dataset {location} cannot be read: {error}")
 
 
-def _broken(path: Path, error: Exception) -> StoreError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return StoreError(f"{path} cannot be read ({reason}); delete it and run the sweep again with --resume.")
+def _broken(location: Location, name: str, error: Exception | str) -> StoreError:
+    reason = error if isinstance(error, str) else _first_line(error)
+    return StoreError(
+        f"{location}/{name} cannot be read ({reason}); `cape sweep --resume` sets such a file aside and runs its"
+        " trials again."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def partition_of(name: str) -> tuple[str, str]:
+    """Return (family, dataset) of a file by its path."""
+    parts = dict(part.split("=", 1) for part in name.split("/") if "=" in part)
+    return unquote(parts["family"]), unquote(parts["dataset"])

@@ -1,17 +1,19 @@
 """What a row holds, where a meta-dataset keeps it, and how its files are named.
 
-A meta-dataset is a folder::
+A meta-dataset is a folder or an object-store prefix::
 
-    META_DIR/_spec.json                                  the sweep that fills it (absent where rows were imported)
-    META_DIR/family=mlp/dataset=mnist/<hash>.parquet     one chunk of trials each
+    META/_spec.json                                      the sweep that fills it (absent where rows were imported)
+    META/_specs/<hash>.json                              every spec it had: the sweep may have been extended
+    META/rows/family=mlp/dataset=mnist/<hash>.parquet    one chunk of trials each
 
-``family`` and ``dataset`` are in the path and not in the files, as hive readers expect; names that begin with ``_``
-or ``.`` are ignored by Arrow, pandas, Polars and DuckDB.
+``META/rows`` is what other people's readers are pointed at. ``family`` and ``dataset`` are in the path and not in the
+files, as hive readers expect. In a folder ``rows`` is a symbolic link to ``_rows.<generation>``: a generation only ever
+gains files, and `cape store compact` moves the link to a new one (see ``compact.py``).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -20,10 +22,15 @@ from cape.probing.features import FEATURE_NAMES
 
 SCHEMA_VERSION = 1
 SPEC_FILE = "_spec.json"
+SPEC_HISTORY = "_specs"
+ROWS = "rows"
 PARTITION_COLUMNS = ("family", "dataset")
 
 # Files with this prefix hold columns beyond ROW_SCHEMA; a reader opens only these to learn what they are called.
 EXTRA_PREFIX = "extra-"
+
+# Of a chunk below ROWS; early versions wrote the key of a shard before the hash.
+CHUNK_PATH = re.compile(r"family=[^/]+/dataset=[^/]+/(?:extra-)?(?:[0-9a-f]{8}-)?(?P<hash>[0-9a-f]{16})\.parquet")
 
 # How many losses of a trajectory, L_0 first, a row keeps.
 KEPT_LOSSES = 64
@@ -65,6 +72,6 @@ ROW_SCHEMA = pa.schema(
 PARTITION_SCHEMA = pa.schema([ROW_SCHEMA.field(name) for name in PARTITION_COLUMNS])
 
 
-def partition_dir(meta_dir: Path, family: str, dataset: str) -> Path:
-    """Return the folder of one (family, dataset); a dataset that is a file path is escaped into one name."""
-    return meta_dir / f"family={quote(family, safe='')}" / f"dataset={quote(dataset, safe='')}"
+def partition(family: str, dataset: str) -> str:
+    """Return the path of one (family, dataset) below ``ROWS``; a dataset that is a file path becomes one name."""
+    return f"family={quote(family, safe='')}/dataset={quote(dataset, safe='')}"

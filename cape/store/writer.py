@@ -1,29 +1,33 @@
-"""Write rows so that a reader sees a file whole or not at all, and claim a folder for one sweep."""
+"""Write rows so that a reader sees a file whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
-import time
-import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cape
-from cape.config import SweepSpec, stable_hash
-from cape.errors import StoreError
+from cape.config import stable_hash
 from cape.store import reader
-from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, SPEC_FILE, partition_dir
+from cape.store.location import Location
+from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, ROWS, partition
 
-# A temporary file older than this belongs to a process that was killed, not to one that is writing.
-_ABANDONED_AFTER_S = 3600.0
+FIRST_GENERATION = "_rows.0"
+_KNOWN = frozenset(ROW_SCHEMA.names)
 
 
-def write_shard(rows: Iterable[Mapping[str, Any]], meta_dir: str | Path, *, prefix: str = "") -> list[Path]:
+def write_shard(
+    rows: Iterable[Mapping[str, Any]],
+    meta_dir: reader.Where,
+    *,
+    provenance: Mapping[str, str] | None = None,
+    allowed: Callable[[], bool] | None = None,
+) -> list[str]:
     """Write rows as one Parquet file for each (family, dataset) among them, atomically.
 
     The name of a file is the hash of the trials in it: the same trials written twice are one file. Columns that are
@@ -31,103 +35,109 @@ def write_shard(rows: Iterable[Mapping[str, Any]], meta_dir: str | Path, *, pref
 
     Args:
         rows: mappings with at least ``trial_id``, ``family`` and ``dataset``.
-        meta_dir: folder of the meta-dataset.
-        prefix: beginning of the files' names, by which they can be found again without opening any other.
+        meta_dir: folder or URI of the meta-dataset.
+        provenance: what the files' schema metadata says of their origin, each under ``cape_<name>``.
+        allowed: asked right before the files get their names, under the folder's lock; where it returns False,
+            nothing is written.
 
     Returns:
-        The files written.
+        The files written, relative to the meta-dataset.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
+    location = Location.of(meta_dir)
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["family"], row["dataset"]].append(row)
-    paths = []
+    files: dict[str, pa.Buffer] = {}
     for (family, dataset), group in groups.items():
-        schema, extra = _schema_of(group)
-        table = pa.Table.from_pylist(group, schema=schema)
-        name = stable_hash(sorted({row["trial_id"] for row in group})) + ".parquet"
-        name = f"{prefix}-{name}" if prefix else name
-        path = partition_dir(Path(meta_dir), family, dataset) / (EXTRA_PREFIX + name if extra else name)
-        _write_atomically(table, path)
-        paths.append(path)
-    return paths
+        schema, extra = _schema_of(group, provenance or {})
+        name = chunk_name((row["trial_id"] for row in group), extra=extra)
+        files[f"{partition(family, dataset)}/{name}"] = to_parquet(pa.Table.from_pylist(group, schema=schema))
+    return commit(location, files, allowed)
 
 
-def _schema_of(rows: list[Mapping[str, Any]]) -> tuple[pa.Schema, bool]:
+def commit(location: Location, files: Mapping[str, pa.Buffer], allowed: Callable[[], bool] | None = None) -> list[str]:
+    """Put files (paths below the rows, contents) into the current generation, each whole or not at all.
+
+    The slow part (content to disk) comes before the lock, the renames under it: a compaction, which holds the lock
+    alone, sees either all of a commit or nothing of it, and ``allowed`` cannot change its answer in between.
+    """
+    if not files:
+        return []
+    if location.folder is None:
+        if allowed is not None and not allowed():
+            return []
+        for name, content in files.items():
+            location.write(f"{ROWS}/{name}", content)
+        return [f"{ROWS}/{name}" for name in files]
+    temporaries: dict[str, str] = {}
+    written = []
+    try:
+        try:
+            for name, content in files.items():
+                temporaries[name] = location.put_temporary(content)
+        except OSError as error:
+            raise location.failure(next(n for n in files if n not in temporaries), error) from error
+        with location.lock():
+            base = ensure_rows(location)
+            if allowed is not None and not allowed():
+                return []
+            for name in list(temporaries):
+                final = f"{base}/{name}".lstrip("/")
+                try:
+                    location.move(temporaries[name], final)
+                except OSError as error:
+                    raise location.failure(final, error) from error
+                del temporaries[name]
+                written.append(final)
+        return written
+    finally:
+        for temporary in temporaries.values():
+            location.delete(temporary)
+
+
+def ensure_rows(location: Location) -> str:
+    """Return the folder of the current generation (relative), made where there was none; an object store needs none."""
+    base = reader.rows_folder(location)
+    if location.folder is None or base != ROWS or os.path.isdir(location.path(ROWS)):
+        return base
+    try:
+        os.makedirs(location.path(FIRST_GENERATION), exist_ok=True)
+        os.symlink(FIRST_GENERATION, location.path(ROWS))
+    except FileExistsError:  # another writer was faster
+        return reader.rows_folder(location)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+            raise location.failure(ROWS, error) from error
+        os.makedirs(location.path(ROWS), exist_ok=True)  # no symbolic links here: `compact` will say so
+        return ROWS
+    return FIRST_GENERATION
+
+
+def chunk_name(trial_ids: Iterable[str], *, extra: bool = False) -> str:
+    """Return the name of the file that holds these trials: the same trials, the same name."""
+    return f"{EXTRA_PREFIX if extra else ''}{stable_hash(sorted(set(trial_ids)))}.parquet"
+
+
+def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
+    """Return a table as the bytes of a Parquet file: zstd, a checksum on every page."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True, row_group_size=row_group_size
+    )
+    return sink.getvalue()
+
+
+def _schema_of(rows: list[Mapping[str, Any]], provenance: Mapping[str, str]) -> tuple[pa.Schema, bool]:
     """Return the schema of the file (partition columns left out) and whether it goes beyond ``ROW_SCHEMA``."""
     fields = [f for f in ROW_SCHEMA if f.name not in PARTITION_COLUMNS]
-    names = dict.fromkeys(key for row in rows for key in row if key not in ROW_SCHEMA.names)
+    names = dict.fromkeys(key for row in rows for key in row if key not in _KNOWN)
     for name in names:
         values = pa.array([row.get(name) for row in rows])
         fields.append(pa.field(name, pa.string() if pa.types.is_null(values.type) else values.type))
     metadata = {**(ROW_SCHEMA.metadata or {}), b"cape_version": cape.__version__.encode()}
+    for key, value in provenance.items():
+        metadata[f"cape_{key}".encode()] = value.encode()
     return pa.schema(fields, metadata=metadata), bool(names)
-
-
-def _write_atomically(table: pa.Table, path: Path) -> None:
-    def write(file: Any) -> None:
-        pq.write_table(table, file, compression="zstd", use_dictionary=False)
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a hidden temporary file, flush it to the disk and give it its name."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise StoreError(f"Cannot write {path}: {reason}. What was committed before is kept.") from error
-
-
-def claim(meta_dir: str | Path, spec: SweepSpec, *, resume: bool = False) -> None:
-    """Make ``meta_dir`` the folder of one sweep, or make sure that it is.
-
-    Raises:
-        StoreError: the folder holds another sweep (the message names what differs), or rows of this one while
-            ``resume`` is False, or is not a folder.
-    """
-    root = Path(meta_dir)
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"{root} is a file; a sweep needs a folder of its own.")
-    held = reader.read_spec(root)
-    if held is None:
-        _replace(root / SPEC_FILE, lambda file: file.write(spec.to_json(indent=2).encode()))
-        return
-    if held != spec:
-        raise StoreError(
-            f"{root} holds another sweep: {_difference(held, spec)}. Choose another folder, or give it the spec that"
-            f" it holds ({root / SPEC_FILE})."
-        )
-    if not resume and reader.list_files(root):
-        raise StoreError(f"{root} already holds rows of this sweep; add --resume (resume=True) to run what is missing.")
-    _remove_abandoned(root)
-
-
-def _difference(held: SweepSpec, wanted: SweepSpec) -> str:
-    a, b = held.to_dict(), wanted.to_dict()
-    return "; ".join(f"{key} is {a[key]} there and {b[key]} here" for key in a if a[key] != b[key])
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Delete temporary files that killed processes left behind."""
-    for path in root.glob("family=*/dataset=*/.*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-                path.unlink()
-        except FileNotFoundError:  # its writer finished in between
-            continue

@@ -7,24 +7,30 @@ thrown away, and to resume is to run what the files do not hold.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cape.config import SweepSpec
 from cape.errors import DependencyError, SpecError
-from cape.sweep.inline import interrupted
-from cape.sweep.job import Job, SweepResult, finish, prepare
-from cape.sweep.plan import Plan, Shard, cut
-from cape.sweep.progress import Progress
+from cape.store import claims, reader
+from cape.sweep.estimate import relative, trial_seconds_of
+from cape.sweep.inline import interrupted, reporter, terminable
+from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
+from cape.sweep.plan import Plan, Shard
+from cape.sweep.progress import Reporter
+from cape.sweep.shards import cut
 
-_RETRIES = 3  # of a shard whose worker died; what it had committed is not run again
+# Of a shard whose worker died. What it had committed is not run again, and a trial that ends its process is given up
+# long before (see shard_run.py): this is for nodes that come and go.
+_RETRIES = 100
+_PASSES = 3  # over what a pass left missing, as long as each brings something
+
+_TUNE = ".tune"  # Tune's own state, thrown away
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -32,6 +38,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C reaches us as KeyboardInterrupt
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # inside a Ray job: what `_cluster` sets joins what the job has set
 }
 
 
@@ -44,23 +51,30 @@ def run_sweep(
     workers: int | None = None,
     gpus_per_worker: float | None = None,
     data_root: str | Path | None = None,
+    trial_seconds: float = TRIAL_SECONDS,
+    chunk_seconds: float = CHUNK_SECONDS,
+    imports: Sequence[str] = (),
     progress: bool = True,
 ) -> SweepResult:
     """Run a sweep with Ray Tune and return what was written.
 
     Args:
         spec: the sweep.
-        out: folder of the meta-dataset; on a cluster, one that every node sees.
+        out: folder or URI of the meta-dataset; on a cluster, one that every node sees.
         resume: run only what is missing in ``out``.
         address: of a running Ray cluster (``auto``, ``ray://...``); where None, the Ray that this process is
             connected to, or else one started on this machine for this sweep.
         workers: how many at most; as many as the resources hold where None.
         gpus_per_worker: whole or fractional; 0 runs on CPUs. None: 1 where the cluster has a GPU.
         data_root: see ``datasets.data_root``.
+        trial_seconds: a trial that takes longer ends its worker and is tried again; recorded as failed after three
+            times. 0 for no limit.
+        chunk_seconds: every worker commits about so often.
+        imports: modules that register families or datasets of your own; every node must have them.
         progress: print a progress line to standard error.
 
     Raises:
-        SpecError, DataError, StoreError: see ``job.prepare``; StoreError also where trials are missing at the end.
+        SpecError, DataError, StoreError: see ``job.running``; StoreError also where trials are missing at the end.
         DependencyError: Ray is not installed.
         KeyboardInterrupt: as it came; what was committed is kept.
     """
@@ -68,21 +82,41 @@ def run_sweep(
         raise SpecError(f"workers must be at least 1, not {workers}.")
     if gpus_per_worker is not None and gpus_per_worker < 0:
         raise SpecError(f"gpus_per_worker must be zero or more, not {gpus_per_worker}.")
-    job = prepare(spec, out, resume=resume, data_root=data_root)
-    missing = Plan(spec).missing(job.done)
-    if not missing:
-        return finish(job)
-    error: str | None = None
-    try:
-        with _environment(), _cluster(address) as resources:
-            cpus, gpus, concurrent = _share(resources, workers, gpus_per_worker)
-            error = _tune(job, cut(missing, concurrent), cpus, gpus, concurrent, progress)
-    except KeyboardInterrupt:
-        print(interrupted(job.out), file=sys.stderr)
-        raise
-    finally:
-        shutil.rmtree(job.out / ".tune", ignore_errors=True)
-    return finish(job, error)
+    settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports}
+    with running(spec, out, resume=resume, data_root=data_root, **settings) as (job, done):  # type: ignore[arg-type]
+        missing = Plan(spec).missing(done)
+        if not missing:
+            return finish(job)
+        report = reporter(job, missing, progress)
+        state, error = "failed", None
+        try:
+            with _environment(), _cluster(address) as resources:
+                cpus, gpus, concurrent = _share(resources, workers, gpus_per_worker)
+                error = _passes(job, missing, cpus, gpus, concurrent, report)
+            state = "failed" if error else "finished"
+        except KeyboardInterrupt:
+            state = "interrupted"
+            raise
+        finally:
+            job.location.delete_tree(_TUNE)
+            report.close(state, error)
+            if state == "interrupted":
+                print(interrupted(job), file=sys.stderr)
+        return finish(job, error)
+
+
+def _passes(job: Job, missing: list[Shard], cpus: int, gpus: float, concurrent: int, report: Reporter) -> str | None:
+    """Run what is missing, and what a pass leaves missing again; return the error that stopped it, if any did."""
+    costs = relative(trial_seconds_of(job.spec, job.location)[0], job.spec)
+    for _ in range(_PASSES):
+        before = sum(map(len, missing))
+        error, hopeless = _tune(job, cut(missing, concurrent, costs), cpus, gpus, concurrent, report)
+        if error is None or hopeless:
+            break
+        missing = Plan(job.spec).missing(reader.done_ids(job.location))
+        if not missing or sum(map(len, missing)) == before:
+            break
+    return error
 
 
 def _share(resources: dict[str, float], workers: int | None, gpus_per_worker: float | None) -> tuple[int, float, int]:
@@ -98,14 +132,13 @@ def _share(resources: dict[str, float], workers: int | None, gpus_per_worker: fl
     return (1 if gpus else max(1, total_cpus // concurrent)), gpus, concurrent
 
 
-def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int, progress: bool) -> str | None:
-    """Run the shards as Tune trials; return the first error that ended a shard for good."""
+def _tune(
+    job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int, report: Reporter
+) -> tuple[str | None, bool]:
+    """Run the shards as Tune trials; return the first error that ended one for good, and whether it is hopeless."""
     from ray import tune
 
     from cape.sweep.actor import ShardWorker
-
-    todo = sum(map(len, shards))
-    line = Progress(todo, len(Plan(job.spec)) - todo, enabled=progress)
 
     hopeless: list[str] = []  # data that disappeared, a disk that is full: trying again or elsewhere does not help
 
@@ -113,9 +146,17 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
         ) -> None:
-            line.add(result["trials"], result["rows"], result["failed"])
+            report.chunk(result)
             if "error" in result:
                 hopeless.append(result["error"])
+            elif result["fenced"] and not claims.is_current(job.location, job.run):
+                hopeless.append(f"another run has taken {job.location} over.")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            report.log("worker died", shard=trial.config["shard"])
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            report.log("worker died", shard=trial.config["shard"])
 
     class StopWhereHopeless(tune.Stopper):
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -124,13 +165,16 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
         def stop_all(self) -> bool:
             return bool(hopeless)
 
+    storage: dict[str, Any] = {"storage_path": job.location.path(_TUNE)}
+    if job.location.folder is None:
+        storage["storage_filesystem"] = job.location.filesystem
     tuner = tune.Tuner(
-        tune.with_parameters(ShardWorker, job=dataclasses.replace(job, done=frozenset()), shards=shards),
+        tune.with_parameters(ShardWorker, job=job, shards=shards),
         param_space={"shard": tune.grid_search(list(range(len(shards)))), "cpus": cpus, "gpus": gpus},
         tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
             name="sweep",
-            storage_path=str(job.out / ".tune"),
+            **storage,
             verbose=0,
             callbacks=[Report()],
             stop=StopWhereHopeless(),
@@ -138,12 +182,9 @@ def _tune(job: Job, shards: list[Shard], cpus: int, gpus: float, concurrent: int
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    try:
-        results = tuner.fit()
-    finally:
-        line.close()
+    results = tuner.fit()
     crashes = [" ".join(str(e).split())[-500:] for e in results.errors]
-    return next(iter(hopeless + crashes), None)
+    return next(iter(hopeless + crashes), None), bool(hopeless)
 
 
 @contextmanager
@@ -167,7 +208,8 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
         except ConnectionError as error:
             raise SpecError(f"There is no Ray cluster at '{address}': {error}") from error
     try:
-        yield ray.cluster_resources()
+        with terminable():  # Ray's own handler, installed above, would end this process at once
+            yield ray.cluster_resources()
     finally:
         if ours:
             ray.shutdown()
@@ -178,9 +220,14 @@ def _environment() -> Iterator[None]:
     """Make Tune quiet, inside the block."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
+    # It misses the result files of each Tune trial, which are switched off above: a line a shard.
+    analysis = logging.getLogger("ray.tune.analysis.experiment_analysis")
+    level = analysis.level
+    analysis.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        analysis.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

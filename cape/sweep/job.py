@@ -1,45 +1,52 @@
-"""What a run of a sweep needs, with Ray or without: checks before, chunks in between, an account after."""
+"""What a run of a sweep needs, with Ray or without: checks before, an account after."""
 
 from __future__ import annotations
 
+import importlib
+import math
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import pyarrow.dataset as pds
-import torch
+import numpy as np
+import pyarrow.compute as pc
 
 from cape import datasets, families
-from cape.config import SweepSpec, TrialSpec
-from cape.errors import StoreError
-from cape.store import reader, writer
-from cape.sweep.plan import Plan, Shard
-from cape.trial import run_trials
+from cape.config import SweepSpec
+from cape.errors import SpecError, StoreError
+from cape.store import claims, reader
+from cape.store.location import Location
+from cape.store.provenance import provenance
+from cape.store.verify import aside
+from cape.sweep.plan import Plan
 
 # Trials are committed in chunks of about this many seconds: long enough that a file and a message cost nothing
 # beside them, short enough that little is lost with a killed worker.
 CHUNK_SECONDS = 5.0
 
+TRIAL_SECONDS = 3 * 3600.0  # default time budget of a trial
+
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What lies in the folder after a sweep: read from its files.
+    """What lies in the meta-dataset after a sweep: read from its files.
 
     Attributes:
         rows: number of rows.
         trials: number of trials.
         failed: trials that were run and failed (their rows say why).
         seconds: wall time of this run.
-        out: folder of the meta-dataset.
+        out: folder of the meta-dataset (a URI as text).
     """
 
     rows: int
     trials: int
     failed: int
     seconds: float
-    out: Path
+    out: Path | str
 
     def __str__(self) -> str:
         failed = f", {self.failed} of them failed" if self.failed else ""
@@ -48,23 +55,39 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: everything that a worker has to be told."""
+    """One run of a sweep: everything that a worker has to be told.
+
+    Attributes:
+        run: id of the run; its workers may commit while the meta-dataset names it.
+        inline: driver and worker are one process.
+        trial_seconds: a trial that takes longer is given up; 0 for no limit.
+        chunk_seconds: trials are committed about so often.
+        imports: modules that register families or datasets of the user's own.
+        import_folders: where the driver found them.
+        provenance: what every chunk says of its origin.
+    """
 
     spec: SweepSpec
-    out: Path
+    location: Location
     data_root: Path | None
-    done: frozenset[str]
+    run: str
     began: float
+    inline: bool = False
+    trial_seconds: float = 0.0
+    chunk_seconds: float = CHUNK_SECONDS
+    imports: tuple[str, ...] = ()
+    import_folders: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(spec: SweepSpec, out: str | Path, *, resume: bool, data_root: str | Path | None) -> Job:
-    """Check a sweep before anything is started, and claim its folder.
+def check(spec: SweepSpec, data_root: str | Path | None, imports: Sequence[str] = ()) -> Path | None:
+    """Check a sweep before anything is started; return the data root.
 
     Raises:
-        SpecError: an unknown family or dataset, or two that do not fit each other.
+        SpecError: an unknown family or dataset, two that do not fit each other, or a module that cannot be imported.
         DataError: data that is missing or too small.
-        StoreError: the folder holds another sweep, or rows of this one while ``resume`` is False.
     """
+    load_imports(imports)
     root = datasets.data_root(data_root)
     for family in spec.families:
         families.get(family)
@@ -76,10 +99,90 @@ def prepare(spec: SweepSpec, out: str | Path, *, resume: bool, data_root: str | 
             member = families.get(family)
             layout, preprocess = member.layout_for(dataset), member.preprocess_for(spec.preprocess)
             dataset.batch(max(spec.batch_sizes), 0, layout, preprocess=preprocess)
-    folder = Path(out).resolve()
-    writer.claim(folder, spec, resume=resume)
-    done = frozenset(reader.done_trials(folder)) if resume else frozenset()
-    return Job(spec, folder, None if root is None else Path(root).resolve(), done, time.monotonic())
+    return None if root is None else Path(root).resolve()
+
+
+def load_imports(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
+    """Import modules that register families or datasets of the user's own; return the folders that they were found in.
+
+    Args:
+        names: of the modules.
+        folders: to search beside ``sys.path``: where the driver found them.
+    """
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    found = []
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise SpecError(f"The module '{name}' cannot be imported: {error}.") from error
+        if module.__spec__ is not None and module.__spec__.origin is not None:
+            levels = name.count(".") + (module.__spec__.submodule_search_locations is not None)
+            found.append(str(Path(module.__spec__.origin).resolve().parents[levels]))
+    return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def running(
+    spec: SweepSpec,
+    out: str | Path,
+    *,
+    resume: bool,
+    data_root: str | Path | None,
+    inline: bool = False,
+    trial_seconds: float = TRIAL_SECONDS,
+    chunk_seconds: float = CHUNK_SECONDS,
+    imports: Sequence[str] = (),
+) -> Iterator[tuple[Job, np.ndarray]]:
+    """Check a sweep, claim its meta-dataset, and be its one run inside the block.
+
+    Yields:
+        The job, and the ids of the trials that are done already ([n] uint64, see ``reader.done_ids``).
+
+    Raises:
+        SpecError, DataError: see ``check``.
+        StoreError: the folder holds another sweep, rows of this one while ``resume`` is False, or another run.
+    """
+    if not (math.isfinite(trial_seconds) and trial_seconds >= 0):
+        raise SpecError(f"The time budget of a trial must be zero (none) or more seconds, not {trial_seconds}.")
+    if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
+        raise SpecError(f"A chunk must take more than zero seconds, not {chunk_seconds}.")
+    began = time.monotonic()
+    root = check(spec, data_root, imports)
+    location = Location.of(out)
+    claims.claim(location, spec, resume=resume)
+    run = claims.start_run(location)
+    try:
+        done = _done(location) if resume else np.empty(0, np.uint64)
+        job = Job(
+            spec,
+            location,
+            root,
+            run,
+            began,
+            inline=inline,
+            trial_seconds=float(trial_seconds),
+            chunk_seconds=float(chunk_seconds),
+            imports=tuple(imports),
+            import_folders=load_imports(imports),
+            provenance=provenance(spec),
+        )
+        yield job, done
+    finally:
+        claims.end_run(location, run)
+
+
+def _done(location: Location) -> np.ndarray:
+    """Return what is committed; files that are no whole Parquet files are set aside, and their trials run again."""
+    try:
+        return reader.done_ids(location)
+    except StoreError:
+        broken = reader.unreadable_chunks(location)
+        if not broken:
+            raise
+    for name, reason in broken:
+        print(f"{location}/{name} cannot be read ({reason}); set aside as {aside(location, name)}.", file=sys.stderr)
+    return reader.done_ids(location)
 
 
 def finish(job: Job, error: str | None = None) -> SweepResult:
@@ -92,58 +195,24 @@ def finish(job: Job, error: str | None = None) -> SweepResult:
         StoreError: trials of the plan are missing.
     """
     plan = Plan(job.spec)
-    mine = pds.field("sweep_hash") == job.spec.spec_hash
-    done: set[str] = set()
-    rows = failed = 0
-    if reader.list_files(job.out):
-        table = reader.read(job.out, columns=["trial_id", "stop_reason"], filter=mine)
-        done = set(table["trial_id"].to_pylist())
-        broken = table.filter(pds.field("stop_reason") == "failed")
-        rows, failed = table.num_rows, len(set(broken["trial_id"].to_pylist()))
-    if len(done) < len(plan):
+    ids = np.sort(plan.all_ids())
+    trials = rows = failed = 0
+    if reader.list_chunks(job.location):
+        table = reader.read(job.location, columns=["trial_id", "stop_reason"])
+        for counted, is_failed in (
+            (pc.value_counts(table["trial_id"]), False),
+            (pc.value_counts(table.filter(pc.field("stop_reason") == "failed")["trial_id"]), True),
+        ):
+            mine = np.isin(reader.id_numbers(counted.field("values").to_pylist()), ids)
+            if is_failed:
+                failed = int(mine.sum())
+            else:
+                trials, rows = int(mine.sum()), int(counted.field("counts").to_numpy()[mine].sum())
+    if trials < len(plan):
         why = f" The error was: {error}" if error else ""
         raise StoreError(
-            f"{len(plan) - len(done)} of {len(plan)} trials are missing in {job.out}; what is there is kept. Run the"
+            f"{len(plan) - trials} of {len(plan)} trials are missing in {job.location}; what is there is kept. Run the"
             f" sweep again with --resume.{why}"
         )
-    return SweepResult(rows, len(done), failed, time.monotonic() - job.began, job.out)
-
-
-class ShardRun:
-    """One shard in progress: each ``step`` runs and commits a chunk of trials.
-
-    What an earlier attempt at the same shard committed is left alone.
-    """
-
-    def __init__(self, job: Job, shard: Shard, device: str | torch.device) -> None:
-        self._job, self._shard = job, shard
-        done = reader.done_trials(job.out, shard.family, shard.dataset, prefix=shard.key)
-        todo = (t for t in Plan(job.spec).trials_of(shard) if t.trial_id not in done)
-        self._left = len(shard) - len(done)
-        self._rows = self._run(todo, device)
-
-    def _run(self, trials: Iterator[TrialSpec], device: str | torch.device) -> Iterator[list[dict[str, Any]]]:
-        return run_trials(trials, device, self._job.data_root, self._job.spec.spec_hash)
-
-    def step(self) -> dict[str, Any]:
-        """Run trials for about ``CHUNK_SECONDS``, commit them and return what was done: numbers, and ``done``."""
-        start = time.monotonic()
-        chunk: list[dict[str, Any]] = []
-        trials = failed = 0
-        for rows in self._rows:
-            chunk += rows
-            trials += 1
-            failed += rows[0].get("stop_reason") == "failed"
-            if time.monotonic() - start > CHUNK_SECONDS:
-                break
-        if chunk:
-            writer.write_shard(chunk, self._job.out, prefix=self._shard.key)
-        self._left -= trials
-        return {
-            "done": self._left <= 0,
-            "family": self._shard.family,
-            "trials": trials,
-            "rows": len(chunk),
-            "failed": failed,
-            "busy_seconds": time.monotonic() - start,
-        }
+    out = job.location.folder or str(job.location)
+    return SweepResult(rows, trials, failed, time.monotonic() - job.began, out)

@@ -1,17 +1,21 @@
-"""The full, ordered, deterministic list of trials of a sweep, and its cut into shards.
+"""The full, ordered, deterministic list of trials of a sweep.
 
-The trials of one (family, dataset) are numbered so that every replicate goes once through all cells before the next
-replicate begins. A trial's seed depends on the sweep's seed, its cell and its replicate, and on nothing else: adding
-replicates or cells to a sweep changes no trial that was there.
+The trials of one *group* (family, dataset, batch size: what can be trained side by side) are numbered so that every
+replicate goes once through all learning rates before the next replicate begins. A trial's seed depends on the sweep's
+seed, its cell and its replicate, and on nothing else: adding replicates or cells to a sweep changes no trial that was
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cape.config import SweepSpec, TrialSpec, derive_seed, stable_hash
+import numpy as np
+
+from cape.config import SweepSpec, TrialSpec, canonical_json, derive_seed, stable_hash
 from cape.errors import SpecError, did_you_mean
 
 # The paper's grid (section 5.1) is the default of SweepSpec.
@@ -45,8 +49,7 @@ PRESETS: dict[str, SweepSpec] = {
 # the trials of each (the time stays the same); digits (bundled with scikit-learn) where there is none of them.
 _DEMO_DATASETS = ("mnist", "cifar10", "fashion_mnist", "svhn", "cifar100")
 
-_SHARDS_PER_WORKER = 16  # enough that a slow shard at the end keeps the others waiting only briefly
-_LARGEST_SHARD = 64
+_LARGEST_PLAN = 10_000_000
 
 
 def preset(name: str, data_root: str | Path | None = None) -> SweepSpec:
@@ -87,20 +90,35 @@ def read_spec(source: str | Path, data_root: str | Path | None = None) -> SweepS
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Trials of one (family, dataset), by their positions in the plan: what one worker runs in one go."""
+class Group:
+    """Trials that differ only in learning rate and replicate.
+
+    Attributes:
+        count: number of trials.
+    """
 
     family: str
     dataset: str
-    positions: Sequence[int]
+    batch_size: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Trials of one group, by their positions in it: what one worker runs in one go."""
+
+    group: Group
+    positions: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def key(self) -> str:
-        """8 hex digits that name the shard by its content; its files begin with them."""
-        return stable_hash([self.family, self.dataset, list(self.positions)], 8)
+        """12 hex digits that name the shard by its content; its files begin with them."""
+        group = self.group
+        positions = hashlib.blake2b(np.asarray(self.positions, np.int64).tobytes(), digest_size=16).hexdigest()
+        return stable_hash([group.family, group.dataset, group.batch_size, positions], 12)
 
 
 class Plan:
@@ -108,16 +126,25 @@ class Plan:
 
     Args:
         spec: the sweep.
+
+    Raises:
+        SpecError: more than ten million trials.
     """
 
     def __init__(self, spec: SweepSpec) -> None:
         self.spec = spec
-        self.partitions = tuple((f, d) for f in spec.families for d in spec.datasets)
-        self._cells = tuple((b, lr) for b in spec.batch_sizes for lr in spec.lrs)
+        self.groups = tuple(
+            Group(f, d, b, len(spec.lrs) * spec.trials_by_family.get(f, spec.trials_per_cell))
+            for f in spec.families
+            for d in spec.datasets
+            for b in spec.batch_sizes
+        )
+        if len(self) > _LARGEST_PLAN:
+            raise SpecError(f"The sweep has {len(self)} trials, more than {_LARGEST_PLAN}; split it into several.")
 
     def __len__(self) -> int:
         """Number of trials."""
-        return sum(self.count(family) for family, _ in self.partitions)
+        return sum(group.count for group in self.groups)
 
     @property
     def rows(self) -> int:
@@ -127,24 +154,17 @@ class Plan:
     @property
     def cells(self) -> int:
         """Number of (family, dataset, batch size, lr)."""
-        return len(self.partitions) * len(self._cells)
+        return len(self.groups) * len(self.spec.lrs)
 
-    def count(self, family: str) -> int:
-        """Return the number of trials of a family on one dataset."""
-        return len(self._cells) * self.spec.trials_by_family.get(family, self.spec.trials_per_cell)
-
-    def trial(self, family: str, dataset: str, position: int) -> TrialSpec:
-        """Return one trial by its place among those of its family and dataset."""
-        replicate, cell = divmod(position, len(self._cells))
-        batch_size, lr = self._cells[cell]
+    def trial(self, group: Group, position: int) -> TrialSpec:
+        """Return one trial by its place in its group."""
         spec = self.spec
+        replicate, i = divmod(int(position), len(spec.lrs))
+        cell = (group.family, group.dataset, group.batch_size, spec.lrs[i])
         return TrialSpec(
-            family=family,
-            dataset=dataset,
-            batch_size=batch_size,
-            lr=lr,
+            *cell,
             epsilons=spec.epsilons,
-            seed=derive_seed(spec.seed, family, dataset, batch_size, lr, replicate),
+            seed=derive_seed(spec.seed, *cell, replicate),
             replicate=replicate,
             task=spec.task,
             precision=spec.precision,
@@ -154,40 +174,58 @@ class Plan:
 
     def trials(self) -> Iterator[TrialSpec]:
         """Yield every trial, in order."""
-        for family, dataset in self.partitions:
-            for position in range(self.count(family)):
-                yield self.trial(family, dataset, position)
+        for group in self.groups:
+            for position in range(group.count):
+                yield self.trial(group, position)
 
     def trials_of(self, shard: Shard) -> Iterator[TrialSpec]:
         """Yield the trials of a shard, in order."""
         for position in shard.positions:
-            yield self.trial(shard.family, shard.dataset, position)
+            yield self.trial(shard.group, position)
 
-    def missing(self, done: Collection[str] = ()) -> list[Shard]:
-        """Return, for each (family, dataset), the trials that are not ``done`` (ids) as one shard of any length."""
-        whole = [Shard(family, dataset, range(self.count(family))) for family, dataset in self.partitions]
-        if not done:
-            return whole
-        left = []
-        for family, dataset, positions in ((s.family, s.dataset, s.positions) for s in whole):
-            kept = tuple(p for p in positions if self.trial(family, dataset, p).trial_id not in done)
-            if kept:
-                left.append(Shard(family, dataset, kept))
+    def ids(self, group: Group) -> np.ndarray:
+        """Return the ids of a group's trials as numbers, [count] uint64, in order: about 3 µs a trial.
+
+        The same as ``int(trial.trial_id, 16)``: what all trials of a cell have in common is hashed once.
+        """
+        spec, cells = self.spec, []
+        for i, lr in enumerate(spec.lrs):
+            trial = self.trial(group, i)
+            mark = f'"replicate":0,"seed":{trial.seed},'
+            before, after = canonical_json(trial.to_dict()).split(mark)
+            seed = canonical_json([spec.seed, group.family, group.dataset, group.batch_size, lr])[:-1] + ","
+            common = (hashlib.blake2b(seed.encode(), digest_size=8), hashlib.blake2b(before.encode(), digest_size=32))
+            cells.append((*common, f",{after}".encode()))
+        found = np.empty(group.count, np.uint64)
+        for position in range(group.count):
+            replicate, i = divmod(position, len(cells))
+            seeds, hashes, rest = cells[i]
+            number, seeds, hashes = b"%d" % replicate, seeds.copy(), hashes.copy()
+            seeds.update(number + b"]")
+            seed_value = int.from_bytes(seeds.digest(), "big") >> 1
+            hashes.update(b'"replicate":%b,"seed":%d%b' % (number, seed_value, rest))
+            found[position] = int.from_bytes(hashes.digest()[:8], "big")
+        return found
+
+    def all_ids(self) -> np.ndarray:
+        """Return the ids of all trials as numbers, [len(plan)] uint64, in order."""
+        return np.concatenate([self.ids(group) for group in self.groups])
+
+    def missing(self, done: np.ndarray | None = None) -> list[Shard]:
+        """Return, for each group, the trials that are not done as one shard of any length.
+
+        Args:
+            done: ids of trials as numbers (``store.reader.done_ids``).
+        """
+        if done is None or not len(done):
+            return [Shard(group, range(group.count)) for group in self.groups]
+        done, left = np.unique(done), []
+        for group in self.groups:
+            ids = self.ids(group)
+            places = np.minimum(np.searchsorted(done, ids), len(done) - 1)
+            positions = np.flatnonzero(done[places] != ids)
+            if len(positions) == group.count:
+                left.append(Shard(group, range(group.count)))
+            elif len(positions):
+                left.append(Shard(group, positions))
         return left
-
-    def shards(self, workers: int = 1, done: Collection[str] = ()) -> list[Shard]:
-        """Cut the trials that are not ``done`` into shards (see ``cut``)."""
-        return cut(self.missing(done), workers)
-
-
-def cut(wholes: Sequence[Shard], workers: int) -> list[Shard]:
-    """Cut long shards into pieces, all (family, dataset) interleaved; more workers, smaller pieces."""
-    total = sum(map(len, wholes))
-    size = min(_LARGEST_SHARD, max(1, total // (_SHARDS_PER_WORKER * max(1, workers))))
-    placed: list[tuple[float, Shard]] = []
-    for whole in wholes:
-        starts = range(0, len(whole), size)
-        for i, start in enumerate(starts):
-            piece = Shard(whole.family, whole.dataset, whole.positions[start : start + size])
-            placed.append(((i + 0.5) / len(starts), piece))
-    return [shard for _, shard in sorted(placed, key=lambda item: item[0])]

@@ -1,42 +1,63 @@
-"""One line that says how far a sweep is."""
+"""What one sees of a sweep: one line on the terminal, a status file for other terminals, a log of JSON lines."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TextIO
+
+from cape.errors import StoreError
+from cape.store import claims
+from cape.store.location import Location
+
+LOG_FILE = "_log.jsonl"
+_HEARTBEAT_S = 5.0
 
 
 class Progress:
-    """Print ``done/total`` trials, their rate, rows, failures and the time left.
+    """Print ``done/total`` trials, their rate, rows, failures and the time left, in all and by family.
 
     On a terminal the line is rewritten in place; elsewhere a line is printed every ``every`` seconds and at the end.
 
     Args:
-        total: trials to run now.
-        before: trials that were done before.
+        todo: trials to run now, by family.
+        before: trials that were done before, by family.
         enabled: print at all.
         stream: standard error where None.
         every: seconds between lines (a tenth of a second on a terminal).
     """
 
     def __init__(
-        self, total: int, before: int = 0, *, enabled: bool = True, stream: TextIO | None = None, every: float = 10.0
+        self,
+        todo: Mapping[str, int],
+        before: Mapping[str, int] | None = None,
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        every: float = 10.0,
     ) -> None:
-        self._total, self._before, self._enabled = total, before, enabled
-        self._stream = stream or sys.stderr
+        self.todo, self.before = dict(todo), dict(before or {})
+        self._enabled, self._stream = enabled, stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._every = 0.1 if self._terminal else every
         self._began = self._shown = time.monotonic()
-        self.trials = self.rows = self.failed = 0
+        self.by_family: Counter[str] = Counter()
+        self.rows = self.failed = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the stream behind: Tune writes its callbacks to the disk, and a stream cannot be written."""
-        return {name: value for name, value in vars(self).items() if name != "_stream"} | {"_enabled": False}
+    @property
+    def trials(self) -> int:
+        """Trials that this run committed."""
+        return sum(self.by_family.values())
 
-    def add(self, trials: int, rows: int, failed: int) -> None:
+    def add(self, trials: int, rows: int, failed: int, family: str = "") -> None:
         """Count a committed chunk."""
-        self.trials += trials
+        self.by_family[family] += trials
         self.rows += rows
         self.failed += failed
         if time.monotonic() - self._shown >= self._every:
@@ -49,14 +70,27 @@ class Progress:
             self._stream.write("\n")
             self._stream.flush()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+        families = {
+            f: {"done": self.before.get(f, 0) + self.by_family[f], "total": self.before.get(f, 0) + count}
+            for f, count in self.todo.items()
+        }
+        for f, count in self.before.items():
+            families.setdefault(f, {"done": count, "total": count})
+        return {
+            "done": sum(self.before.values()) + self.trials,
+            "total": sum(self.before.values()) + sum(self.todo.values()),
+            "ran": self.trials,
+            "rows": self.rows,
+            "failed": self.failed,
+            "seconds": time.monotonic() - self._began,
+            "families": {f: {**counts, "ran": self.by_family[f]} for f, counts in families.items()},
+        }
+
     def line(self) -> str:
         """Return the line."""
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        rate = self.trials / seconds
-        left = f"{_clock((self._total - self.trials) / rate)} left" if self.trials else "starting"
-        done, total = self._before + self.trials, self._before + self._total
-        failed = f", {self.failed} failed" if self.failed else ""
-        return f"{done}/{total} trials, {rate:.2f} trials/s, {self.rows} rows{failed}, {_clock(seconds)}, {left}"
+        return status_line(self.as_dict())
 
     def _show(self) -> None:
         if not self._enabled:
@@ -67,7 +101,101 @@ class Progress:
         self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def status_line(state: Mapping[str, Any]) -> str:
+    """Return what ``Progress.as_dict`` says as one line."""
+    seconds = max(state["seconds"], 1e-9)
+    rate = state["ran"] / seconds
+    left = f"{clock((state['total'] - state['done']) / rate)} left" if state["ran"] else "starting"
+    etas = [
+        f"{family} {clock((f['total'] - f['done']) * seconds / f['ran'])}"
+        for family, f in state["families"].items()
+        if f["ran"] and f["done"] < f["total"]
+    ]
+    by_family = f" ({', '.join(etas)})" if len(state["families"]) > 1 and etas else ""
+    failed = f", {state['failed']} failed" if state["failed"] else ""
+    return (
+        f"{state['done']}/{state['total']} trials, {rate:.2f} trials/s, {state['rows']} rows{failed}, {clock(seconds)},"
+        f" {left}{by_family}"
+    )
+
+
+class Reporter:
+    """Tell of a run while it goes on: the line, ``_status.json`` (also a sign of life) and ``_log.jsonl``.
+
+    An object store has no file to append to: there the log is left out.
+
+    Args:
+        location: of the meta-dataset.
+        run: id of the run.
+        progress: counts and prints.
+    """
+
+    def __init__(self, location: Location, run: str, progress: Progress) -> None:
+        self._location, self._run, self.progress = location, run, progress
+        self._about = {"run": run, "host": socket.gethostname(), "pid": os.getpid()}
+        self._closed = threading.Event()
+        self.log("started", todo=progress.todo, before=progress.before)
+        self._write("running")
+        self._thread = threading.Thread(target=self._beat, name="cape-status", daemon=True)
+        self._thread.start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # Tune writes its callbacks to the disk; a stream, a thread and a lock cannot be written
+
+    def chunk(self, done: Mapping[str, Any]) -> None:
+        """Count a committed chunk."""
+        self.progress.add(done["trials"], done["rows"], done["failed"], done["family"])
+        keep = (
+            "family",
+            "shard",
+            "trials",
+            "rows",
+            "failed",
+            "run_seconds",
+            "commit_seconds",
+            "waited_seconds",
+            "worker",
+        )
+        self.log("chunk", **{k: done[k] for k in keep if k in done})
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to the log."""
+        folder = self._location.folder
+        if folder is None:
+            return
+        line = json.dumps({"time": time.time(), "run": self._run, "event": event, **facts}) + "\n"
+        try:
+            with open(folder / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:  # a full disk must stop the sweep where rows are lost, not where a line is
+            return
+
+    def close(self, state: str, error: str | None = None) -> None:
+        """Write the last state: ``finished``, ``interrupted`` or ``failed``."""
+        self._closed.set()
+        self._thread.join()
+        self.progress.close()
+        self.log(state, ran=self.progress.trials, rows=self.progress.rows, error=error)
+        self._write(state, error)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(_HEARTBEAT_S):
+            self._write("running")
+
+    def _write(self, state: str, error: str | None = None) -> None:
+        status = {**self._about, "state": state, "updated": time.time(), "error": error, **self.progress.as_dict()}
+        try:
+            self._location.write(claims.STATUS_FILE, json.dumps(status).encode(), durable=False)
+        except StoreError:  # as for the log
+            return
+
+
+def _nothing() -> None:
+    return None
+
+
+def clock(seconds: float) -> str:
+    """Return a time as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

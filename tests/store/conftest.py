@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from cape.config import TrialSpec
 from cape.probing.features import FEATURE_NAMES
@@ -37,6 +38,15 @@ def _make_rows(count: int, family: str = "mlp", dataset: str = "digits", first_s
                 }
             )
     return rows
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tiny trials gain nothing from threads, and two that wait for a busy core lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

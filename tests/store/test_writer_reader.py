@@ -16,7 +16,7 @@ import pytest
 
 from cape.config import SweepSpec
 from cape.errors import SpecError, StoreError
-from cape.store import reader, writer
+from cape.store import claims, reader, writer
 from cape.store.schema import ROW_SCHEMA
 
 MakeRows = Callable[..., list[dict[str, Any]]]
@@ -26,9 +26,9 @@ SPEC = SweepSpec(name="s", families=("mlp",), datasets=("digits",))
 def test_rows_come_back_as_they_went_in(make_rows: MakeRows, tmp_path: Path) -> None:
     rows = make_rows(3) + make_rows(2, family="cnn", dataset="mnist")
     paths = writer.write_shard(rows, tmp_path)
-    assert [p.parent.relative_to(tmp_path).as_posix() for p in paths] == [
-        "family=mlp/dataset=digits",
-        "family=cnn/dataset=mnist",
+    assert [p.rsplit("/", 1)[0] for p in paths] == [
+        "_rows.0/family=mlp/dataset=digits",
+        "_rows.0/family=cnn/dataset=mnist",
     ]
     table = reader.read(tmp_path)
     assert table.schema.names == ROW_SCHEMA.names
@@ -55,7 +55,7 @@ def test_the_same_trials_written_twice_are_one_file(make_rows: MakeRows, tmp_pat
     rows = make_rows(4)
     assert writer.write_shard(rows, tmp_path) == writer.write_shard(rows[::-1], tmp_path)
     assert reader.count_rows(tmp_path) == 8
-    assert reader.done_trials(tmp_path) == {r["trial_id"] for r in rows}
+    assert set(reader.done_ids(tmp_path).tolist()) == {int(r["trial_id"], 16) for r in rows}
     assert reader.done_trials(tmp_path, "mlp", "digits") == {r["trial_id"] for r in rows}
     assert reader.done_trials(tmp_path, "mlp", "mnist") == set()
 
@@ -63,7 +63,7 @@ def test_the_same_trials_written_twice_are_one_file(make_rows: MakeRows, tmp_pat
 def test_a_dataset_that_is_a_path_stays_one_folder(make_rows: MakeRows, tmp_path: Path) -> None:
     name = "../data/my set=1.parquet"
     writer.write_shard(make_rows(1, dataset=name), tmp_path)
-    assert len(list(tmp_path.glob("family=mlp/*"))) == 1
+    assert len(list(tmp_path.glob("rows/family=mlp/*"))) == 1
     assert set(reader.read(tmp_path)["dataset"].to_pylist()) == {name}
     assert len(reader.done_trials(tmp_path, "mlp", name)) == 1
 
@@ -80,14 +80,35 @@ def test_unknown_columns_are_kept_and_null_elsewhere(make_rows: MakeRows, tmp_pa
 
 def test_other_readers_see_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
-    writer.claim(tmp_path, SPEC)
+    claims.claim(tmp_path, SPEC)
     writer.write_shard(make_rows(3), tmp_path)
+    (tmp_path / ".tmp" / "half").write_bytes(b"PAR1")  # what a sweep that runs, or was killed, has beside its rows
     ours = sorted(reader.read(tmp_path)["t_star"].to_pylist())
-    frame = pandas.read_parquet(tmp_path)
-    assert sorted(frame["t_star"]) == ours and set(frame["family"]) == {"mlp"}
-    arrow = pds.dataset(tmp_path, partitioning="hive").to_table()
-    assert sorted(arrow["t_star"].to_pylist()) == ours and set(arrow["dataset"].to_pylist()) == {"digits"}
-    assert sorted(pq.read_table(tmp_path)["t_star"].to_pylist()) == ours
+    for where in (tmp_path, tmp_path / "rows", reader.rows_path(tmp_path)):
+        frame = pandas.read_parquet(where)
+        assert sorted(frame["t_star"]) == ours and set(frame["family"]) == {"mlp"}
+        arrow = pds.dataset(where, partitioning="hive").to_table()
+        assert sorted(arrow["t_star"].to_pylist()) == ours and set(arrow["dataset"].to_pylist()) == {"digits"}
+        assert sorted(pq.read_table(where)["t_star"].to_pylist()) == ours
+
+
+def test_polars_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars")
+    writer.write_shard(make_rows(3) + make_rows(2, dataset="mnist"), tmp_path)
+    (tmp_path / ".tmp" / "half").write_bytes(b"PAR1")
+    frame = polars.scan_parquet(tmp_path / "rows", hive_partitioning=True).collect()
+    assert sorted(frame["t_star"].to_list()) == sorted(reader.read(tmp_path)["t_star"].to_pylist())
+    assert set(frame["dataset"].to_list()) == {"digits", "mnist"}
+
+
+def test_duckdb_sees_the_same_rows(make_rows: MakeRows, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    writer.write_shard(make_rows(3) + make_rows(2, dataset="mnist"), tmp_path)
+    files = f"read_parquet('{tmp_path}/rows/*/*/*.parquet', hive_partitioning=true)"
+    assert sorted(duckdb.sql(f"select dataset, count(*) from {files} group by 1").fetchall()) == [
+        ("digits", 6),
+        ("mnist", 4),
+    ]
 
 
 def test_a_reader_never_sees_part_of_a_file(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -113,7 +134,7 @@ def test_a_reader_never_sees_part_of_a_file(make_rows: MakeRows, tmp_path: Path)
     assert not errors
     assert len(counts) > 3 and all(c % 50 == 0 for c in counts)
     assert reader.count_rows(tmp_path) == 2000
-    assert not list(tmp_path.rglob(".*"))
+    assert not list((tmp_path / ".tmp").iterdir())
 
 
 def test_a_write_that_fails_leaves_nothing_behind(
@@ -128,7 +149,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
     with pytest.raises(StoreError, match="No space left on device"):
         writer.write_shard(make_rows(1, first_seed=5), tmp_path)
     assert reader.count_rows(tmp_path) == 2
-    assert not list(tmp_path.rglob(".*"))
+    assert not list((tmp_path / ".tmp").iterdir())
 
 
 def test_files_that_are_no_rows_are_named(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -138,42 +159,43 @@ def test_files_that_are_no_rows_are_named(make_rows: MakeRows, tmp_path: Path) -
         reader.read(tmp_path)
     (path,) = writer.write_shard(make_rows(1), tmp_path)
     writer.write_shard(make_rows(1, first_seed=3), tmp_path)
-    path.write_bytes(path.read_bytes()[:200])
-    for use in (reader.read, reader.count_rows, reader.done_trials):
-        with pytest.raises(StoreError, match=path.name):
+    whole = (tmp_path / path).read_bytes()
+    (tmp_path / path).write_bytes(whole[:200])
+    for use in (reader.read, reader.count_rows, reader.done_ids):
+        with pytest.raises(StoreError, match=path):
             use(tmp_path)
 
 
 def test_a_folder_belongs_to_one_sweep(make_rows: MakeRows, tmp_path: Path) -> None:
     out = tmp_path / "meta"
-    writer.claim(out, SPEC)
+    claims.claim(out, SPEC)
     assert reader.read_spec(out) == SPEC
-    writer.claim(out, SPEC)  # still empty: nothing to resume
-    with pytest.raises(StoreError, match=r"trials_per_cell is 100 there and 3 here; seed is 0 there and 1 here"):
-        writer.claim(out, SPEC.replace(seed=1, trials_per_cell=3), resume=True)
+    claims.claim(out, SPEC)  # still empty: nothing to resume
+    with pytest.raises(StoreError, match=r"seed is 0 there and 1 here; a cell of mlp has 100 trials there and 3 here"):
+        claims.claim(out, SPEC.replace(seed=1, trials_per_cell=3), resume=True)
     writer.write_shard(make_rows(1), out)
     with pytest.raises(StoreError, match="--resume"):
-        writer.claim(out, SPEC)
-    writer.claim(out, SPEC, resume=True)
+        claims.claim(out, SPEC)
+    claims.claim(out, SPEC, resume=True)
     assert reader.count_rows(out) == 2
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
-        writer.claim(tmp_path / "file", SPEC)
+        claims.claim(tmp_path / "file", SPEC)
     (out / "_spec.json").write_text("{")
     with pytest.raises(StoreError, match="does not describe a sweep"):
-        writer.claim(out, SPEC, resume=True)
+        claims.claim(out, SPEC, resume=True)
 
 
 def test_what_killed_writers_left_is_swept_up_and_nothing_else(make_rows: MakeRows, tmp_path: Path) -> None:
-    writer.claim(tmp_path, SPEC)
+    claims.claim(tmp_path, SPEC)
     (path,) = writer.write_shard(make_rows(1), tmp_path)
-    old, fresh = path.parent / ".a.parquet.1.tmp", path.parent / ".b.parquet.2.tmp"
+    old, fresh = tmp_path / ".tmp" / "a", tmp_path / ".tmp" / "b"
     old.write_bytes(b"x")
     fresh.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)
     assert reader.count_rows(tmp_path) == 2
-    writer.claim(tmp_path, SPEC, resume=True)
-    assert not old.exists() and fresh.exists() and path.exists()
+    claims.claim(tmp_path, SPEC, resume=True)
+    assert not old.exists() and fresh.exists() and (tmp_path / path).exists()
 
 
 def test_files_are_small_and_say_what_wrote_them(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -181,8 +203,8 @@ def test_files_are_small_and_say_what_wrote_them(make_rows: MakeRows, tmp_path: 
     for row in rows:
         row["losses"] = [2.0 / (i + 1) for i in range(64)]
     (path,) = writer.write_shard(rows, tmp_path)
-    assert path.stat().st_size / len(rows) < 1100
-    file = pq.ParquetFile(path)
+    assert (tmp_path / path).stat().st_size / len(rows) < 1100
+    file = pq.ParquetFile(tmp_path / path)
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     assert file.schema_arrow.metadata[b"cape_schema_version"] == b"1"
     assert b"cape_version" in file.schema_arrow.metadata

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cape.config import SweepSpec
 from cape.errors import SpecError
 from cape.sweep.plan import PRESETS, Plan, preset, read_spec
+from cape.sweep.shards import LEAST_SECONDS, cut
 
 SPEC = SweepSpec(
     families=("mlp", "cnn"),
@@ -42,36 +45,82 @@ def test_extending_a_sweep_keeps_the_trials_that_it_had() -> None:
     assert not before & {t.trial_id for t in Plan(SPEC.replace(seed=1)).trials()}
 
 
+def test_the_quick_ids_are_the_ids() -> None:
+    """``Plan.ids`` hashes what a cell's trials share once; the numbers must be those of the trials themselves."""
+    for spec in (
+        SPEC,
+        SPEC.replace(task="classification", epsilons=(0.5,), seed=7, precision="bf16", trials_per_cell=12),
+    ):
+        plan = Plan(spec)
+        assert plan.all_ids().tolist() == [int(t.trial_id, 16) for t in plan.trials()]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 64])
-def test_shards_hold_every_trial_once_and_mix_their_cells(workers: int) -> None:
+def test_shards_hold_every_trial_once_and_can_train_side_by_side(workers: int) -> None:
     plan = Plan(SPEC)
-    shards = plan.shards(workers)
+    shards = cut(plan.missing(), workers)
     held = [t.trial_id for shard in shards for t in plan.trials_of(shard)]
     assert sorted(held) == sorted(t.trial_id for t in plan.trials())
     assert len({s.key for s in shards}) == len(shards)
     for shard in shards:
-        trials = list(plan.trials_of(shard))
-        assert {(t.family, t.dataset) for t in trials} == {(shard.family, shard.dataset)}
-        assert len({t.cell for t in trials}) == min(len(trials), 4)
+        kinds = {(t.family, t.dataset, t.batch_size) for t in plan.trials_of(shard)}
+        assert kinds == {(shard.group.family, shard.group.dataset, shard.group.batch_size)}
 
 
-def test_shards_leave_out_what_is_done_and_interleave_families() -> None:
+def test_shards_leave_out_what_is_done_and_interleave_groups() -> None:
     plan = Plan(SPEC)
-    done = {t.trial_id for t in list(plan.trials())[::3]}
-    left = {t.trial_id for shard in plan.shards(2, done) for t in plan.trials_of(shard)}
-    assert left == {t.trial_id for t in plan.trials()} - done
-    assert plan.shards(2, {t.trial_id for t in plan.trials()}) == []
-    first = [s.family for s in plan.shards(2)[:4]]
-    assert set(first) == {"mlp", "cnn"}
+    ids = plan.all_ids()
+    done = ids[::3]
+    left = {t.trial_id for shard in cut(plan.missing(done), 2) for t in plan.trials_of(shard)}
+    assert {int(i, 16) for i in left} == set(ids.tolist()) - set(done.tolist())
+    assert plan.missing(ids) == []
+    assert plan.missing(np.array([1, 2], np.uint64)) == plan.missing()
+    assert {s.group.family for s in cut(plan.missing(), 2)[:8]} == {"mlp", "cnn"}
 
 
-def test_more_workers_get_more_shards_and_a_large_plan_stays_lazy() -> None:
-    plan = Plan(SweepSpec(trials_per_cell=7000))  # 1,008,000 trials
-    start = time.perf_counter()
-    few, many = plan.shards(2), plan.shards(4000)
-    assert sum(map(len, few)) == sum(map(len, many)) == len(plan) == 1_008_000
-    assert max(map(len, few)) == 64 and max(map(len, many)) == 15
-    assert time.perf_counter() - start < 5.0
+def test_shards_shrink_towards_the_end_and_a_slow_group_gets_smaller_ones() -> None:
+    plan = Plan(SPEC.replace(trials_per_cell=500, trials_by_family={}))
+    seconds = {"mlp": 0.5, "cnn": 5.0}
+    shards = cut(plan.missing(), 4, lambda group: seconds[group.family])
+    costs = [len(s) * seconds[s.group.family] for s in shards]
+    total = sum(costs)
+    assert max(costs) <= total / (3 * 4) * 1.05
+    ends = costs[-8:]
+    assert max(ends) < 0.01 * total and min(costs) >= 0.5
+    assert max(ends) <= max(LEAST_SECONDS, 5.0) * 4
+    largest = {f: max(len(s) for s in shards if s.group.family == f) for f in seconds}
+    assert largest["mlp"] > 2 * largest["cnn"]
+    assert len(shards) < 150  # of 8,000 trials
+
+
+def test_a_million_trials_are_planned_in_seconds_and_little_memory() -> None:
+    """In a process of its own, so that the peak memory is the plan's; ids, shards and what is missing of it."""
+    code = """
+import resource, time
+import numpy as np
+from cape.config import SweepSpec
+from cape.sweep.plan import Plan
+from cape.sweep.shards import cut
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+plan = Plan(SweepSpec(trials_per_cell=7000))
+ids = plan.all_ids()
+assert len(np.unique(ids)) == len(plan) == 1_008_000
+shards = cut(plan.missing(), 64)
+assert sum(map(len, shards)) == len(plan) and len(shards) < 3000
+assert sum(map(len, plan.missing(ids[::2]))) == len(plan) // 2
+print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 30  # measured: 4 s (benchmarks/sweep.py); a busy machine may take its time
+    assert megabytes < 1000
+
+
+def test_a_plan_has_an_end() -> None:
+    assert len(Plan(SweepSpec(trials_per_cell=69_444))) == 9_999_936
+    with pytest.raises(SpecError, match="more than 10000000"):
+        Plan(SweepSpec(trials_per_cell=69_445))
 
 
 def test_presets_are_plans_and_the_paper_is_the_papers() -> None:

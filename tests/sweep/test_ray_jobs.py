@@ -53,6 +53,20 @@ def test_the_kuberay_job_runs_an_entry_point_that_exists() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
+def test_the_image_copies_what_is_there_runs_as_nobody_special_and_wants_a_token() -> None:
+    lines = (JOBS / "Dockerfile").read_text().splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and line[0].isupper()]
+    assert [what for what, _ in steps].count("FROM") == 3 and not [what for what, _ in steps if what == "EXPOSE"]
+    for what, rest in steps:
+        if what == "COPY" and "--from" not in rest:
+            *sources, _ = [part for part in rest.split() if not part.startswith("--")]
+            assert all((ROOT / source).exists() for source in sources), rest
+    assert [rest for what, rest in steps if what == "USER"] == ["ray"]
+    assert any("RAY_AUTH_MODE=token" in rest for what, rest in steps if what == "ENV")
+    image = load("cluster.yaml")["docker"]["image"]
+    assert f"-t {image} " in "\n".join(lines)
+
+
 @pytest.mark.parametrize("name", ["sweep", "fit", "evaluate"])
 def test_entry_points_take_the_arguments_of_their_command(name: str) -> None:
     done = subprocess.run(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import collections
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
-from cape.sweep import job as job_module
+from cape.sweep import shard_run
 from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
+from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
+from cape.trial import device_name
 
 SPEC = SweepSpec(
     name="test",
@@ -38,9 +44,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "CHUNK_SECONDS", 0.05)
+QUICK = {"progress": False, "chunk_seconds": 0.05}
 
 
 def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], float]]:
@@ -52,24 +56,31 @@ def table(out: Path) -> dict[tuple[str, float], tuple[int | None, list[float], f
 
 
 def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
-    result = run_inline(SPEC, tmp_path / "a", progress=False)
+    result = run_inline(SPEC, tmp_path / "a", **QUICK)
     plan = Plan(SPEC)
     assert (result.rows, result.trials, result.failed) == (24, 12, 0)
     assert result.out == tmp_path / "a" and result.seconds > 0
     assert {key[0] for key in table(result.out)} == {t.trial_id for t in plan.trials()}
     assert len(reader.list_files(result.out)) > 1
-    again = run_inline(SPEC, tmp_path / "b", progress=False)
+    schema = pq.read_schema(reader.list_files(result.out)[0])
+    origin = {k.decode(): v.decode() for k, v in schema.metadata.items() if k.startswith(b"cape_")}
+    assert origin["cape_spec_hash"] == SPEC.spec_hash and origin["cape_precision"] == "float32"
+    assert origin["cape_schema_version"] == "1" and origin["cape_version"] and origin["cape_git_revision"]
+    assert origin["cape_device"] == device_name(torch.device("cpu"))
+    again = run_inline(SPEC, tmp_path / "b", **QUICK)
     assert table(again.out) == table(result.out)
 
 
 def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
-    ray = run_sweep(SPEC, tmp_path / "ray", workers=2, progress=False)
-    inline = run_inline(SPEC, tmp_path / "inline", progress=False)
+    ray = run_sweep(SPEC, tmp_path / "ray", workers=2, **QUICK)
+    inline = run_inline(SPEC, tmp_path / "inline", **QUICK)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
     whole = table(inline.out)
     assert table(ray.out) == whole
-    assert not [p for p in ray.out.rglob("*") if p.name.startswith(".")]  # neither Tune's state nor half a file
-    assert {p.name for p in ray.out.iterdir()} == {"_spec.json", "family=mlp"}
+    assert isinstance(ray.out, Path)
+    left = {p.name for p in ray.out.iterdir()} - {".lock", ".tmp", "rows", "_rows.0"}
+    assert left == {"_spec.json", "_specs", "_status.json", "_log.jsonl", "_flights"}  # not Tune's state, not a claim
+    assert not list((ray.out / ".tmp").iterdir()) and not list((ray.out / "_flights").iterdir())
 
     files = reader.list_files(ray.out)
     kept = {p: p.stat().st_mtime_ns for p in files[2:]}
@@ -77,55 +88,59 @@ def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: Non
         path.unlink()
     assert 0 < len(table(ray.out)) < 24
     with pytest.raises(StoreError, match="--resume"):
-        run_sweep(SPEC, ray.out, progress=False)
-    result = run_sweep(SPEC, ray.out, resume=True, workers=2, progress=False)
+        run_sweep(SPEC, ray.out, **QUICK)
+    result = run_sweep(SPEC, ray.out, resume=True, workers=2, **QUICK)
     assert (result.rows, result.trials) == (24, 12)
     assert table(ray.out) == whole
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
 def test_nothing_is_started_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_inline(SPEC, tmp_path, progress=False)
+    run_inline(SPEC, tmp_path, **QUICK)
     monkeypatch.setattr("cape.sweep.driver._tune", None)
-    assert run_sweep(SPEC, tmp_path, resume=True, progress=False).rows == 24
+    assert run_sweep(SPEC, tmp_path, resume=True, **QUICK).rows == 24
 
 
 def test_an_interrupted_sweep_keeps_its_chunks_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, calls = job_module.ShardRun.step, collections.Counter[str]()
+    step, calls = shard_run.ShardRun.step, collections.Counter[str]()
 
-    def stop_at_the_third(self: job_module.ShardRun) -> dict[str, Any]:
+    def stop_at_the_third(self: shard_run.ShardRun) -> dict[str, Any]:
         calls["step"] += 1
         if calls["step"] == 3:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(job_module.ShardRun, "step", stop_at_the_third)
+    monkeypatch.setattr(shard_run.ShardRun, "step", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run_inline(SPEC, tmp_path, progress=False)
+        run_inline(SPEC, tmp_path, **QUICK)
     assert "--resume" in capsys.readouterr().err
     before = table(tmp_path)
     assert 0 < len(before) < 24
-    monkeypatch.setattr(job_module.ShardRun, "step", step)
-    run_inline(SPEC, tmp_path, resume=True, progress=False)
+    monkeypatch.setattr(shard_run.ShardRun, "step", step)
+    run_inline(SPEC, tmp_path, resume=True, **QUICK)
     after = table(tmp_path)
     assert len(after) == 24 and before.items() <= after.items()
 
 
 def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: Path) -> None:
-    job = job_module.prepare(SPEC, tmp_path, resume=False, data_root=None)
-    shard = Shard("mlp", "digits", range(6))
-    first = job_module.ShardRun(job, shard, "cpu").step()
-    assert 0 < first["trials"] < 6 and not first["done"]
-    second, trials = job_module.ShardRun(job, shard, "cpu"), 0
-    done = False
-    while not done:
-        chunk = second.step()
-        done, trials = chunk["done"], trials + chunk["trials"]
-    assert trials == 6 - first["trials"]
-    assert len(table(tmp_path)) == 12
-    assert job_module.ShardRun(job, shard, "cpu").step()["done"]
+    shard = Shard(Plan(SPEC).groups[0], range(6))
+    with running(SPEC, tmp_path, resume=False, data_root=None, chunk_seconds=0.05) as (job, _):
+        lost = shard_run.ShardRun(job, shard, "cpu")
+        first = lost.step()
+        assert 0 < first["trials"] < 6 and not first["done"]
+        second, trials = shard_run.ShardRun(job, shard, "cpu"), 0
+        # The first worker was given up for lost and lives: it must not commit what the second one runs.
+        fenced = lost.step()
+        assert fenced["fenced"] and fenced["done"] and fenced["trials"] == 0
+        done = False
+        while not done:
+            chunk = second.step()
+            done, trials = chunk["done"], trials + chunk["trials"]
+        assert trials == 6 - first["trials"]
+        assert len(table(tmp_path)) == 12
+        assert shard_run.ShardRun(job, shard, "cpu").step()["done"]
 
 
 def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,19 +155,73 @@ def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, mon
         return build(self, spec)
 
     monkeypatch.setattr(type(family), "build", sometimes)
-    result = run_inline(SPEC, tmp_path, progress=False)
+    result = run_inline(SPEC, tmp_path, **QUICK)
     assert (result.trials, result.failed, result.rows) == (12, 1, 24)
     rows = [r for r in reader.read(tmp_path).to_pylist() if r["stop_reason"] == "failed"]
     assert {(r["trial_id"], r["error"]) for r in rows} == {(unlucky.trial_id, "RuntimeError: out of luck")}
 
 
 def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, tmp_path: Path) -> None:
-    run_inline(SPEC, tmp_path, progress=False)
+    run_inline(SPEC, tmp_path, **QUICK)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for run in (run_inline, run_sweep):
-        with pytest.raises(StoreError, match=r"another sweep: trials_per_cell is 6 there and 7 here"):
-            run(SPEC.replace(trials_per_cell=7), tmp_path, resume=True, progress=False)
+        with pytest.raises(StoreError, match=r"another sweep: a cell of mlp has 6 trials there and 5 here"):
+            run(SPEC.replace(trials_per_cell=5), tmp_path, resume=True, **QUICK)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_sweep_may_be_extended_and_runs_only_what_is_new(tmp_path: Path) -> None:
+    first = run_inline(SPEC, tmp_path, **QUICK)
+    before, files = table(tmp_path), {p: p.stat().st_mtime_ns for p in reader.list_files(tmp_path)}
+    larger = SPEC.replace(trials_per_cell=8, batch_sizes=(8, 16), lrs=(5e-4, *SPEC.lrs))
+    second = run_inline(larger, tmp_path, resume=True, **QUICK)
+    assert (first.trials, second.trials) == (12, 48)
+    after = table(tmp_path)
+    assert before.items() <= after.items() and len(after) == 96
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert [s.spec_hash for s in reader.read_specs(tmp_path)] == [SPEC.spec_hash, larger.spec_hash]
+    for change, words in (
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"epsilons": (0.5,)}, "epsilons is"),
+        ({"lrs": (5e-4, 1e-3)}, "without 0.002"),
+        ({"trials_per_cell": 7}, "a cell of mlp has 8 trials there and 7 here"),
+        ({"stopping": StoppingRule(max_steps=9)}, "stopping is"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            run_inline(larger.replace(**change), tmp_path, resume=True, **QUICK)
+    assert table(tmp_path) == after
+
+
+def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
+    """A family or a dataset of a spec becomes part of a path only once the registry knows it, and escaped."""
+    out = tmp_path / "a" / "meta"
+    for change in ({"families": ("../../up",)}, {"datasets": ("../../up",)}):
+        with pytest.raises((SpecError, DataError)):
+            run_inline(SPEC.replace(**change), out, **QUICK)
+    assert not out.exists()
+    out.parent.mkdir()
+    outside = tmp_path / "up.parquet"
+    _write_images(outside)
+    name = f"{tmp_path}/a/../up.parquet"
+    run_inline(SPEC.replace(datasets=(name,), trials_per_cell=1), out, **QUICK)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "up.parquet"}
+    assert {p.name for p in out.parent.iterdir()} == {"meta"}
+    assert set(reader.read(out)["dataset"].to_pylist()) == {name}
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    """Files and specs may come from anyone; only Ray moves Python objects, between its own processes."""
+    import cape
+
+    package = Path(cape.__file__).parent
+    for path in [*(package / "sweep").glob("*.py"), *(package / "store").glob("*.py"), package / "cli_sweep.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & set(names), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "np.load", "os.system"), (path, called)
+                assert not [k for k in node.keywords if k.arg == "shell"], path
 
 
 def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
@@ -164,7 +233,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         (SpecError, SPEC.replace(task="sequence")),
     ):
         with pytest.raises(error):
-            run_sweep(spec, out, progress=False)
+            run_sweep(spec, out, **QUICK)
     with pytest.raises(SpecError, match="workers"):
         run_sweep(SPEC, out, workers=0)
     with pytest.raises(SpecError, match="gpus_per_worker"):
@@ -174,7 +243,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="asks for 1 GPU, but the Ray cluster has 0"):
-        run_sweep(SPEC, tmp_path, gpus_per_worker=1, progress=False)
+        run_sweep(SPEC, tmp_path, gpus_per_worker=1, **QUICK)
 
 
 def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_path: Path) -> None:
@@ -182,17 +251,17 @@ def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_p
     data = tmp_path / "gone.parquet"
     _write_images(data)
     spec = SPEC.replace(datasets=(str(data),))
-    prepare = job_module.prepare
 
-    def and_delete(*args: Any, **kwargs: Any) -> job_module.Job:
-        job = prepare(*args, **kwargs)
-        data.unlink()
-        return job
+    @contextmanager
+    def and_delete(*args: Any, **kwargs: Any) -> Iterator[tuple[Job, Any]]:
+        with running(*args, **kwargs) as (job, done):
+            data.unlink()
+            yield job, done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cape.sweep.driver.prepare", and_delete)
+        patch.setattr("cape.sweep.driver.running", and_delete)
         with pytest.raises(StoreError, match=r"12 of 12 trials are missing .* --resume\. The error was: .*gone"):
-            run_sweep(spec, tmp_path / "meta", workers=2, progress=False)
+            run_sweep(spec, tmp_path / "meta", workers=2, **QUICK)
 
 
 def _write_images(path: Path) -> None:

@@ -1,0 +1,176 @@
+"""Claim a meta-dataset for one sweep, extend that sweep, and keep two runs of it from writing at the same time.
+
+A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit. A worker holds a *claim*,
+``_runs/<run>/<shard>.json``, with a token of its own, and commits only while the token is the one that it wrote: a
+worker that was given up for lost and turns out to live, of this run or of an earlier one, cannot write a trial twice.
+The check and the rename happen under the folder's lock. (An object store has no lock: there the check comes right
+before the upload, and what slips through that gap is a duplicate that `cape store verify` finds.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from cape.config import SweepSpec
+from cape.errors import StoreError
+from cape.store import reader
+from cape.store.location import Location
+from cape.store.schema import SPEC_FILE, SPEC_HISTORY
+
+RUN_FILE = "_run.json"
+RUNS = "_runs"
+STATUS_FILE = "_status.json"
+_SILENT_S = 30.0  # a run on another machine that has not reported for so long is over
+
+_GRID = ("families", "datasets", "lrs", "batch_sizes")
+_COUNTS = ("trials_per_cell", "trials_by_family")
+
+
+def claim(meta_dir: reader.Where, spec: SweepSpec, *, resume: bool = False) -> None:
+    """Make ``meta_dir`` the home of one sweep, or make sure that it is; extend it where ``spec`` only adds trials.
+
+    Raises:
+        StoreError: it holds another sweep (the message names what differs), or rows of this one while ``resume`` is
+            False, or is not a folder.
+    """
+    location = Location.of(meta_dir)
+    if location.folder is not None and location.folder.exists() and not location.folder.is_dir():
+        raise StoreError(f"{location} is a file; a sweep needs a folder of its own.")
+    held = reader.read_spec(location)
+    if held is not None and held != spec:
+        lost = differences(held, spec)
+        if lost:
+            raise StoreError(
+                f"{location} holds another sweep: {'; '.join(lost)}. Choose another folder, or give it the spec that it"
+                f" holds ({location}/{SPEC_FILE}); a sweep may only be extended."
+            )
+    if held is not None and not resume and reader.list_chunks(location):
+        raise StoreError(
+            f"{location} already holds rows of this sweep; add --resume (resume=True) to run what is missing."
+        )
+    if held != spec:
+        for known in filter(None, (held, spec)):
+            location.write(f"{SPEC_HISTORY}/{known.spec_hash}.json", known.to_json(indent=2).encode())
+        location.write(SPEC_FILE, spec.to_json(indent=2).encode())
+    location.remove_abandoned()
+
+
+def differences(held: SweepSpec, wanted: SweepSpec) -> list[str]:
+    """Return, as phrases, what ``wanted`` changes or leaves out of ``held``; nothing where it only adds trials."""
+    a, b = held.to_dict(), wanted.to_dict()
+    found = []
+    for key in a:
+        if key in _COUNTS or a[key] == b[key]:
+            continue
+        if key not in _GRID:
+            found.append(f"{key} is {a[key]} there and {b[key]} here")
+        elif set(a[key]) - set(b[key]):
+            missing = [v for v in a[key] if v not in b[key]]
+            found.append(f"{key} is {a[key]} there and {b[key]} here, without {', '.join(map(str, missing))}")
+    for family in held.families:
+        before, after = (s.trials_by_family.get(family, s.trials_per_cell) for s in (held, wanted))
+        if family in wanted.families and after < before:
+            found.append(f"a cell of {family} has {before} trials there and {after} here")
+    return found
+
+
+def start_run(meta_dir: reader.Where) -> str:
+    """Become the one run that may write, and return its id; workers of every earlier run can commit no more.
+
+    Raises:
+        StoreError: another run is at work there.
+    """
+    location = Location.of(meta_dir)
+    run = uuid.uuid4().hex[:12]
+    with location.lock(exclusive=True):
+        held = _json(location, RUN_FILE)
+        if held and _at_work(location, held):
+            raise StoreError(
+                f"Another run writes to {location} (process {held.get('pid')} on {held.get('host')}); stop it first,"
+                f" or watch it with `cape sweep status {location}`."
+            )
+        location.delete_tree(RUNS)
+        mine = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
+        location.write(RUN_FILE, json.dumps(mine).encode())
+    return run
+
+
+def end_run(meta_dir: reader.Where, run: str) -> None:
+    """Give the meta-dataset back."""
+    location = Location.of(meta_dir)
+    with location.lock(exclusive=True):
+        if _json(location, RUN_FILE).get("run") == run:
+            location.delete(RUN_FILE)
+            location.delete_tree(RUNS)
+
+
+def is_current(meta_dir: reader.Where, run: str) -> bool:
+    """Return whether a run is still the one that may write."""
+    return bool(_json(Location.of(meta_dir), RUN_FILE).get("run") == run)
+
+
+class Claim:
+    """A worker's right to commit the trials of one shard, until someone else takes it.
+
+    Args:
+        meta_dir: of the sweep.
+        run: id of the run.
+        shard: key of the shard.
+
+    Attributes:
+        earlier: what the attempt before this one had noted, empty for the first.
+    """
+
+    def __init__(self, meta_dir: reader.Where, run: str, shard: str) -> None:
+        self._location, self._name = Location.of(meta_dir), f"{RUNS}/{run}/{shard}.json"
+        self._run, self._token = run, uuid.uuid4().hex
+        self.earlier = _json(self._location, self._name)
+
+    def take(self, notes: dict[str, Any]) -> None:
+        """Take the shard from whoever had it, leaving ``notes`` for the next attempt."""
+        self._location.write(self._name, json.dumps({**notes, "token": self._token}).encode(), durable=False)
+
+    def holds(self) -> bool:
+        """Return whether a commit is still allowed."""
+        return is_current(self._location, self._run) and _json(self._location, self._name).get("token") == self._token
+
+
+def _json(location: Location, name: str) -> dict[str, Any]:
+    content = location.read(name)
+    try:
+        value = json.loads(content or b"{}")
+    except ValueError:  # half of a file that its process did not live to finish
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _at_work(location: Location, held: dict[str, Any]) -> bool:
+    if held.get("host") == socket.gethostname():
+        since = _started(held.get("pid"))
+        return since is not None and since == held.get("since")
+    status = _json(location, STATUS_FILE)
+    return status.get("run") == held.get("run") and time.time() - float(status.get("updated", 0)) < _SILENT_S
+
+
+def _started(pid: Any) -> str | None:
+    """Return when a process of this machine began (in the kernel's ticks), or None where there is none.
+
+    A zombie is none; where there is no /proc, every process that answers a signal is taken to be the same.
+    """
+    try:
+        fields = Path(f"/proc/{int(pid)}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, ValueError, TypeError):
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(int(pid), 0)
+        except (OSError, ValueError, TypeError):
+            return None
+        return "unknown"
+    return None if fields[0] == "Z" else fields[19]

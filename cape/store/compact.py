@@ -1,0 +1,218 @@
+"""Merge the small files of a meta-dataset, without a moment in which a reader sees a row twice or not at all.
+
+Why not in place: a reader lists a folder and then opens, one after the other, the paths that it found. Between the two,
+any merge in place must either remove a path that was listed (the reader fails, or, as ``pyarrow`` does where the path
+goes before it is looked at, silently skips its rows) or change what a path holds (rows then move between a path that
+was read before the change and one that is read after it, and are seen twice or not at all). No order of renames helps,
+whether one file is replaced by the union while the others are emptied, or whole folders are exchanged. What does help:
+paths whose files never change and never go.
+
+So the rows are in *generations*: ``_rows.0``, ``_rows.1``, ... The symbolic link ``rows`` names the current one. A
+compaction builds the next generation beside it (merged files, and hard links to those that need no merging), flushes
+it, and moves the link with one ``rename``. A generation only ever gains files and is deleted only after a time of
+grace, so a reader that resolves the link once (``reader.rows_path``, ``os.path.realpath``) reads one generation from
+beginning to end and sees every row once. A sweep may go on: its workers commit under the lock, shared, into the
+generation that the link names, and the last step here (link what was committed meanwhile, move ``rows``) holds the lock
+alone.
+
+A reader that keeps the unresolved ``META/rows`` and lists it in the very instant of the rename can meet both
+generations; ``docs/scaling.md`` shows the one-line remedy. An object store has no rename: compact it into another place
+(``out``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cape.errors import StoreError
+from cape.store import reader
+from cape.store.location import Location, sync_folder
+from cape.store.schema import EXTRA_PREFIX, ROWS, SPEC_FILE, SPEC_HISTORY
+from cape.store.writer import chunk_name, ensure_rows, to_parquet
+
+TARGET_BYTES = 64 * 2**20
+ROW_GROUP = 50_000
+KEEP_S = 3600.0
+_GENERATION = re.compile(r"_rows\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did.
+
+    Attributes:
+        before, after: number of files.
+        rows: rows in the merged files.
+        duplicates: rows left out because the same trial and ε was merged before.
+        removed: earlier generations that were deleted.
+    """
+
+    before: int
+    after: int
+    rows: int
+    duplicates: int = 0
+    removed: int = 0
+
+    def __str__(self) -> str:
+        dropped = f", {self.duplicates} duplicate rows left out" if self.duplicates else ""
+        return f"{self.before} files are {self.after} now{dropped}; {self.removed} earlier generations deleted"
+
+
+def compact(
+    meta_dir: reader.Where,
+    *,
+    out: reader.Where | None = None,
+    target_bytes: int = TARGET_BYTES,
+    keep_seconds: float = KEEP_S,
+) -> Compaction:
+    """Merge files of each (family, dataset) into files of about ``target_bytes``.
+
+    Args:
+        meta_dir: folder or URI.
+        out: write the merged meta-dataset there and leave ``meta_dir`` alone (the only way for an object store).
+        target_bytes: size that a file may reach; larger files are left as they are.
+        keep_seconds: an earlier generation is deleted so long after it was replaced; readers that began with it have
+            that much time.
+
+    Raises:
+        StoreError: no rows there, ``out`` is not empty, a file cannot be read or written, or ``meta_dir`` is a place
+            where files cannot be replaced at once.
+    """
+    location = Location.of(meta_dir)
+    base = reader.rows_folder(location)
+    if not reader.list_chunks(location, base):
+        raise StoreError(f"{location} holds no rows to compact.")
+    if out is not None:
+        return _copy(location, base, Location.of(out), target_bytes)
+    if location.folder is None or not os.path.islink(location.path(ROWS)):
+        raise StoreError(
+            f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
+            " or a folder that an early version wrote); give --out to compact into another place."
+        )
+    with location.lock(exclusive=True, name=".compact", wait=False):
+        return _replace(location, base, target_bytes, keep_seconds)
+
+
+def _replace(location: Location, base: str, target_bytes: int, keep_seconds: float) -> Compaction:
+    """Build the next generation and move the link ``rows`` to it."""
+    removed = _remove_retired(location, base, keep_seconds)
+    files = reader.list_chunks(location, base)
+    plans = [p for p in _merges(location, base, files, target_bytes) if len(p[1]) > 1]
+    if not plans:
+        return Compaction(len(files), len(files), 0, removed=removed)
+    # Numbers only go up, also past a generation that a killed compaction left half-built.
+    number = max(int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(location.path())) if m) + 1
+    following = f"_rows.{number}"
+    rows, duplicates = _merge_all(location, base, plans, location, following)
+    merged = {f"{folder}/{name}" for folder, names in plans for name in names}
+    with location.lock(exclusive=True):
+        kept = [name[len(base) + 1 :] for name in reader.list_chunks(location, base)]
+        for name in kept:
+            if name not in merged:
+                os.makedirs(os.path.dirname(location.path(f"{following}/{name}")), exist_ok=True)
+                os.link(location.path(f"{base}/{name}"), location.path(f"{following}/{name}"))
+        for folder, _, _ in os.walk(location.path(following)):
+            sync_folder(folder)
+        link = location.path(f"{ROWS}.next")
+        if os.path.lexists(link):
+            os.unlink(link)
+        os.symlink(following, link)
+        os.replace(link, location.path(ROWS))
+        sync_folder(location.path())
+        os.utime(location.path(base))  # its grace begins now
+    after = len(reader.list_chunks(location, following))
+    return Compaction(len(kept), after, rows, duplicates, removed + _remove_retired(location, following, keep_seconds))
+
+
+def _copy(source: Location, base: str, target: Location, target_bytes: int) -> Compaction:
+    """Write the merged meta-dataset into an empty place."""
+    if reader.list_chunks(target):
+        raise StoreError(f"{target} holds rows already; choose an empty place for the compacted meta-dataset.")
+    files = reader.list_chunks(source, base)
+    plans = _merges(source, base, files, target_bytes)
+    rows, duplicates = _merge_all(source, base, plans, target, ensure_rows(target))
+    for name in (SPEC_FILE, *source.list(SPEC_HISTORY)):
+        content = source.read(name)
+        if content is not None:
+            target.write(name, content)
+    return Compaction(len(files), len(reader.list_chunks(target)), rows, duplicates)
+
+
+def _merges(location: Location, base: str, files: list[str], target_bytes: int) -> list[tuple[str, list[str]]]:
+    """Return (partition, names) of files to be merged, about ``target_bytes`` together; each large file alone."""
+    groups: dict[tuple[str, bool], list[tuple[str, int]]] = defaultdict(list)
+    sizes = location.filesystem.get_file_info([location.path(name) for name in files])
+    for name, info in zip(files, sizes):
+        folder, file = name[len(base) + 1 if base else 0 :].rsplit("/", 1)
+        groups[folder, file.startswith(EXTRA_PREFIX)].append((file, info.size))
+    plans = []
+    for (folder, _), members in groups.items():
+        together: list[str] = []
+        total = 0
+        for file, size in sorted(members, key=lambda m: m[1]):
+            if together and total + size > target_bytes:
+                plans.append((folder, together))
+                together, total = [], 0
+            together.append(file)
+            total += size
+        plans.append((folder, together))
+    return plans
+
+
+def _merge_all(
+    source: Location, base: str, plans: list[tuple[str, list[str]]], target: Location, into: str
+) -> tuple[int, int]:
+    """Write every merge; return (rows written, rows left out because the same trial and ε was there before)."""
+    rows = duplicates = 0
+    seen: dict[str, set[tuple[str, float]]] = defaultdict(set)
+    for folder, names in plans:
+        paths = [f"{base}/{folder}/{name}".lstrip("/") for name in names]
+        union = _union(source, paths)
+        kept = [
+            i
+            for i, key in enumerate(zip(union["trial_id"].to_pylist(), union["epsilon"].to_pylist()))
+            if key not in seen[folder] and not seen[folder].add(key)  # type: ignore[func-returns-value]
+        ]
+        duplicates += union.num_rows - len(kept)
+        if not kept:
+            continue
+        if len(kept) < union.num_rows:
+            union = union.take(kept)
+        name = chunk_name(union["trial_id"].to_pylist(), extra=names[0].startswith(EXTRA_PREFIX))
+        target.write(f"{into}/{folder}/{name}", to_parquet(union, ROW_GROUP))
+        rows += union.num_rows
+    return rows, duplicates
+
+
+def _union(location: Location, names: list[str]) -> pa.Table:
+    try:
+        tables = [pq.read_table(location.path(n), partitioning=None, filesystem=location.filesystem) for n in names]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(
+            f"A file of {location} cannot be read, nothing was changed; `cape store verify` names it: {error}"
+        ) from error
+    metadata = dict(tables[0].schema.metadata or {})
+    for other in tables[1:]:  # what the files do not agree on (a device, a revision) is said of none of them
+        known = other.schema.metadata or {}
+        metadata = {k: (v if known.get(k) == v else b"several") for k, v in metadata.items()}
+    union = pa.concat_tables([t.replace_schema_metadata(None) for t in tables], promote_options="permissive")
+    return union.replace_schema_metadata(metadata)
+
+
+def _remove_retired(location: Location, current: str, keep_seconds: float) -> int:
+    """Delete generations that were replaced long enough ago (and what a killed compaction left); return how many."""
+    count = 0
+    for name in os.listdir(location.path()):
+        if name == current or not _GENERATION.fullmatch(name):
+            continue
+        if time.time() - os.stat(location.path(name)).st_mtime >= keep_seconds:
+            location.delete_tree(name)
+            count += 1
+    return count

@@ -1,0 +1,149 @@
+"""How long a sweep will take and how much disk it will fill, from measured times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cape.config import SweepSpec
+from cape.store import reader
+from cape.store.location import Location
+from cape.sweep.plan import Group, Plan
+from cape.sweep.shards import cut
+
+_SAMPLE = 200  # files that are looked at in a meta-dataset
+_COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
+
+# Seconds of one trial (probe and trajectory) on one core, 1 to 4 trials of each family on MNIST with batch size 32,
+# beside other work: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide; a user's family has none.
+MEASURED_DEVICE = "one core of an AMD EPYC (one to four trials of a family, MNIST)"
+MEASURED_SECONDS = {"mlp": 0.27, "rnn": 3.7, "cnn": 2.6, "transformer": 3.4}
+ROW_BYTES = 1100.0  # a row with all its losses takes less (tests/store/test_writer_reader.py), a short one a quarter
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep amounts to.
+
+    Attributes:
+        worker_hours: hours of one worker (a GPU, or a CPU core) for all trials.
+        bytes: of the Parquet files.
+        source: where the times come from.
+    """
+
+    cells: int
+    trials: int
+    rows: int
+    shards: int
+    worker_hours: float
+    bytes: float
+    source: str
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.cells} cells, {self.trials} trials, {self.rows} rows, {self.shards} shards",
+                f"about {_known(self.worker_hours)} worker-hours (a worker is a GPU, its share of one, or a core), "
+                + f"{_size(self.bytes)} of disk",
+                f"measured: {self.source}",
+            ]
+        )
+
+
+def estimate(spec: SweepSpec, out: Location | None = None, workers: int = 1) -> Estimate:
+    """Return what a sweep amounts to, before any of it runs.
+
+    Args:
+        spec: the sweep.
+        out: a meta-dataset whose rows say how long a trial takes; where it has none, what was measured for the package.
+        workers: how many share the work (it decides the shards).
+    """
+    plan = Plan(spec)
+    seconds, source = trial_seconds_of(spec, out)
+    total = sum(group.count * seconds(group) for group in plan.groups)
+    shards = len(cut(plan.missing(), workers, relative(seconds, spec)))
+    row_bytes = _row_bytes(out) or ROW_BYTES
+    return Estimate(plan.cells, len(plan), plan.rows, shards, total / 3600, plan.rows * row_bytes, source)
+
+
+def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Callable[[Group], float], str]:
+    """Return the expected seconds of a trial of a group, and where the numbers come from.
+
+    The mean over the trials of ``out`` with the same family, dataset and batch size, else with the same family; where
+    there are none, the package's own measurements; NaN for a family that has none.
+    """
+    exact: dict[tuple[str, str, int], list[float]] = {}
+    devices: set[str] = set()
+    for family, dataset, row in _sample(out) if out is not None else ():
+        spent = row["truth_seconds"] + (row["probe_seconds"] or 0.0)
+        exact.setdefault((family, dataset, row["batch_size"]), []).append(spent)
+        devices.add(str(row["device"]))
+    family_means = {
+        f: _mean([v for key, values in exact.items() if key[0] == f for v in values]) for f in spec.families
+    }
+
+    def seconds(group: Group) -> float:
+        known = exact.get((group.family, group.dataset, group.batch_size))
+        if known:
+            return _mean(known)
+        if not math.isnan(family_means.get(group.family, math.nan)):
+            return family_means[group.family]
+        return MEASURED_SECONDS.get(group.family, math.nan)
+
+    count = sum(map(len, exact.values()))
+    if count:
+        return seconds, f"{count} trials that {out} holds, on {', '.join(sorted(devices))}"
+    advice = "a few trials of every family in --out (a small spec, extended later) give your device's times"
+    return seconds, f"for this package on {MEASURED_DEVICE}; {advice}"
+
+
+def relative(seconds: Callable[[Group], float], spec: SweepSpec) -> Callable[[Group], float] | None:
+    """Return costs to cut shards by: those of ``seconds``, or None (all the same) where one of them is not known."""
+    known = all(math.isfinite(seconds(group)) for group in Plan(spec).groups)
+    return seconds if known else None
+
+
+def _sample(out: Location) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (family, dataset, row) of trials in some of the files, spread over all of them."""
+    base = reader.rows_folder(out)
+    files = reader.list_chunks(out, base)
+    found = []
+    for name in files[:: math.ceil(len(files) / _SAMPLE) or 1]:
+        family, dataset = reader.partition_of(name)
+        try:
+            table = pq.read_table(out.path(name), columns=_COLUMNS, partitioning=None, filesystem=out.filesystem)
+        except (pa.ArrowInvalid, OSError):  # whoever reads all of it will say so
+            continue
+        rows = {r["trial_id"]: r for r in table.to_pylist()}.values()
+        found += [(family, dataset, row) for row in rows if row["truth_seconds"] is not None]
+    return found
+
+
+def _row_bytes(out: Location | None) -> float | None:
+    if out is None:
+        return None
+    files = reader.list_chunks(out)[:_SAMPLE]
+    sizes = [info.size for info in out.filesystem.get_file_info([out.path(name) for name in files])]
+    rows = sum(pq.read_metadata(out.path(name), filesystem=out.filesystem).num_rows for name in files)
+    return sum(sizes) / rows if rows else None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _known(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "an unknown number of"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

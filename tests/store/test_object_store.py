@@ -1,0 +1,113 @@
+"""A meta-dataset on S3: a real server (moto's) on loopback, real requests through pyarrow.fs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cape.config import StoppingRule, SweepSpec
+from cape.errors import SpecError, StoreError
+from cape.store import claims, reader, writer
+from cape.store.compact import compact
+from cape.store.location import Location
+from cape.store.verify import verify
+from cape.sweep.inline import run_inline
+from cape.sweep.plan import Plan
+
+MakeRows = Callable[..., list[dict[str, Any]]]
+SPEC = SweepSpec(
+    families=("mlp",),
+    datasets=("digits",),
+    lrs=(1e-3, 2e-3),
+    batch_sizes=(8,),
+    epsilons=(0.6, 0.5),
+    trials_per_cell=2,
+    stopping=StoppingRule(max_steps=30),
+)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The address of an S3 server (moto needs an older python-dateutil than this project pins: not in the lock)."""
+    beside = Path(sys.executable).with_name("moto_server")
+    server = os.environ.get("CAPE_MOTO_SERVER") or (str(beside) if beside.exists() else shutil.which("moto_server"))
+    if not server:
+        pytest.skip("no S3 server: pip install 'moto[s3]' flask flask-cors, or set CAPE_MOTO_SERVER to moto_server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/runs", method="PUT")  # makes the bucket
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(request, timeout=2)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "moto_server ended"
+                time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def uri(endpoint: str, request: pytest.FixtureRequest) -> str:
+    return f"s3://KEYID:SECRETKEY@runs/{request.node.name}?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+
+
+def test_rows_go_there_and_come_back(make_rows: MakeRows, uri: str) -> None:
+    assert reader.count_rows(uri) == 0
+    (name,) = writer.write_shard(make_rows(3), uri)
+    assert name.startswith("rows/family=mlp/dataset=digits/")
+    assert reader.count_rows(uri) == 6
+    assert sorted(reader.read(uri)["t_star"].to_pylist()) == [0, 1, 10, 11, 20, 21]
+    assert len(reader.done_ids(uri)) == 3 and len(reader.done_trials(uri, "mlp", "digits")) == 3
+
+
+def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path: Path) -> None:
+    result = run_inline(SPEC, uri, progress=False)
+    assert (result.rows, result.trials) == (8, 4)
+    assert "SECRETKEY" not in f"{result} {result!r}" and "KEYID" not in f"{result} {result!r}"
+    location = Location.of(uri)
+    for name in (claims.STATUS_FILE, "_spec.json"):
+        assert b"SECRET" not in (location.read(name) or b"")
+    with pytest.raises(StoreError, match="--resume") as refused:
+        run_inline(SPEC, uri, progress=False)
+    assert "SECRET" not in str(refused.value)
+    location.delete(reader.list_chunks(uri)[0])
+    larger = SPEC.replace(trials_per_cell=3)
+    assert run_inline(larger, uri, resume=True, progress=False).rows == 12
+    found = verify(uri, lambda spec: Plan(spec).all_ids())
+    assert found.sound and (found.rows, found.missing) == (12, 0)
+    with pytest.raises(StoreError, match="--out"):
+        compact(uri)
+    assert compact(uri, out=tmp_path / "local").rows == 12
+    assert verify(tmp_path / "local", lambda spec: Plan(spec).all_ids()).sound
+    local = run_inline(larger, tmp_path / "again", progress=False)
+    columns = ["trial_id", "epsilon", "t_star"]
+    here, there = (
+        {(r["trial_id"], r["epsilon"]): r["t_star"] for r in reader.read(w, columns=columns).to_pylist()}
+        for w in (local.out, uri)
+    )
+    assert here == there
+
+
+def test_a_place_that_pyarrow_does_not_know_is_one_sentence() -> None:
+    with pytest.raises(SpecError, match="no place that pyarrow can open") as refused:
+        Location.of("foo://user:password@bucket/x")
+    assert "password" not in str(refused.value)

@@ -1,0 +1,179 @@
+"""Ray jobs: a real head on this machine, with token authentication switched on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cape import cli
+from cape.config import StoppingRule, SweepSpec
+from cape.errors import SpecError
+from cape.store import reader
+from cape.store.location import Location
+from cape.sweep import submit
+
+SPEC = SweepSpec(
+    name="job",
+    families=("mlp",),
+    datasets=("digits",),
+    lrs=(1e-3,),
+    batch_sizes=(8,),
+    epsilons=(0.9, 0.8),
+    trials_per_cell=4,
+    stopping=StoppingRule(max_steps=30),
+)
+TOKEN = "a-token-of-this-test-only-0123456789"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head; gives the job server's address and the environment that its clients need."""
+    ray = Path(sys.executable).with_name("ray")
+    if not ray.exists():
+        pytest.skip("the program `ray` is not installed: pip install 'ray[default]'")
+    folder = tmp_path_factory.mktemp("head")
+    token = folder / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    gcs, dashboard, client, agent = free_ports(4)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{ray.parent}:{clean.get('PATH', '')}"  # a job's `python` is the cluster's
+    # A short path: a Unix socket's name has room for about a hundred characters.
+    temporary = Path("/tmp") / f"cape-{os.getpid()}"
+    command = [str(ray), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--temp-dir={temporary}", "--disable-usage-stats", "--num-gpus=0"]
+    log = (folder / "head.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    probe = [sys.executable, "-m", "cape.cli", "status", "--address", address]
+    try:
+        end = time.monotonic() + 90
+        while subprocess.run(probe, env=environment, capture_output=True).returncode:
+            assert process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()[-2000:]
+        yield address, environment
+    finally:
+        os.killpg(process.pid, 15)
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+        current = Path("/tmp/ray/ray_current_cluster")  # `ray start` notes there what `ray.init()` connects to
+        if current.is_file() and current.read_text().strip().endswith(f":{gcs}"):
+            current.unlink()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, environment = head
+    spec, out = tmp_path / "spec.json", tmp_path / "meta"
+    spec.write_text(SPEC.to_json())
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "cape.cli", *arguments]
+        return subprocess.run(
+            line, env={**environment, **more}, capture_output=True, text=True, timeout=180, cwd=tmp_path
+        )
+
+    without = run("status", "--address", address, RAY_AUTH_MODE="disabled")
+    assert without.returncode == 2 and "RAY_AUTH_TOKEN_PATH" in without.stderr and TOKEN not in without.stderr
+    sweep = ["submit", "sweep", str(spec), "--out", str(out), "--workers", "1", "--address", address]
+    done = run(*sweep)
+    assert done.returncode == 0, done.stderr
+    job_id = f"cape-sweep-{SPEC.spec_hash}"
+    assert f"submitted {job_id}" in done.stderr
+    assert "8 rows of 4 trials" in done.stdout  # the job's log
+    (path, *_) = reader.list_files(out)
+    revision = pq.read_schema(path).metadata[b"cape_git_revision"].decode()
+    assert "wheel." in revision  # the code that was sent, not what is installed here
+    before = {p: p.stat().st_mtime_ns for p in reader.list_files(out)}
+    again = run(*sweep)
+    assert again.returncode == 0 and "attaching" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in reader.list_files(out)} == before
+    for file in out.rglob("*"):
+        if file.is_file() and file.suffix != ".parquet":
+            assert TOKEN.encode() not in file.read_bytes()
+
+    larger = SPEC.replace(trials_per_cell=5000)
+    spec.write_text(larger.to_json())
+    detached = run(*sweep, "--no-follow")
+    assert detached.returncode == 0, detached.stderr
+    listed = run("status", "--address", address).stdout
+    (running,) = [line.split()[0] for line in listed.splitlines() if larger.spec_hash in line]
+    end = time.monotonic() + 90
+    while reader.count_rows(out) <= 8 and time.monotonic() < end:
+        time.sleep(0.2)
+    stopped = run("stop", running, "--address", address)
+    assert stopped.returncode == 0 and stopped.stdout.split() == [running, "STOPPED"], stopped.stderr
+    assert 8 < reader.count_rows(out) < 10_000
+    assert b'"interrupted"' in (Location.of(out).read("_status.json") or b"")
+    missing = run("stop", "cape-sweep-none", "--address", address)
+    assert missing.returncode == 2 and "no job" in missing.stderr
+    failing = run("submit", "--address", address, "--installed", "sweep", str(spec), "--out", "/dev/null/x")
+    assert failing.returncode == 2 and "ended as FAILED" in failing.stderr
+
+
+def test_the_wheel_is_named_by_its_content_and_holds_no_dependencies(tmp_path: Path) -> None:
+    first, second = (submit.build_wheel(tmp_path / name) for name in ("a", "b") if not (tmp_path / name).mkdir())
+    assert first.name == second.name and first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as wheel:
+        names = wheel.namelist()
+        assert "cape/__init__.py" in names and "cape/_revision.txt" in names
+        assert not [n for n in names if "__pycache__" in n]
+        metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "Requires-Dist" not in metadata  # a worker needs no package index
+    version = metadata.split("Version: ")[-1].strip()
+    assert version in first.name and "+" in version
+    target = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", str(target), str(first)]
+    done = subprocess.run([*command, "--quiet", "--disable-pip-version-check"], capture_output=True, text=True)
+    if "No module named pip" in done.stderr:
+        pytest.skip("this environment has no pip")
+    assert done.returncode == 0 and (target / "cape" / "cli.py").is_file(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["submit", "sweep", "smoke", "--out", "x", "--address", "head:8265"], "begins with http"),
+        (["submit", "dance", "--address", "http://127.0.0.1:9"], "cannot be submitted"),
+        (["submit", "sweep", "smoke", "--out", "x", "--address", "http://user:pass@127.0.0.1:9"], "no job server"),
+        (["status", "--address", "http://127.0.0.1:9"], "no job server"),
+        (["stop", "x", "--address", "http://127.0.0.1:9"], "no job server"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and "pass@" not in said
+
+
+def test_a_sweep_needs_a_place_to_write_to(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="--out"):
+        submit._prepare("sweep", ["smoke"], tmp_path)
