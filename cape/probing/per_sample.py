@@ -47,7 +47,8 @@ INTERACTING = (
     " normalization."
 )
 _COTANGENTS = 16  # of a full Jacobian, in one backward pass
-_CONVOLUTION_CHUNK = 16  # samples at a time on a CPU: activations stay in cache
+_CONVOLUTION_CHUNK = 16  # samples of a network of dense convolutions
+_TOKEN_CHUNK = 64  # samples of a network of token-wise products
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,15 @@ def _pieces(batch_size: int, step: int) -> list[slice]:
 
 
 def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
-    """Return how many samples run at a time: on a CPU, dense convolutions are fastest in small pieces."""
-    kinds = [v.key[0] for v in verdicts or ()]
-    convolutional = 2 * kinds.count("convolution") >= sum(k in _WEIGHT_KINDS for k in kinds) > 0
-    convolutional = convolutional and "grouped convolution" not in kinds
-    return min(batch_size, _CONVOLUTION_CHUNK) if convolutional and device.type == "cpu" else batch_size
+    """Return how many samples run at a time: on a CPU, transients must stay in cache, or in the allocator."""
+    keys = [v.key for v in verdicts or () if v.key[0] in _WEIGHT_KINDS]
+    kinds = [key[0] for key in keys]
+    if device.type != "cpu" or not kinds:
+        return batch_size
+    if 2 * kinds.count("convolution") >= len(kinds) and "grouped convolution" not in kinds:
+        return min(batch_size, _CONVOLUTION_CHUNK)
+    tokens = 2 * sum(key[0] == "linear" and key[2] > 2 for key in keys) > len(keys)
+    return min(batch_size, _TOKEN_CHUNK) if tokens else batch_size
 
 
 def _scan(
