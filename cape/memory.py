@@ -19,10 +19,8 @@ _depth = 0  # blocks may lie within each other
 
 
 @contextmanager
-def kept_memory(device: torch.device, trim: bool = True) -> Iterator[None]:
+def kept_memory(device: torch.device) -> Iterator[None]:
     """On a CPU under glibc, keep freed memory in the process inside the block; elsewhere do nothing.
-
-    ``trim`` gives it back to the system at the end; without, glibc does as it frees more.
 
     glibc gives large blocks back to the system at once, and the system hands out zeroed pages one fault at a time: up
     to 250,000 faults for one training step of a small ResNet. Measured on two cores, milliseconds for one step before
@@ -43,8 +41,7 @@ def kept_memory(device: torch.device, trim: bool = True) -> Iterator[None]:
         if _depth == 0:
             libc.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
             libc.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
-            if trim:
-                libc.malloc_trim(0)
+            libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:

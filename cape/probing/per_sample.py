@@ -139,7 +139,7 @@ def all_norms(
         ops.use_backend(backend),
         torch.enable_grad(),
         _eagerly(),
-        kept_memory(y.device, trim=False),
+        kept_memory(y.device),
     ):
         model.eval()
         verdicts, seen = _scan(model, x, batch_size, list(params.values()), kept)

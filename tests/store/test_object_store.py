@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -41,7 +40,7 @@ SPEC = SweepSpec(
 def endpoint() -> Iterator[str]:
     """The address of an S3 server (moto needs an older python-dateutil than this project pins: not in the lock)."""
     beside = Path(sys.executable).with_name("moto_server")
-    server = os.environ.get("CAPE_MOTO_SERVER") or (str(beside) if beside.exists() else shutil.which("moto_server"))
+    server = os.environ.get("CAPE_MOTO_SERVER") or (str(beside) if beside.exists() else None)
     if not server:
         pytest.skip("no S3 server: pip install 'moto[s3]' flask flask-cors, or set CAPE_MOTO_SERVER to moto_server")
     with socket.socket() as free:
