@@ -1,5 +1,6 @@
 # make demo    the whole of CAPE on real images, in a few minutes
 # make test    build, then run every test
+# make endurance   the minutes-long tests of kills, clusters and job servers
 # make lint    ruff, mypy and clang-format's check
 # make clean   remove what was built (make distclean removes the environment too)
 #
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: all demo test lint clean distclean build
+.PHONY: all demo test endurance lint clean distclean build
 all: build
 
 # One stamp per slow step: a second `make` does none of them again.
@@ -42,6 +43,9 @@ demo: build
 test: build
 	@$(BIN)/ctest --test-dir $$($(BIN)/python setup.py --quiet build_dir) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest
+
+endurance: build
+	@$(BIN)/python -m pytest -m endurance
 
 lint: $(VENV)/.requirements
 	@$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_workers_are_pinned_and_a_node_that_dies_costs_nothing(cluster: Any, tmp_path: Path) -> None:
     spec, out = tmp_path / "spec.json", tmp_path / "meta"
     spec.write_text(SPEC.to_json())

@@ -292,7 +292,7 @@ def test_a_corrupt_chunk_is_set_aside_and_run_again(out: Path, truth: dict, caps
     account("chunk, truncated", lost.rows, out)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_ten_rounds_of_killing_at_random_moments(ray_session: None, out: Path, truth: dict) -> None:
     """Each round ends a worker or the driver, whatever it is doing then; the last run goes to the end."""
     chance = random.Random(5)

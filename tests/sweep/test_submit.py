@@ -87,7 +87,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
             current.unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     head: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
