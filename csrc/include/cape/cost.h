@@ -7,7 +7,7 @@ namespace cape {
 
 constexpr int64_t round_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// --- Costs, in vector multiply-adds of one thread. The constants were fitted to `python -m benchmarks.forms`.
+// --- Costs, in vector multiply-adds of one thread. `python -m benchmarks.forms` shows their regret.
 // ---------
 namespace cost {
 
