@@ -11,6 +11,8 @@ Inputs and outputs are [k, B, T, d]; inside, positions come before samples, [k, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -103,23 +105,27 @@ class Direction(Layer):
             torch.sum(flat, 1, out=grads[2])
             torch.sum(d_recurrent.flatten(1, 2), 1, out=grads[3])
 
+    @abstractmethod
     def _input_bias(self, width: int) -> Tensor:
-        raise NotImplementedError
+        """Return what is added to the input projections, [k, gates·h]."""
 
+    @abstractmethod
     def _buffers(self, outputs: Tensor) -> list[Tensor]:
-        raise NotImplementedError
+        """Return what the steps keep for the backward pass."""
 
+    @abstractmethod
     def _step(self, projected: Tensor, hidden: Tensor | None, t: int, recurrent: Tensor, outputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the hidden state after position t."""
 
+    @abstractmethod
     def _recurrent_gradients(self, d_input: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return where the gradients of the recurrent projections go."""
 
+    @abstractmethod
     def _step_back(
         self, grad: Tensor, t: int, before: int | None, d_input: Tensor, d_recurrent: Tensor
     ) -> Tensor | None:
         """Fill both gradients at position t; return what reaches the hidden state before it past the product."""
-        raise NotImplementedError
 
 
 class LSTMDirection(Direction):

@@ -43,10 +43,10 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, cell: recurrent_ops.Cell, sinks: list[Sink], x: Tensor, *rest: Any) -> Any:
         w_ih, w_hh, b_ih, b_hh, *states = rest
-        h, saved = cell.forward(F.linear(x, w_ih, b_ih), w_hh, b_hh, states)
+        outputs, saved = cell.forward(F.linear(x, w_ih, b_ih), w_hh, b_hh, states)
         ctx.save_for_backward(w_ih, w_hh, *states, *saved)
         ctx.cell, ctx.sinks, ctx.states = cell, sinks, len(states)
-        return (h, cell.last(saved)) if len(states) > 1 else h
+        return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @once_differentiable

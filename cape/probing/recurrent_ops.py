@@ -22,11 +22,8 @@ class Cell(Protocol):
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return h [T, B, H] and what ``backward`` needs."""
-
-    def last(self, saved: Sequence[Tensor]) -> Tensor:
-        """Return the last cell state, [B, H]."""
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return h [T, B, H], with an LSTM's last cell state [B, H], and what ``backward`` needs."""
 
     def backward(
         self,
@@ -46,13 +43,10 @@ class LSTM:
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         h0, c0 = states
         h, gates, c = _op("lstm_sequence", pre, pre, w_hh, h0, c0)
-        return h, (gates, c)
-
-    def last(self, saved: Sequence[Tensor]) -> Tensor:
-        return saved[1][-1].clone()
+        return (h, c[-1].clone()), (gates, c)
 
     def backward(
         self,
@@ -74,13 +68,10 @@ class GRU:
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         bias = pre.new_zeros(w_hh.shape[0]) if b_hh is None else b_hh
         h, gates, side = _op("gru_sequence", pre, pre, w_hh, bias, states[0])
-        return h, (gates, side, h)
-
-    def last(self, saved: Sequence[Tensor]) -> Tensor:
-        return saved[2][-1].clone()
+        return (h,), (gates, side, h)
 
     def backward(
         self,
@@ -105,15 +96,12 @@ class Elman:
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         h, h_prev, w = torch.empty_like(pre), states[0], w_hh.t()
         for t in range(pre.shape[0]):
             torch.addmm(pre[t], h_prev, w, out=h[t])
             h_prev = h[t].tanh_() if self.activation == "tanh" else h[t].relu_()
-        return h, (h,)
-
-    def last(self, saved: Sequence[Tensor]) -> Tensor:
-        return saved[0][-1].clone()
+        return (h,), (h,)
 
     def backward(
         self,
