@@ -148,6 +148,28 @@ class Loss:
             return (flat * on).sum(1) / on.sum(1).clamp(min=1)
         return flat.mean(1)
 
+    def cotangents(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each sample's loss [B], and its gradient and that of its target logit in the outputs.
+
+        Args:
+            outputs: [B, ...], without a graph. targets: as ``check`` has let them pass.
+
+        Returns:
+            (losses [B], gradient of the loss, gradient of the target logit), the gradients shaped as the outputs.
+        """
+        if self._named is _class_dim_cross_entropy and outputs.dim() == 2 and targets.dim() == 1:
+            valid = (targets != IGNORE_INDEX).unsqueeze(1)
+            index = targets.unsqueeze(1).where(valid, 0).long()
+            of_logit = torch.zeros_like(outputs).scatter_(1, index, valid.to(outputs.dtype))
+            logs = outputs.log_softmax(1)
+            losses = -(logs.gather(1, index) * valid).squeeze(1)
+            return losses, (logs.exp() - of_logit) * valid, of_logit
+        leaf = outputs.detach().requires_grad_()
+        losses = self.per_sample(leaf, targets)
+        (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
+        (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)
+        return losses.detach(), of_loss, of_logit
+
     def check(self, outputs: Any, targets: Tensor) -> None:
         """Raise ``ModelError`` where outputs and targets cannot belong together, or an output is not finite."""
         if not isinstance(outputs, Tensor):

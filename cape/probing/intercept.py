@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Layout, Sighting, Verdict, digits, first_row
+from cape.probing.layout import Layout, Sighting, Verdict, digits, first_row, same_rows
 from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
 from cape.probing.uses import Use
 from cape.state import map_tensors
@@ -368,10 +368,7 @@ class Interceptor(TorchFunctionMode):
         """
         if not self._compared:
             return False
-        now, then, limits = zip(*self._compared, strict=True)
-        before = torch.stack(then)
-        far, scale = (torch.stack(now) - before).abs().amax(1), before.abs().amax(1)
-        return bool((far > torch.tensor(limits, dtype=far.dtype, device=far.device) * scale).any())
+        return not same_rows(*zip(*self._compared, strict=True))
 
     def release(self) -> None:
         """Let go of every tensor: nodes of the graph hold the interceptor, and what it holds must not hold them."""

@@ -7,6 +7,7 @@ are the rows of that sample. The same two passes show whether samples influence 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,18 +126,17 @@ def observe(a: Tensor, b: Tensor) -> Layout | None:
     if a.shape != b.shape or a.dim() == 0 or a.numel() == 0:
         return None
     # Rows of equal inputs are mostly equal to the bit; where a kernel's rounding depends on its neighbours, they are
-    # equal to rounding.
-    exact = _explain((a != b) & ~(a.isnan() & b.isnan()))
+    # equal to rounding, and NaN differs from itself.
+    exact = _explain(a != b)
     return exact if exact is not None or not a.is_floating_point() else _explain(_differs(a, b))
 
 
 def _explain(differs: Tensor) -> Layout | None:
-    found = []
-    for dim in range(differs.dim()):
-        size = differs.shape[dim]
+    found, where = [], differs.cpu().numpy()
+    for dim, size in enumerate(where.shape):
         if size % 2:
             continue
-        changed = differs.movedim(dim, 0).reshape(size, -1).any(1).cpu().numpy()
+        changed = np.asarray(where.any(axis=tuple(d for d in range(where.ndim) if d != dim)))
         found += [Layout(dim, size // (2 * inner), inner) for inner in _explanations(changed)]
     return found[0] if len(found) == 1 else None
 
@@ -209,12 +209,23 @@ _ROW = 256  # numbers of a row that are compared
 
 
 def first_row(t: Tensor, layout: Layout, sample: int) -> Tensor:
-    """Return the beginning of a sample's first row, [256] float64."""
-    row = t.detach().select(layout.dim, sample * layout.inner).reshape(-1)[:_ROW]
-    row = torch.view_as_real(row.resolve_conj()).reshape(-1) if row.is_complex() else row
-    padded = torch.zeros(_ROW, dtype=torch.float64, device=row.device)
-    padded[: len(row)] = row[:_ROW]
-    return padded
+    """Return the beginning of a sample's first row, at most 256 numbers, float64, as they are now."""
+    row = t.detach().select(layout.dim, sample * layout.inner)
+    row = torch.view_as_real(row.resolve_conj()) if row.is_complex() else row
+    return row.reshape(-1)[:_ROW].to(torch.float64, copy=True)
+
+
+def same_rows(now: Sequence[Tensor], then: Sequence[Tensor], limits: Sequence[float]) -> bool:
+    """Whether rows agree, as far as both go, to a share ``limits`` of their largest number each."""
+    sizes = [min(len(a), len(b)) for a, b in zip(now, then, strict=True)]
+    a = torch.cat([row[:n] for row, n in zip(now, sizes, strict=True)])
+    b = torch.cat([row[:n] for row, n in zip(then, sizes, strict=True)])
+    lengths = torch.tensor(sizes)
+    of = torch.repeat_interleave(torch.arange(len(now)), lengths).to(a.device)
+    nothing = a.new_zeros(len(now))
+    far = nothing.scatter_reduce(0, of, (a - b).abs(), "amax")
+    scale = nothing.scatter_reduce(0, of, b.abs(), "amax")
+    return not bool((far > torch.tensor(limits, dtype=a.dtype, device=a.device) * scale).any())
 
 
 def digits(t: Tensor) -> float:

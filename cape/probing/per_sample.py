@@ -416,15 +416,13 @@ class _Engine:
         The first portion begins with the loss's and the target logit's.
         """
         self.criterion.check(out, y)
-        leaf = out.detach().requires_grad_()
-        losses = self.criterion.per_sample(leaf, y)
+        leaf = out.detach()
+        losses, of_loss, of_logit = self.criterion.cotangents(leaf, y)
         if not bool(torch.isfinite(losses).all()):
             raise ModelError("The loss is NaN or infinite at initialization; check the targets and the loss function.")
-        (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
-        (of_logit,) = torch.autograd.grad(self.criterion.target_logit(leaf, y).sum(), leaf)
         first = torch.stack([of_loss, of_logit])
         if self.tau == "true_logit":
-            return losses.detach(), [first]
+            return losses, [first]
         outputs = leaf.shape[1:].numel()
         if self.tau == "full":
             rows = torch.eye(outputs, dtype=leaf.dtype, device=leaf.device).unsqueeze(1).expand(-1, len(leaf), -1)
@@ -433,7 +431,7 @@ class _Engine:
             signs = torch.randint(0, 2, (self.probes, len(leaf), outputs), generator=generator) * 2 - 1
             rows = signs.to(leaf)
         others = [part.reshape(-1, *leaf.shape) for part in rows.split(_COTANGENTS)]
-        return losses.detach(), [first, *others]
+        return losses, [first, *others]
 
     def _norms(self, losses: Tensor, total: Tensor, fallback: tuple[str, ...]) -> Norms:
         total = total.clamp(min=0)
