@@ -107,7 +107,7 @@ class _Expand(torch.autograd.Function):
         return None, None, None, None
 
 
-def _ignore(g: Tensor) -> None:
+def _ignore(gradient: Any) -> None:
     """Take a gradient that nobody needs."""
 
 
@@ -150,7 +150,7 @@ class Interceptor(TorchFunctionMode):
         self.in_backward = False
         self.level = 0  # of the backward pass's own vmap layer
         self.direct = False  # whether operators may pull gradients back themselves
-        self.on_gradient: Callable[[Recorded], None] = lambda recorded: None
+        self.on_gradient: Callable[[Recorded], None] = _ignore
         self._derived: dict[int, Tensor] = {}
         self._filled: dict[int, Tensor] = {}  # tensors that data was written into
         self._cores: dict[int, tuple[Tensor, int]] = {}
@@ -372,6 +372,12 @@ class Interceptor(TorchFunctionMode):
         before = torch.stack(then)
         far, scale = (torch.stack(now) - before).abs().amax(1), before.abs().amax(1)
         return bool((far > torch.tensor(limits, dtype=far.dtype, device=far.device) * scale).any())
+
+    def release(self) -> None:
+        """Let go of every tensor: nodes of the graph hold the interceptor, and what it holds must not hold them."""
+        self.on_gradient = _ignore
+        for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
+            held.clear()
 
     def register(self, use: Use) -> _Arrival:
         """Add a use and return what its gradient must be handed to."""

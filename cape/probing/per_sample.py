@@ -284,9 +284,15 @@ class _Engine:
 
     def _run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
-        self.kept.rewind()
         mode = Interceptor(list(self.params.values()), size, self.verdicts or [], self.kept.parameter, places)
         mode.direct = self.together
+        try:
+            return self._norms_of(mode, x, y, size, places)
+        finally:
+            mode.release()
+
+    def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, size: int, places: dict[int, int]) -> Norms:
+        self.kept.rewind()
         with mode:
             out = call(self.model, mode.inputs(x))
         losses, cotangents = self._cotangents(out, y)

@@ -45,6 +45,7 @@ def test_kept_memory_is_not_asked_for_again() -> None:
     # A process of its own: what the heap of this one already holds, other tests have decided.
     program = """
 import resource, torch
+from pathlib import Path
 from cape.memory import kept_memory
 
 def faults_of_ten():
@@ -53,13 +54,22 @@ def faults_of_ten():
         torch.empty(2**24).fill_(1.0)  # 64 MiB, beyond what glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
+
 before = faults_of_ten()
 with kept_memory(torch.device("cpu")):
     faults_of_ten()
     within = faults_of_ten()
-print(before, within, faults_of_ten())
+with kept_memory(torch.device("cpu")):
+    again = faults_of_ten()
+    many = [torch.ones(2**24) for _ in range(20)]
+    del many
+    kept = resident()
+print(before, within, again, kept, resident())
 """
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    before, within, after = map(int, printed.split())
+    before, within, again, kept, given_back = map(int, printed.split())
     assert 10 * within < before  # pages may be large, so their number is not fixed
-    assert 10 * within < after
+    assert 10 * again < before  # what was left is found again
+    assert given_back < kept - 1000  # more than a gigabyte does not
