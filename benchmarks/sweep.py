@@ -3,7 +3,7 @@
     python -m benchmarks.sweep plan       a million trials: seconds and memory
     python -m benchmarks.sweep overhead   real MLP trials through Ray: how busy the workers are
     python -m benchmarks.sweep resume     10^5 trials, 99 % done: seconds until the first new trial begins
-    python -m benchmarks.sweep costs      seconds of a trial of each family (for cape/sweep/estimate.py)
+    python -m benchmarks.sweep costs --rows META_DIR     seconds of a trial of each family (for cape/sweep/estimate.py)
 
 Each adds its part to ``benchmarks/results/sweep_cpu.json``. The fault table is written by the tests:
 ``CAPE_FAULT_TABLE=benchmarks/results/sweep_faults.json python -m pytest tests/sweep/test_faults.py``.
@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from benchmarks.timing import machine
 from cape.config import StoppingRule, SweepSpec
+from cape.datasets.known import KNOWN
 from cape.store import claims, reader, writer
 from cape.store.location import Location
 from cape.store.schema import PARTITION_COLUMNS, ROW_SCHEMA, partition
@@ -210,42 +211,48 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def costs(data_root: str | None) -> dict[str, Any]:
-    """Measure trials of each family on one core: probe and trajectory, batch size 32."""
-    import torch
-
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for family, count in (("mlp", 4), ("rnn", 1), ("cnn", 1), ("transformer", 1)):
-            names = ("mnist",) if data_root else ("digits",)
-            spec = SweepSpec(families=(family,), datasets=names, lrs=(2e-3,), batch_sizes=(32,), trials_per_cell=count)
-            out = f"{folder}/{family}"
-            run_inline(spec, out, data_root=data_root, progress=False)
-            rows = reader.read(out, columns=["trial_id", "probe_seconds", "truth_seconds", "stopped_at"]).to_pylist()
-            trials = {r["trial_id"]: r for r in rows}.values()
-            spent = [r["probe_seconds"] + r["truth_seconds"] for r in trials]
-            files = reader.list_files(out)
-            print(family, spent, flush=True)
-            found[family] = {
-                "trials": len(spent),
-                "seconds_mean": statistics.mean(spent),
-                "seconds_range": [min(spent), max(spent)],
-                "bytes_per_row": sum(f.stat().st_size for f in files) / len(rows),
+def costs(meta_dir: str) -> dict[str, Any]:
+    """Return the mean seconds of a trial by family, gray or colour, and batch size, from the rows of a sweep."""
+    columns = ["trial_id", "family", "dataset", "batch_size", "probe_seconds", "truth_seconds", "device"]
+    trials = {row["trial_id"]: row for row in reader.read(meta_dir, columns=columns).to_pylist()}.values()
+    spent: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in trials:
+        if row["truth_seconds"] is not None:
+            kind = "gray" if KNOWN[row["dataset"]].gray else "colour"
+            seconds = row["truth_seconds"] + row["probe_seconds"]
+            spent[row["family"]][kind][row["batch_size"]].append(seconds)
+    return {
+        "devices": sorted({row["device"] for row in trials}),
+        "datasets": sorted({row["dataset"] for row in trials}),
+        "families": {
+            family: {
+                kind: {
+                    str(b): {
+                        "trials": len(values),
+                        "seconds_mean": statistics.mean(values),
+                        "seconds_median": statistics.median(values),
+                    }
+                    for b, values in sorted(by_batch.items())
+                }
+                for kind, by_batch in sorted(by_kind.items())
             }
-    return {"batch_size": 32, "lr": 2e-3, "datasets": list(names), "threads": 1, "families": found}
+            for family, by_kind in sorted(spent.items())
+        },
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("plan", "overhead", "resume", "costs"))
     parser.add_argument("--files", type=int, default=2000, help="resume: files that the trials lie in")
-    parser.add_argument("--data", help="costs: folder of Parquet datasets")
+    parser.add_argument("--rows", metavar="META_DIR", help="costs: a sweep of image datasets")
     args = parser.parse_args()
     if args.part == "resume":
         name, found = f"resume_{args.files}_files", resume(args.files)
     elif args.part == "costs":
-        name, found = "costs", costs(args.data)
+        if args.rows is None:
+            raise SystemExit("costs reads the rows of a sweep: --rows META_DIR")
+        name, found = "costs", costs(args.rows)
     else:
         name, found = args.part, {"plan": plan, "overhead": overhead}[args.part]()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -452,6 +452,7 @@ class _Arrival:
             self.take(bare)
 
     def take(self, g: Tensor) -> None:
-        """Take gradients [K, *shape]."""
-        self.recorded.gradient = g
-        self.interceptor.on_gradient(self.recorded)
+        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us)."""
+        if self.interceptor.in_backward:
+            self.recorded.gradient = g
+            self.interceptor.on_gradient(self.recorded)

@@ -269,6 +269,8 @@ class ShardRun:
             "done": done,
             "fenced": not written,
             "family": self._shard.group.family,
+            "dataset": self._shard.group.dataset,
+            "batch_size": self._shard.group.batch_size,
             "shard": self._shard.key,
             "trials": given_up + (trials if written else 0),
             "rows": given_up * len(self._job.spec.epsilons) + (len(chunk) if written else 0),

@@ -29,7 +29,7 @@ from cape.store.verify import Verification, verify
 from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
 from cape.sweep.plan import Plan
-from cape.sweep.shard_run import FLIGHTS, TRIES
+from cape.sweep.shard_run import FLIGHTS, MAX_TRIES, TRIES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -48,14 +48,19 @@ QUICK: dict[str, Any] = {"chunk_seconds": 0.3, "imports": IMPORTS, "progress": F
 TOTAL = 60  # rows of SLOW
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """As a worker of one CPU: sums over threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], tuple[Any, ...]]:
     """The numbers of SLOW, measured in peace."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of one CPU: sums over threads differ in their last bits
-    out = run_inline(SLOW, tmp_path_factory.mktemp("truth"), **QUICK).out
-    torch.set_num_threads(threads)
-    return numbers(Path(out))
+    return numbers(Path(run_inline(SLOW, tmp_path_factory.mktemp("truth"), **QUICK).out))
 
 
 def numbers(out: Path) -> dict[tuple[str, float], tuple[Any, ...]]:
@@ -204,7 +209,7 @@ def run_at_once(*arguments: str) -> tuple[int, str, str]:
 def bad_trials(spec: SweepSpec) -> dict[str, str]:
     import faulty
 
-    return {t.trial_id: t.family for t in Plan(spec).trials() if faulty.is_bad(t.seed_for("init"))}
+    return {t.trial_id: t.family for t in Plan(spec).trials() if faulty.is_bad(t.seed_for("init"), t.family)}
 
 
 def with_one_bad_trial_each(spec: SweepSpec) -> SweepSpec:
@@ -219,18 +224,61 @@ def given_up(out: Path) -> dict[str, tuple[str, str]]:
     return {r["trial_id"]: (r["family"], r["error"]) for r in rows}
 
 
-def test_trials_that_crash_or_poison_their_worker_are_given_up(ray_session: None, out: Path) -> None:
-    spec = with_one_bad_trial_each(SLOW.replace(families=("crashing", "poisoned"), trials_per_cell=2))
-    result = run_sweep(spec, out, workers=2, **QUICK)
-    assert (result.trials, result.failed) == (8, 2)
+def test_trials_that_crash_hang_or_poison_their_worker_are_given_up(ray_session: None, out: Path) -> None:
+    families = ("crashing", "hanging", "poisoned")
+    spec = with_one_bad_trial_each(SLOW.replace(families=families, lrs=(1e-3,), trials_per_cell=2))
+    blamed: dict[int, str] = {}  # by process
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            for path in (out / FLIGHTS).glob("*.json"):
+                with contextlib.suppress(ValueError, FileNotFoundError):
+                    record = json.loads(path.read_text().split("\n", 1)[0])
+                    if record["error"]:
+                        blamed[record["pid"]] = record["error"]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = run_sweep(spec, out, workers=2, trial_seconds=1.0, **QUICK)
+    ended.set()
+    watcher.join()
+    assert (result.trials, result.failed) == (6, 3)
     failed = given_up(out)
     assert {i: family for i, (family, _) in failed.items()} == bad_trials(spec)
     errors = dict(failed.values())
     assert errors["crashing"] == "given up after 3 tries: its process died without an exception"
+    assert errors["hanging"] == "given up after 3 tries: no result within its time budget of 1 s"
     assert errors["poisoned"].startswith("given up after 3 tries: AcceleratorError: CUDA error: device-side assert")
+    # A process whose device is poisoned, or that hangs, is not used again: each try had a process of its own.
+    assert sum("AcceleratorError" in e for e in blamed.values()) == sum("budget" in e for e in blamed.values()) == 3
+    assert not any(alive(pid) for pid in blamed)
     assert not list((out / TRIES).glob("*")) and not list((out / FLIGHTS).glob("*"))
     account("worker, by a trial that always crashes it", 0, out, failed=1)
+    account("worker, by a trial that always hangs", 0, out, failed=1)
     account("worker, by a trial that always poisons its device", 0, out, failed=1)
+
+
+def test_one_trial_among_many_is_found_in_a_few_deaths(out: Path) -> None:
+    """Of 64 trials of one shard, one always ends the process: in sections it is soon the only suspect."""
+    spec = SLOW.replace(families=("crashing_among_many",), trials_per_cell=64, lrs=(1e-3,))
+    spec = with_one_bad_trial_each(spec)
+    settings = {**QUICK, "resume": True, "chunk_seconds": 5.0}
+    codes: list[int | None] = []
+    suspects: list[int] = []
+    while 0 not in codes and len(codes) < 20:
+        process = multiprocessing.get_context("fork").Process(target=run_inline, args=(spec, out), kwargs=settings)
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+        records = [json.loads(path.read_text().split("\n", 1)[0]) for path in (out / FLIGHTS).glob("*.json")]
+        suspects += [len(record["trials"]) for record in records]
+    # A stack of 16 and the one that is built for it; at most an eighth of them; the one alone, three times.
+    first, *later = suspects
+    assert 1 < first <= 17 and all(count <= 3 for count in later) and later[-3:] == [1, 1, 1]
+    assert set(codes[:-1]) == {-9} and codes[-1] == 0 and len(codes) <= 1 + 1 + MAX_TRIES + 1
+    assert {i: family for i, (family, _) in given_up(out).items()} == bad_trials(spec)
+    account("inline process, by one trial of a stack", 0, out, failed=1)
 
 
 @pytest.mark.parametrize("family", ["hanging", "crashing"])
@@ -280,7 +328,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk: Path, truth: 
 
 
 def test_a_corrupt_chunk_is_set_aside_and_run_again(out: Path, truth: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.set_num_threads(1)
     run_inline(SLOW, out, **QUICK)
     broken = reader.list_files(out)[1]
     broken.write_bytes(broken.read_bytes()[:1000])
