@@ -63,7 +63,11 @@ def test_the_kuberay_job_is_one_that_kuberay_accepts() -> None:
             "32 GB",
             "is not",
         ),
-        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.volumes.0.persistentVolumeClaim", None, "enough properties"),
+        (
+            "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.volumes.0.persistentVolumeClaim",
+            None,
+            "enough properties",
+        ),
     ],
 )
 def test_what_kuberay_would_refuse_is_refused(path: str, value: Any, words: str) -> None:
