@@ -3,7 +3,8 @@
     python -m benchmarks.sweep plan       a million trials: seconds and memory
     python -m benchmarks.sweep overhead   real MLP trials through Ray: how busy the workers are
     python -m benchmarks.sweep resume     10^5 trials, 99 % done: seconds until the first new trial begins
-    python -m benchmarks.sweep costs --rows META_DIR     seconds of a trial of each family (for cape/sweep/estimate.py)
+    python -m benchmarks.sweep costs --rows META_DIR... --family FAMILY...
+                                          seconds of a trial of each family (for cape/sweep/estimate.py)
 
 Each adds its part to ``benchmarks/results/sweep_cpu.json``. The fault table is written by the tests:
 ``CAPE_FAULT_TABLE=benchmarks/results/sweep_faults.json python -m pytest tests/sweep/test_faults.py``.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,57 +213,89 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def costs(meta_dir: str) -> dict[str, Any]:
-    """Return the mean seconds of a trial by family, gray or colour, and batch size, from the rows of a sweep."""
-    columns = ["trial_id", "family", "dataset", "batch_size", "probe_seconds", "truth_seconds", "device"]
-    trials = {row["trial_id"]: row for row in reader.read(meta_dir, columns=columns).to_pylist()}.values()
-    spent: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in trials:
+def costs(meta_dirs: list[str], families: list[str], data_root: str | None) -> Iterator[dict[str, Any]]:
+    """Yield, cell by cell, the mean seconds of a trial by family, gray or colour, and batch size.
+
+    Args:
+        meta_dirs: sweeps of image datasets whose rows say what trials took.
+        families: to measure now, three trials of a cell: processor time of one thread, which does not depend on what
+            else the machine does. A cell that was measured before is kept.
+        data_root: folder of Parquet datasets.
+    """
+    before = json.loads(RESULTS.read_text()).get("costs", {}) if RESULTS.exists() else {}
+    found: dict[str, Any] = {"cells": {f: before.get("cells", {}).get(f, {}) for f in families}}
+    spent: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    columns = ["trial_id", "family", "dataset", "batch_size", "probe_seconds", "truth_seconds"]
+    rows = [row for meta_dir in meta_dirs for row in reader.read(meta_dir, columns=columns).to_pylist()]
+    for row in {row["trial_id"]: row for row in rows}.values():
         if row["truth_seconds"] is not None:
             kind = "gray" if KNOWN[row["dataset"]].gray else "colour"
-            seconds = row["truth_seconds"] + row["probe_seconds"]
-            spent[row["family"]][kind][row["batch_size"]].append(seconds)
-    return {
-        "devices": sorted({row["device"] for row in trials}),
-        "datasets": sorted({row["dataset"] for row in trials}),
-        "families": {
-            family: {
-                kind: {
-                    str(b): {
-                        "trials": len(values),
-                        "seconds_mean": statistics.mean(values),
-                        "seconds_median": statistics.median(values),
-                    }
-                    for b, values in sorted(by_batch.items())
-                }
-                for kind, by_batch in sorted(by_kind.items())
-            }
-            for family, by_kind in sorted(spent.items())
-        },
-    }
+            cell = (row["family"], kind, row["batch_size"])
+            spent[cell]["wall"].append(row["truth_seconds"] + row["probe_seconds"])
+    for family in families:
+        for kind, dataset in (("gray", "mnist"), ("colour", "cifar10")):
+            for batch_size in (32, 64):
+                if str(batch_size) in found["cells"][family].get(kind, {}):
+                    continue
+                spec = SweepSpec(families=(family,), datasets=(dataset,), batch_sizes=(batch_size,), trials_per_cell=1)
+                spent[family, kind, batch_size]["processor"] = _processor_seconds(spec, data_root)
+                _note_costs(found, spent)
+                yield found
+    _note_costs(found, spent)
+    yield found
+
+
+def _processor_seconds(spec: SweepSpec, data_root: str | None) -> list[float]:
+    import torch
+
+    from cape.trial import run_trials
+
+    torch.set_num_threads(1)
+    seconds = []
+    for trial in Plan(spec).trials():
+        start = time.process_time()
+        (rows,) = run_trials([trial], "cpu", data_root)
+        seconds.append(time.process_time() - start)
+        print(trial.cell, rows[0].get("architecture"), rows[0].get("stopped_at"), seconds[-1], flush=True)
+    return seconds
+
+
+def _note_costs(found: dict[str, Any], spent: dict[tuple[str, str, int], dict[str, list[float]]]) -> None:
+    for (family, kind, batch_size), clocks in sorted(spent.items()):
+        ((clock, values),) = clocks.items()
+        found["cells"].setdefault(family, {}).setdefault(kind, {})[str(batch_size)] = {
+            "trials": len(values),
+            "seconds_mean": statistics.mean(values),
+            "seconds_median": statistics.median(values),
+            "clock": clock,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("plan", "overhead", "resume", "costs"))
     parser.add_argument("--files", type=int, default=2000, help="resume: files that the trials lie in")
-    parser.add_argument("--rows", metavar="META_DIR", help="costs: a sweep of image datasets")
+    parser.add_argument("--rows", metavar="META_DIR", nargs="*", default=[], help="costs: sweeps")
+    parser.add_argument("--family", nargs="*", default=[], help="costs: families to measure now")
+    parser.add_argument("--data", help="costs: folder of Parquet datasets")
     args = parser.parse_args()
-    if args.part == "resume":
-        name, found = f"resume_{args.files}_files", resume(args.files)
-    elif args.part == "costs":
-        if args.rows is None:
-            raise SystemExit("costs reads the rows of a sweep: --rows META_DIR")
-        name, found = "costs", costs(args.rows)
+    if args.part == "costs":
+        for found in costs(args.rows, args.family, args.data):
+            _save("costs", found)  # cell by cell: it takes its time
+    elif args.part == "resume":
+        _save(f"resume_{args.files}_files", resume(args.files))
     else:
-        name, found = args.part, {"plan": plan, "overhead": overhead}[args.part]()
+        _save(args.part, {"plan": plan, "overhead": overhead}[args.part]())
+    print(json.dumps(json.loads(RESULTS.read_text()), indent=1))
+
+
+def _save(name: str, found: dict[str, Any]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     load = os.getloadavg()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     results[name] = {**found, "machine": machine("cpu"), "load_average": load, "driver_peak_memory_mb": peak}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results[name], indent=1))
 
 
 if __name__ == "__main__":

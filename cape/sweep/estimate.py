@@ -20,14 +20,13 @@ from cape.sweep.shards import cut
 _SAMPLE = 200  # files that are looked at in a meta-dataset
 _COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
-# Mean seconds of one trial (probe and trajectory, the paper's learning rates and ε) on one core, at the batch sizes
-# ``_BATCHES``, on gray and on colour images: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide (a
-# trial takes a tenth or three times its mean); a user's family has none.
+# Mean seconds of one trial (probe and trajectory, the paper's learning rates and ε) on one core, on gray and on colour
+# images, by batch size: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide (a trial takes a tenth or
+# three times its mean); a user's family has none.
 MEASURED_DEVICE = "one core of an AMD EPYC, beside other work"
-MEASURED_SECONDS: dict[str, dict[str, tuple[float, float, float]]] = {
-    "mlp": {"gray": (0.04, 0.06, 0.10), "colour": (0.13, 0.23, 0.43)},
+MEASURED_SECONDS: dict[str, dict[str, dict[int, float]]] = {
+    "mlp": {"gray": {32: 0.044, 64: 0.064, 128: 0.1}, "colour": {32: 0.13, 64: 0.23, 128: 0.43}},
 }
-_BATCHES = (32, 64, 128)
 ROW_BYTES = 1100.0  # a row with all its losses takes less (tests/store/test_writer_reader.py), a short one a quarter
 
 
@@ -113,9 +112,11 @@ def measured_seconds(family: str, dataset: str, batch_size: int) -> float:
         return math.nan
     gray = dataset == "digits" or (dataset in KNOWN and KNOWN[dataset].gray)
     times = MEASURED_SECONDS[family]["gray" if gray else "colour"]
-    i = 0 if batch_size <= _BATCHES[1] else 1  # the piece of the line that is used, or goes on
-    power = math.log(times[i + 1] / times[i]) / math.log(_BATCHES[i + 1] / _BATCHES[i])
-    return times[i] * (batch_size / _BATCHES[i]) ** power
+    known = sorted(times)
+    i = min(sum(batch_size > b for b in known[1:]), len(known) - 2)  # the piece of the line that is used, or goes on
+    low, high = known[i], known[i + 1]
+    power = math.log(times[high] / times[low]) / math.log(high / low)
+    return times[low] * (batch_size / low) ** power
 
 
 class Pace:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +74,32 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert table(again.out) == table(result.out)
 
 
+def counters(family: str) -> dict[tuple[str, str], float]:
+    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
+        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
+        if sample and labels["family"] == family:
+            found[sample[1], labels["WorkerId"]] = float(sample[3])
+    return found
+
+
 def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
+    earlier = counters("mlp")
     ray = run_sweep(SPEC, tmp_path / "ray", workers=2, **QUICK)
+    counted: collections.Counter[str] = collections.Counter()
+    end = time.monotonic() + 20
+    while counted != {"ray_cape_trials_total": 12, "ray_cape_rows_total": 24} and time.monotonic() < end:
+        counted = collections.Counter()
+        for (name, worker), value in counters("mlp").items():
+            counted[name] += int(value) * ((name, worker) not in earlier)
+        time.sleep(0.2)
+    assert counted == {"ray_cape_trials_total": 12, "ray_cape_rows_total": 24}
     inline = run_inline(SPEC, tmp_path / "inline", **QUICK)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
     whole = table(inline.out)
