@@ -91,6 +91,13 @@ def test_a_chunk_is_one_request(make_rows: MakeRows, uri: str, server_log: Path)
     assert len(puts) == 1 and ".parquet" in puts[0], sent  # not begun, sent and completed in three
 
 
+def test_a_large_file_goes_up_in_parts_and_is_whole(uri: str) -> None:
+    content = bytes(range(256)) * (50 * 1024)  # 12.5 MiB, above what pyarrow sends at once
+    location = Location.of(uri)
+    location.write("large", content)
+    assert location.read("large") == content and location.list() == ["large"]
+
+
 def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path: Path) -> None:
     result = run_inline(SPEC, uri, progress=False)
     assert (result.rows, result.trials) == (8, 4)
