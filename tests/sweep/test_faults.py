@@ -11,11 +11,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,21 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "meta"
 
 
+def counters(family: str) -> dict[tuple[str, str], float]:
+    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
+        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
+        if sample and labels["family"] == family:
+            found[sample[1], labels["WorkerId"]] = float(sample[3])
+    return found
+
+
 def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, truth: dict) -> None:
     before: list[int] = []
 
@@ -159,6 +176,7 @@ def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, trut
         before.append(reader.count_rows(out))
         os.kill(pid, signal.SIGKILL)
 
+    earlier = counters("slow")
     killer = threading.Thread(target=kill)
     killer.start()
     result = run_sweep(SLOW, out, workers=2, **QUICK)
@@ -167,6 +185,10 @@ def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, trut
     assert numbers(out) == truth
     events = [json.loads(line)["event"] for line in (out / "_log.jsonl").read_text().splitlines()]
     assert events.count("worker died") == 1
+    # What a worker counts right before its end may be lost with it; nothing is counted twice.
+    counted = wait_for(lambda: {key: value for key, value in counters("slow").items() if key not in earlier})
+    sums = {what: sum(value for (name, _), value in counted.items() if what in name) for what in ("trials", "rows")}
+    assert 0 < sums["trials"] <= TOTAL / 2 and 0 < sums["rows"] <= TOTAL, counted
     account("worker, SIGKILL in mid-chunk", before[0], out)
 
 
@@ -267,12 +289,13 @@ def test_trials_that_crash_or_poison_their_worker_are_given_up(ray_session: None
 
 @pytest.mark.endurance
 def test_a_trial_that_hangs_its_worker_is_given_up(ray_session: None, out: Path) -> None:
+    """The budget is generous: the first trial of a process on a busy machine takes seconds."""
     spec = with_one_bad_trial_each(SLOW.replace(families=("hanging",), lrs=(1e-3,), trials_per_cell=3))
-    result, blamed = run_and_watch(spec, out, trial_seconds=6.0)
+    result, blamed = run_and_watch(spec, out, trial_seconds=20.0)
     assert (result.trials, result.failed) == (3, 1)
     ((failed, (_, error)),) = given_up(out).items()
     assert [failed] == list(bad_trials(spec))
-    assert error == "given up after 3 tries: no result within its time budget of 6 s"
+    assert error == "given up after 3 tries: no result within its time budget of 20 s"
     assert len(blamed) >= MAX_TRIES and not any(alive(pid) for pid in blamed)
     account("worker, by a trial that always hangs", 0, out, failed=1)
 

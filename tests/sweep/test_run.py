@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import collections
-import re
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,8 @@ from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
 from cape.sweep import shard_run
-from cape.sweep.driver import run_sweep
+from cape.sweep.actor import ShardWorker
+from cape.sweep.driver import _share, run_sweep
 from cape.sweep.inline import run_inline
 from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
@@ -74,32 +72,14 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert table(again.out) == table(result.out)
 
 
-def counters(family: str) -> dict[tuple[str, str], float]:
-    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
-    import ray
+def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched() -> None:
+        raise AssertionError("the driver touched CUDA, and would hold a context on every GPU that it sees")
 
-    (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    found = {}
-    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
-        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
-        if sample and labels["family"] == family:
-            found[sample[1], labels["WorkerId"]] = float(sample[3])
-    return found
-
-
-def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
-    earlier = counters("mlp")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
     ray = run_sweep(SPEC, tmp_path / "ray", workers=2, **QUICK)
-    counted: collections.Counter[str] = collections.Counter()
-    end = time.monotonic() + 20
-    while counted != {"ray_cape_trials_total": 12, "ray_cape_rows_total": 24} and time.monotonic() < end:
-        counted = collections.Counter()
-        for (name, worker), value in counters("mlp").items():
-            counted[name] += int(value) * ((name, worker) not in earlier)
-        time.sleep(0.2)
-    assert counted == {"ray_cape_trials_total": 12, "ray_cape_rows_total": 24}
     inline = run_inline(SPEC, tmp_path / "inline", **QUICK)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
     whole = table(inline.out)
@@ -266,6 +246,27 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="gpus_per_worker"):
         run_sweep(SPEC, out, gpus_per_worker=-1)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "gpus", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, (1, 0.0, 8)),
+        ({"CPU": 8.0}, 2, None, (4, 0.0, 2)),
+        ({"CPU": 16.0, "GPU": 4.0}, None, None, (1, 1.0, 4)),
+        ({"CPU": 16.0, "GPU": 2.0}, None, 0.25, (1, 0.25, 8)),
+        ({"CPU": 16.0, "GPU": 2.0}, 3, 0.5, (1, 0.5, 3)),
+        ({"CPU": 4.0, "GPU": 8.0}, None, None, (1, 1.0, 4)),
+        ({"CPU": 16.0, "GPU": 4.0}, None, 0.0, (1, 0.0, 16)),
+    ],
+)
+def test_what_a_worker_owns(
+    resources: dict[str, float], workers: int | None, gpus: float | None, expected: tuple[int, float, int]
+) -> None:
+    cpus, share, concurrent = _share(resources, workers, gpus)
+    assert (cpus, share, concurrent) == expected
+    (bundle,) = ShardWorker.default_resource_request({"cpus": cpus, "gpus": share}).bundles
+    assert bundle == {"CPU": float(cpus), **({"GPU": share} if share else {})}
 
 
 def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:
