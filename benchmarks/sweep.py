@@ -3,8 +3,7 @@
     python -m benchmarks.sweep plan       a million trials: seconds and memory
     python -m benchmarks.sweep overhead   real MLP trials through Ray: how busy the workers are
     python -m benchmarks.sweep resume     10^5 trials, 99 % done: seconds until the first new trial begins
-    python -m benchmarks.sweep costs --rows META_DIR... --family FAMILY...
-                                          seconds of a trial of each family (for cape/sweep/estimate.py)
+    python -m benchmarks.sweep costs      seconds of a trial of each family (for cape/sweep/estimate.py)
 
 Each adds its part to ``benchmarks/results/sweep_cpu.json``. The fault table is written by the tests:
 ``CAPE_FAULT_TABLE=benchmarks/results/sweep_faults.json python -m pytest tests/sweep/test_faults.py``.
@@ -30,8 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.timing import machine
-from cape.config import StoppingRule, SweepSpec
-from cape.datasets.known import KNOWN
+from cape.config import StoppingRule, SweepSpec, TrialSpec
 from cape.store import claims, reader, writer
 from cape.store.location import Location
 from cape.store.schema import PARTITION_COLUMNS, ROW_SCHEMA, partition
@@ -213,75 +211,49 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def costs(meta_dirs: list[str], families: list[str], data_root: str | None) -> Iterator[dict[str, Any]]:
-    """Yield, cell by cell, the mean seconds of a trial by family, gray or colour, and batch size.
+def costs(families: list[str], data_root: str | None) -> Iterator[dict[str, Any]]:
+    """Measure what a trial takes by family, gray or colour, and batch size; yield what is known after each trial.
 
-    Args:
-        meta_dirs: sweeps of image datasets whose rows say what trials took.
-        families: to measure now, three trials of a cell: processor time of one thread, which does not depend on what
-            else the machine does. A cell that was measured before is kept.
-        data_root: folder of Parquet datasets.
+    Three trials of a cell, one for each of the paper's learning rates; in processor time of one thread, which depends
+    little on what else the machine does. Trials that were measured before are kept.
     """
-    before = json.loads(RESULTS.read_text()).get("costs", {}) if RESULTS.exists() else {}
-    found: dict[str, Any] = {"cells": {f: before.get("cells", {}).get(f, {}) for f in families}}
-    spent: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    columns = ["trial_id", "family", "dataset", "batch_size", "probe_seconds", "truth_seconds"]
-    rows = [row for meta_dir in meta_dirs for row in reader.read(meta_dir, columns=columns).to_pylist()]
-    for row in {row["trial_id"]: row for row in rows}.values():
-        if row["truth_seconds"] is not None:
-            kind = "gray" if KNOWN[row["dataset"]].gray else "colour"
-            cell = (row["family"], kind, row["batch_size"])
-            spent[cell]["wall"].append(row["truth_seconds"] + row["probe_seconds"])
-    for family in families:
-        for kind, dataset in (("gray", "mnist"), ("colour", "cifar10")):
-            for batch_size in (32, 64):
-                if str(batch_size) in found["cells"][family].get(kind, {}):
-                    continue
+    known = json.loads(RESULTS.read_text()).get("costs", {}) if RESULTS.exists() else {}
+    found: dict[str, Any] = {"families": {**known.get("families", {})}}
+    for batch_size in (32, 64):
+        for family in families:
+            for kind, dataset in (("gray", "mnist"), ("colour", "cifar10")):
                 spec = SweepSpec(families=(family,), datasets=(dataset,), batch_sizes=(batch_size,), trials_per_cell=1)
-                spent[family, kind, batch_size]["processor"] = _processor_seconds(spec, data_root)
-                _note_costs(found, spent)
-                yield found
-    _note_costs(found, spent)
-    yield found
+                cells = found["families"].setdefault(family, {}).setdefault(kind, {})
+                seconds = cells.get(str(batch_size), {}).get("seconds", [])
+                for trial in list(Plan(spec).trials())[len(seconds) :]:
+                    seconds.append(_processor_seconds(trial, data_root))
+                    cells[str(batch_size)] = {"seconds": seconds, "seconds_mean": statistics.mean(seconds)}
+                    yield found
 
 
-def _processor_seconds(spec: SweepSpec, data_root: str | None) -> list[float]:
+def _processor_seconds(trial: TrialSpec, data_root: str | None) -> float:
     import torch
 
     from cape.trial import run_trials
 
     torch.set_num_threads(1)
-    seconds = []
-    for trial in Plan(spec).trials():
-        start = time.process_time()
-        (rows,) = run_trials([trial], "cpu", data_root)
-        seconds.append(time.process_time() - start)
-        print(trial.cell, rows[0].get("architecture"), rows[0].get("stopped_at"), seconds[-1], flush=True)
+    start = time.process_time()
+    (rows,) = run_trials([trial], "cpu", data_root)
+    seconds = time.process_time() - start
+    print(trial.cell, rows[0].get("architecture"), rows[0].get("stopped_at"), seconds, flush=True)
     return seconds
-
-
-def _note_costs(found: dict[str, Any], spent: dict[tuple[str, str, int], dict[str, list[float]]]) -> None:
-    for (family, kind, batch_size), clocks in sorted(spent.items()):
-        ((clock, values),) = clocks.items()
-        found["cells"].setdefault(family, {}).setdefault(kind, {})[str(batch_size)] = {
-            "trials": len(values),
-            "seconds_mean": statistics.mean(values),
-            "seconds_median": statistics.median(values),
-            "clock": clock,
-        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("plan", "overhead", "resume", "costs"))
     parser.add_argument("--files", type=int, default=2000, help="resume: files that the trials lie in")
-    parser.add_argument("--rows", metavar="META_DIR", nargs="*", default=[], help="costs: sweeps")
-    parser.add_argument("--family", nargs="*", default=[], help="costs: families to measure now")
+    parser.add_argument("--family", nargs="*", default=["mlp", "cnn", "rnn", "transformer"], help="costs: which")
     parser.add_argument("--data", help="costs: folder of Parquet datasets")
     args = parser.parse_args()
     if args.part == "costs":
-        for found in costs(args.rows, args.family, args.data):
-            _save("costs", found)  # cell by cell: it takes its time
+        for found in costs(args.family, args.data):
+            _save("costs", found)  # trial by trial: it takes its time
     elif args.part == "resume":
         _save(f"resume_{args.files}_files", resume(args.files))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -123,7 +124,9 @@ class Progress:
         if not self._enabled:
             return
         self._shown = time.monotonic()
-        text = f"\r{self.line()}\x1b[K" if self._terminal else f"{self.line()}\n"
+        text = f"{self.line()}\n"
+        if self._terminal:  # a line that wraps is not rewritten in place
+            text = f"\r{text[: shutil.get_terminal_size().columns - 1].rstrip()}\x1b[K"
         self._stream.write(text)
         self._stream.flush()
 

@@ -36,6 +36,15 @@ def test_a_file_gets_lines_and_a_terminal_one_line() -> None:
     assert terminal.getvalue().count("\n") == 1 and "\r15/15 trials" in terminal.getvalue()
 
 
+def test_a_line_on_a_terminal_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    line = Progress({f"family{i}": 10 for i in range(9)}, stream=terminal, every=0.0)
+    line.add(1, 3, 0, "family0", seconds=1.0)
+    shown = terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K")
+    assert len(line.line()) > 100 and len(shown) == 39 and shown.startswith("1/90 trials")
+
+
 def test_a_family_that_has_not_begun_has_an_estimate() -> None:
     """As in a real sweep: hundreds of trials of 0.1 s say nothing of those that take a minute."""
     line = Progress(
