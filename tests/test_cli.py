@@ -385,6 +385,5 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_presets_are_specs() -> None:
-    from cape.sweep.plan import PRESETS
 
     assert {"demo", "paper"} <= set(PRESETS) and all(isinstance(s, SweepSpec) for s in PRESETS.values())

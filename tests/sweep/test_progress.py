@@ -41,7 +41,8 @@ def test_a_line_on_a_terminal_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> 
     terminal = Terminal()
     line = Progress({f"family{i}": 10 for i in range(9)}, stream=terminal, every=0.0)
     line.add(1, 3, 0, "family0", seconds=1.0)
-    shown = terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K")
+    line.close()
+    shown = terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K\n")
     assert len(line.line()) > 100 and len(shown) == 39 and shown.startswith("1/90 trials")
 
 
