@@ -1,7 +1,8 @@
 # make demo    the whole of CAPE on real images, in a few minutes
 # make test    build, then run every test
+# make s3      an S3 server (moto) in an environment of its own, for the tests of object stores; `make test` makes it too
 # make endurance   the minutes-long tests of kills, clusters and job servers
-# make lint    ruff, mypy and clang-format's check
+# make lint    ruff, mypy, hadolint and clang-format's check
 # make clean   remove what was built (make distclean removes the environment too)
 #
 # PYTHON picks the interpreter that .venv is made from; CAPE_DATA a folder of Parquet datasets;
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: all demo test endurance lint clean distclean build
+.PHONY: all demo test s3 endurance lint clean distclean build
 all: build
 
 # One stamp per slow step: a second `make` does none of them again.
@@ -40,7 +41,16 @@ build: $(VENV)/.package
 demo: build
 	@$(BIN)/python -m cape.demo
 
-test: build
+# moto's AWS client library needs an older python-dateutil than requirements.lock holds.
+$(VENV)/s3/.installed: tests/store/moto.lock | $(BIN)/python
+	@echo "Installing an S3 server for the tests into $(VENV)/s3 (once)"
+	@$(BIN)/python -m venv $(VENV)/s3
+	@$(VENV)/s3/bin/python -m pip --disable-pip-version-check --quiet install -r tests/store/moto.lock
+	@touch $@
+
+s3: $(VENV)/s3/.installed
+
+test: build s3
 	@$(BIN)/ctest --test-dir $$($(BIN)/python setup.py --quiet build_dir) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest
 
@@ -50,6 +60,7 @@ endurance: build
 lint: $(VENV)/.requirements
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint ray_jobs/Dockerfile
 	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 clean:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.timing import machine
-from cape.config import StoppingRule, SweepSpec
+from cape.config import StoppingRule, SweepSpec, TrialSpec
 from cape.store import claims, reader, writer
 from cape.store.location import Location
 from cape.store.schema import PARTITION_COLUMNS, ROW_SCHEMA, partition
@@ -210,51 +211,63 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def costs(data_root: str | None) -> dict[str, Any]:
-    """Measure trials of each family on one core: probe and trajectory, batch size 32."""
+def costs(families: list[str], data_root: str | None) -> Iterator[dict[str, Any]]:
+    """Measure what a trial takes by family, gray or colour, and batch size; yield what is known after each trial.
+
+    Three trials of a cell, one for each of the paper's learning rates; in processor time of one thread, which depends
+    little on what else the machine does. Trials that were measured before are kept.
+    """
+    known = json.loads(RESULTS.read_text()).get("costs", {}) if RESULTS.exists() else {}
+    found: dict[str, Any] = {"families": {**known.get("families", {})}}
+    for batch_size in (32, 64):
+        for family in families:
+            for kind, dataset in (("gray", "mnist"), ("colour", "cifar10")):
+                spec = SweepSpec(families=(family,), datasets=(dataset,), batch_sizes=(batch_size,), trials_per_cell=1)
+                cells = found["families"].setdefault(family, {}).setdefault(kind, {})
+                seconds = cells.get(str(batch_size), {}).get("seconds", [])
+                for trial in list(Plan(spec).trials())[len(seconds) :]:
+                    seconds.append(_processor_seconds(trial, data_root))
+                    cells[str(batch_size)] = {"seconds": seconds, "seconds_mean": statistics.mean(seconds)}
+                    yield found
+
+
+def _processor_seconds(trial: TrialSpec, data_root: str | None) -> float:
     import torch
 
+    from cape.trial import run_trials
+
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for family, count in (("mlp", 4), ("rnn", 1), ("cnn", 1), ("transformer", 1)):
-            names = ("mnist",) if data_root else ("digits",)
-            spec = SweepSpec(families=(family,), datasets=names, lrs=(2e-3,), batch_sizes=(32,), trials_per_cell=count)
-            out = f"{folder}/{family}"
-            run_inline(spec, out, data_root=data_root, progress=False)
-            rows = reader.read(out, columns=["trial_id", "probe_seconds", "truth_seconds", "stopped_at"]).to_pylist()
-            trials = {r["trial_id"]: r for r in rows}.values()
-            spent = [r["probe_seconds"] + r["truth_seconds"] for r in trials]
-            files = reader.list_files(out)
-            print(family, spent, flush=True)
-            found[family] = {
-                "trials": len(spent),
-                "seconds_mean": statistics.mean(spent),
-                "seconds_range": [min(spent), max(spent)],
-                "bytes_per_row": sum(f.stat().st_size for f in files) / len(rows),
-            }
-    return {"batch_size": 32, "lr": 2e-3, "datasets": list(names), "threads": 1, "families": found}
+    start = time.process_time()
+    (rows,) = run_trials([trial], "cpu", data_root)
+    seconds = time.process_time() - start
+    print(trial.cell, rows[0].get("architecture"), rows[0].get("stopped_at"), seconds, flush=True)
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("plan", "overhead", "resume", "costs"))
     parser.add_argument("--files", type=int, default=2000, help="resume: files that the trials lie in")
+    parser.add_argument("--family", nargs="*", default=["mlp", "cnn", "rnn", "transformer"], help="costs: which")
     parser.add_argument("--data", help="costs: folder of Parquet datasets")
     args = parser.parse_args()
-    if args.part == "resume":
-        name, found = f"resume_{args.files}_files", resume(args.files)
-    elif args.part == "costs":
-        name, found = "costs", costs(args.data)
+    if args.part == "costs":
+        for found in costs(args.family, args.data):
+            _save("costs", found)  # trial by trial: it takes its time
+    elif args.part == "resume":
+        _save(f"resume_{args.files}_files", resume(args.files))
     else:
-        name, found = args.part, {"plan": plan, "overhead": overhead}[args.part]()
+        _save(args.part, {"plan": plan, "overhead": overhead}[args.part]())
+    print(json.dumps(json.loads(RESULTS.read_text()), indent=1))
+
+
+def _save(name: str, found: dict[str, Any]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     load = os.getloadavg()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     results[name] = {**found, "machine": machine("cpu"), "load_average": load, "driver_peak_memory_mb": peak}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results[name], indent=1))
 
 
 if __name__ == "__main__":

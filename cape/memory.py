@@ -52,6 +52,13 @@ def kept_memory(device: torch.device) -> Iterator[None]:
                 libc.malloc_trim(0)
 
 
+def give_back() -> None:
+    """Give all memory that is free in this process back to the system: for when other work begins."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 class _Mallinfo2(ctypes.Structure):
     """glibc's ``struct mallinfo2``; ``fordblks`` counts free bytes."""
 

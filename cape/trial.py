@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -47,6 +47,7 @@ def run_trials(
     data_root: str | Path | None = None,
     sweep_hash: str = "",
     engine: str = "auto",
+    begun: Callable[[TrialSpec], None] | None = None,
 ) -> Iterator[list[Row]]:
     """Probe and train each trial, and yield its rows (one for each ε) as soon as it is done.
 
@@ -62,6 +63,7 @@ def run_trials(
         data_root: folder of the data; see ``datasets.data_root``.
         sweep_hash: written into every row.
         engine: ``auto``, or ``single`` for one trial after the other, each as ``measure`` runs it.
+        begun: called with each trial right before its model is built; trials are taken from ``trials`` long before.
 
     Raises:
         SpecError, DataError: an unknown family or dataset, data that is missing or does not fit: no trial of the
@@ -81,7 +83,7 @@ def run_trials(
                 alike = number if drawn.spec is None or engine == "single" else _key(drawn, device)
                 groups.setdefault(alike, []).append(drawn)
             for group in groups.values():
-                yield from _run_alike(group, device, sweep_hash, engine)
+                yield from _run_alike(group, device, sweep_hash, engine, begun)
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,15 @@ def _key(drawn: _Drawn, device: torch.device) -> tuple[str, int, str, str]:
     return canonical_json(drawn.spec.to_dict()), drawn.trial.batch_size, drawn.trial.precision, str(device)
 
 
-def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engine: str) -> Iterator[list[Row]]:
+def _run_alike(
+    group: list[_Drawn],
+    device: torch.device,
+    sweep_hash: str,
+    engine: str,
+    begun: Callable[[TrialSpec], None] | None,
+) -> Iterator[list[Row]]:
     """Run trials of the same model and batch size and yield their rows."""
-    subjects = _Subjects(group, device, sweep_hash)
+    subjects = _Subjects(group, device, sweep_hash, begun)
     for outcome in _outcomes(subjects, group, device, engine):
         while subjects.failed:
             yield subjects.failed.popleft()
@@ -139,8 +147,15 @@ class _Subjects(Iterator[Subject]):
             and the trial is built again when the next one is asked for.
     """
 
-    def __init__(self, group: list[_Drawn], device: torch.device, sweep_hash: str) -> None:
+    def __init__(
+        self,
+        group: list[_Drawn],
+        device: torch.device,
+        sweep_hash: str,
+        begun: Callable[[TrialSpec], None] | None = None,
+    ) -> None:
         self._waiting, self._device, self._sweep_hash = deque(group), device, sweep_hash
+        self._begun = begun
         self._again: _Drawn | None = None
         self.started: list[list[Row]] = []
         self.failed: deque[list[Row]] = deque()
@@ -150,6 +165,8 @@ class _Subjects(Iterator[Subject]):
         while self._waiting:
             drawn = self._waiting[0]
             rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
+            if self._begun is not None:
+                self._begun(drawn.trial)
             try:
                 subject = _prepare(rows, drawn, self._device)
             except (ModelError, RuntimeError) as error:

@@ -46,6 +46,7 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
+        _system_config={"metrics_report_interval_ms": 100},  # ten seconds by default
     )
     yield
     ray.shutdown()

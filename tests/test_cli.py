@@ -15,6 +15,8 @@ from torch import nn
 
 from cape import cli, store
 from cape.config import SweepSpec
+from cape.sweep.estimate import measured_seconds
+from cape.sweep.plan import PRESETS, Plan
 
 HERE = "tests.test_cli"
 Run = Callable[..., tuple[int, str, str]]
@@ -212,9 +214,13 @@ def test_a_dry_run_says_what_a_sweep_amounts_to_and_needs_no_data(run: Run, tmp_
     code, printed, err = run("sweep", "paper", "--dry-run", "--workers", "64")
     assert code == 0, err
     assert printed.startswith("144 cells, 14400 trials, 43200 rows, ") and " shards\n" in printed
-    assert "about 9.97 worker-hours" in printed and "AMD EPYC" in printed
+    groups = Plan(PRESETS["paper"]).groups
+    hours = sum(g.count * measured_seconds(g.family, g.dataset, g.batch_size) for g in groups) / 3600
+    assert f"about {hours:.3g} worker-hours" in printed and "AMD EPYC" in printed
+    assert 50 < hours < 500  # of one core: 14,400 trials, three quarters of which take 10 to 100 s
     code, printed, _ = run("sweep", "smoke", "--dry-run")
-    assert code == 0 and "about 0.0003 worker-hours" in printed
+    seconds = 4 * measured_seconds("mlp", "digits", 16)
+    assert code == 0 and f"about {seconds / 3600:.3g} worker-hours" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -379,6 +385,5 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_presets_are_specs() -> None:
-    from cape.sweep.plan import PRESETS
 
     assert {"demo", "paper"} <= set(PRESETS) and all(isinstance(s, SweepSpec) for s in PRESETS.values())

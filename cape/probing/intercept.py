@@ -376,6 +376,12 @@ class Interceptor(TorchFunctionMode):
         for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
             held.clear()
 
+    def release(self) -> None:
+        """Let go of every tensor: nodes of the graph hold the interceptor, and what it holds must not hold them."""
+        self.on_gradient = _ignore
+        for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
+            held.clear()
+
     def register(self, use: Use) -> _Arrival:
         """Add a use and return what its gradient must be handed to."""
         recorded = Recorded(use)
@@ -449,6 +455,7 @@ class _Arrival:
             self.take(bare)
 
     def take(self, g: Tensor) -> None:
-        """Take gradients [K, *shape]."""
-        self.recorded.gradient = g
-        self.interceptor.on_gradient(self.recorded)
+        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us)."""
+        if self.interceptor.in_backward:
+            self.recorded.gradient = g
+            self.interceptor.on_gradient(self.recorded)

@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,11 @@ class Location:
 
     @cached_property
     def _remote(self) -> tuple[pafs.FileSystem, str]:
+        if self.target.startswith("s3://"):
+            # A file that is written in one go then takes one request, not the three of a multipart upload.
+            known = "&" if "?" in self.target else "?"
+            with suppress(pa.ArrowInvalid):  # an early pyarrow does not know the option; what else is wrong, is below
+                return pafs.FileSystem.from_uri(f"{self.target}{known}allow_delayed_open=true")
         return pafs.FileSystem.from_uri(self.target)
 
     @property

@@ -16,6 +16,7 @@ from ray import tune
 from ray.util.metrics import Counter
 
 from cape.errors import CapeError, DependencyError
+from cape.memory import give_back
 from cape.sweep.job import Job, load_imports
 from cape.sweep.plan import Shard
 from cape.sweep.shard_run import ShardRun
@@ -65,6 +66,7 @@ class ShardWorker(tune.Trainable):
         """Go on to another shard in the same process, with the memory of the last one freed."""
         self.cleanup()
         gc.collect()
+        give_back()
         if self._error is None:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

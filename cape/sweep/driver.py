@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cape.store import claims, reader
 from cape.sweep.estimate import relative, trial_seconds_of
 from cape.sweep.inline import interrupted, reporter, terminable
 from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
-from cape.sweep.plan import Plan, Shard
+from cape.sweep.plan import Group, Plan, Shard
 from cape.sweep.progress import Reporter
 from cape.sweep.shards import cut
 
@@ -87,12 +87,14 @@ def run_sweep(
         missing = Plan(spec).missing(done)
         if not missing:
             return finish(job)
-        report = reporter(job, missing, progress)
+        seconds = trial_seconds_of(spec, job.location)[0]
+        report = reporter(job, missing, seconds, progress)
         state, error = "failed", None
         try:
             with _environment(), _cluster(address) as resources:
                 cpus, gpus, concurrent = _share(resources, workers, gpus_per_worker)
-                error = _passes(job, missing, cpus, gpus, concurrent, report)
+                report.progress.workers = concurrent
+                error = _passes(job, missing, relative(seconds, spec), cpus, gpus, concurrent, report)
             state = "failed" if error else "finished"
         except KeyboardInterrupt:
             state = "interrupted"
@@ -105,9 +107,16 @@ def run_sweep(
         return finish(job, error)
 
 
-def _passes(job: Job, missing: list[Shard], cpus: int, gpus: float, concurrent: int, report: Reporter) -> str | None:
+def _passes(
+    job: Job,
+    missing: list[Shard],
+    costs: Callable[[Group], float] | None,
+    cpus: int,
+    gpus: float,
+    concurrent: int,
+    report: Reporter,
+) -> str | None:
     """Run what is missing, and what a pass leaves missing again; return the error that stopped it, if any did."""
-    costs = relative(trial_seconds_of(job.spec, job.location)[0], job.spec)
     for _ in range(_PASSES):
         before = sum(map(len, missing))
         error, hopeless = _tune(job, cut(missing, concurrent, costs), cpus, gpus, concurrent, report)

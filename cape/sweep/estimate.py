@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cape.config import SweepSpec
+from cape.datasets.known import KNOWN
 from cape.store import reader
 from cape.store.location import Location
 from cape.sweep.plan import Group, Plan
@@ -19,10 +20,13 @@ from cape.sweep.shards import cut
 _SAMPLE = 200  # files that are looked at in a meta-dataset
 _COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
-# Seconds of one trial (probe and trajectory) on one core, 1 to 4 trials of each family on MNIST with batch size 32,
-# beside other work: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide; a user's family has none.
-MEASURED_DEVICE = "one core of an AMD EPYC (one to four trials of a family, MNIST)"
-MEASURED_SECONDS = {"mlp": 0.27, "rnn": 3.7, "cnn": 2.6, "transformer": 3.4}
+# Mean seconds of one trial (probe and trajectory, the paper's learning rates and ε) on one core, on gray and on colour
+# images, by batch size: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide (a trial takes a tenth or
+# three times its mean); a user's family has none.
+MEASURED_DEVICE = "one core of an AMD EPYC, beside other work"
+MEASURED_SECONDS: dict[str, dict[str, dict[int, float]]] = {
+    "mlp": {"gray": {32: 0.044, 64: 0.064, 128: 0.1}, "colour": {32: 0.13, 64: 0.23, 128: 0.43}},
+}
 ROW_BYTES = 1100.0  # a row with all its losses takes less (tests/store/test_writer_reader.py), a short one a quarter
 
 
@@ -74,8 +78,10 @@ def estimate(spec: SweepSpec, out: Location | None = None, workers: int = 1) -> 
 def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Callable[[Group], float], str]:
     """Return the expected seconds of a trial of a group, and where the numbers come from.
 
-    The mean over the trials of ``out`` with the same family, dataset and batch size, else with the same family; where
-    there are none, the package's own measurements; NaN for a family that has none.
+    The mean over the trials of ``out`` with the same family, dataset and batch size. Where there are none, the
+    package's own measurement, scaled by what the trials of this family (else of all families) in ``out`` took against
+    theirs: a faster device is faster at all of them. Where the package has none either, the mean of the family; NaN for
+    a family of which nothing is known.
     """
     exact: dict[tuple[str, str, int], list[float]] = {}
     devices: set[str] = set()
@@ -83,23 +89,56 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
         spent = row["truth_seconds"] + (row["probe_seconds"] or 0.0)
         exact.setdefault((family, dataset, row["batch_size"]), []).append(spent)
         devices.add(str(row["device"]))
-    family_means = {
-        f: _mean([v for key, values in exact.items() if key[0] == f for v in values]) for f in spec.families
-    }
+    pace = Pace()
+    for (family, dataset, batch_size), values in exact.items():
+        pace.add(family, sum(values), len(values) * measured_seconds(family, dataset, batch_size), len(values))
 
     def seconds(group: Group) -> float:
         known = exact.get((group.family, group.dataset, group.batch_size))
         if known:
-            return _mean(known)
-        if not math.isnan(family_means.get(group.family, math.nan)):
-            return family_means[group.family]
-        return MEASURED_SECONDS.get(group.family, math.nan)
+            return sum(known) / len(known)
+        return pace.seconds(group.family, measured_seconds(group.family, group.dataset, group.batch_size), 1)
 
     count = sum(map(len, exact.values()))
     if count:
         return seconds, f"{count} trials that {out} holds, on {', '.join(sorted(devices))}"
     advice = "a few trials of every family in --out (a small spec, extended later) give your device's times"
     return seconds, f"for this package on {MEASURED_DEVICE}; {advice}"
+
+
+def measured_seconds(family: str, dataset: str, batch_size: int) -> float:
+    """Return what a trial took when the package was measured, between batch sizes by a power law; NaN if unknown."""
+    if family not in MEASURED_SECONDS:
+        return math.nan
+    gray = dataset == "digits" or (dataset in KNOWN and KNOWN[dataset].gray)
+    times = MEASURED_SECONDS[family]["gray" if gray else "colour"]
+    known = sorted(times)
+    i = min(sum(batch_size > b for b in known[1:]), len(known) - 2)  # the piece of the line that is used, or goes on
+    low, high = known[i], known[i + 1]
+    power = math.log(times[high] / times[low]) / math.log(high / low)
+    return times[low] * (batch_size / low) ** power
+
+
+class Pace:
+    """How long trials really take, against what was expected of them: by family, and over all families."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, tuple[float, float, float]] = {}
+
+    def add(self, family: str, seconds: float, expected: float, trials: float) -> None:
+        """Count trials that took ``seconds`` of a worker where ``expected`` (NaN: not known) were expected."""
+        before = self._families.get(family, (0.0, 0.0, 0.0))
+        self._families[family] = (before[0] + seconds, before[1] + expected, before[2] + trials)
+
+    def seconds(self, family: str, expected: float, trials: float) -> float:
+        """Return how long a worker needs for more trials of a family; NaN where nothing is known of it."""
+        spent, reckoned, count = self._families.get(family, (0.0, 0.0, 0.0))
+        if math.isfinite(expected):
+            if not (reckoned > 0):
+                known = [f for f in self._families.values() if f[1] > 0]
+                spent, reckoned = (sum(f[i] for f in known) for i in (0, 1))
+            return expected * spent / reckoned if reckoned > 0 and spent > 0 else expected
+        return trials * spent / count if count else math.nan
 
 
 def relative(seconds: Callable[[Group], float], spec: SweepSpec) -> Callable[[Group], float] | None:
@@ -131,10 +170,6 @@ def _row_bytes(out: Location | None) -> float | None:
     sizes = [info.size for info in out.filesystem.get_file_info([out.path(name) for name in files])]
     rows = sum(pq.read_metadata(out.path(name), filesystem=out.filesystem).num_rows for name in files)
     return sum(sizes) / rows if rows else None
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def _known(value: float) -> str:

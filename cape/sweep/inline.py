@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,8 +14,9 @@ from types import FrameType
 import torch
 
 from cape.config import SweepSpec
+from cape.sweep.estimate import trial_seconds_of
 from cape.sweep.job import CHUNK_SECONDS, TRIAL_SECONDS, Job, SweepResult, finish, running
-from cape.sweep.plan import Plan, Shard
+from cape.sweep.plan import Group, Plan, Shard
 from cape.sweep.progress import Progress, Reporter
 from cape.sweep.shard_run import ShardRun
 from cape.sweep.shards import cut
@@ -55,7 +56,7 @@ def run_inline(
     settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports, "inline": True}
     with running(spec, out, resume=resume, data_root=data_root, **settings) as (job, done):  # type: ignore[arg-type]
         missing = Plan(spec).missing(done)
-        report = reporter(job, missing, progress)
+        report = reporter(job, missing, trial_seconds_of(spec, job.location)[0], progress)
         state = "failed"
         try:
             with terminable():
@@ -83,17 +84,20 @@ def _run(run: ShardRun, report: Reporter) -> None:
         run.close()
 
 
-def reporter(job: Job, missing: Sequence[Shard], enabled: bool) -> Reporter:
-    """Begin to report on a run."""
+def reporter(job: Job, missing: Sequence[Shard], seconds: Callable[[Group], float], enabled: bool) -> Reporter:
+    """Begin to report on a run; ``seconds`` is what one trial of a group is expected to take."""
     plan = Plan(job.spec)
     todo: Counter[str] = Counter(dict.fromkeys(job.spec.families, 0))
     before: Counter[str] = Counter()
+    expected: dict[str, float] = dict.fromkeys(job.spec.families, 0.0)
     for shard in missing:
         todo[shard.group.family] += len(shard)
+        expected[shard.group.family] += len(shard) * seconds(shard.group)
     for group in plan.groups:
         before[group.family] += group.count
     before.subtract(todo)
-    return Reporter(job.location, job.run, Progress(todo, before, enabled=enabled))
+    one = {(g.family, g.dataset, g.batch_size): seconds(g) for g in plan.groups}
+    return Reporter(job.location, job.run, Progress(todo, before, expected=expected, enabled=enabled), one)
 
 
 @contextmanager

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any, TextIO
 
 from cape.errors import StoreError
 from cape.store import claims
 from cape.store.location import Location
+from cape.sweep.estimate import Pace
 
 LOG_FILE = "_log.jsonl"
 _HEARTBEAT_S = 5.0
+_RECENT = 50  # chunks over which the rate is taken: what a sweep did an hour ago says little
 
 
 class Progress:
@@ -28,9 +32,13 @@ class Progress:
     Args:
         todo: trials to run now, by family.
         before: trials that were done before, by family.
+        expected: seconds of one worker that all of ``todo`` is expected to take, by family (NaN: not known).
         enabled: print at all.
         stream: standard error where None.
         every: seconds between lines (a tenth of a second on a terminal).
+
+    Attributes:
+        workers: how many share the work.
     """
 
     def __init__(
@@ -38,15 +46,21 @@ class Progress:
         todo: Mapping[str, int],
         before: Mapping[str, int] | None = None,
         *,
+        expected: Mapping[str, float] | None = None,
         enabled: bool = True,
         stream: TextIO | None = None,
         every: float = 10.0,
     ) -> None:
         self.todo, self.before = dict(todo), dict(before or {})
+        self.expected = {f: (expected or {}).get(f, math.nan) for f in self.todo}
+        self.workers = 1
         self._enabled, self._stream = enabled, stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._every = 0.1 if self._terminal else every
         self._began = self._shown = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque([(self._began, 0)], maxlen=_RECENT)
+        self._spent: Counter[str] = Counter()
+        self._reckoned: Counter[str] = Counter()
         self.by_family: Counter[str] = Counter()
         self.rows = self.failed = 0
 
@@ -55,11 +69,16 @@ class Progress:
         """Trials that this run committed."""
         return sum(self.by_family.values())
 
-    def add(self, trials: int, rows: int, failed: int, family: str = "") -> None:
-        """Count a committed chunk."""
+    def add(
+        self, trials: int, rows: int, failed: int, family: str = "", *, seconds: float = 0.0, expected: float = math.nan
+    ) -> None:
+        """Count a committed chunk: what it held, the seconds that a worker spent on it, and those expected of it."""
         self.by_family[family] += trials
         self.rows += rows
         self.failed += failed
+        self._spent[family] += seconds  # type: ignore[assignment]
+        self._reckoned[family] += expected  # type: ignore[assignment]
+        self._recent.append((time.monotonic(), self.trials))
         if time.monotonic() - self._shown >= self._every:
             self._show()
 
@@ -72,20 +91,29 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
-        families = {
-            f: {"done": self.before.get(f, 0) + self.by_family[f], "total": self.before.get(f, 0) + count}
-            for f, count in self.todo.items()
-        }
+        pace = Pace()
+        for f in self.by_family:
+            pace.add(f, self._spent[f], self._reckoned[f], self.by_family[f])
+        families: dict[str, dict[str, Any]] = {}
+        for f, count in self.todo.items():
+            ran, before = self.by_family[f], self.before.get(f, 0)
+            expected = self.expected[f] - self._reckoned[f]
+            # What is left may be a little where less was expected of what ran: trials are not alike.
+            left = pace.seconds(f, max(expected, 0.0) if count > ran else 0.0, count - ran) / self.workers
+            families[f] = {"done": before + ran, "total": before + count, "ran": ran, "left": _finite(left)}
         for f, count in self.before.items():
-            families.setdefault(f, {"done": count, "total": count})
+            families.setdefault(f, {"done": count, "total": count, "ran": 0, "left": 0.0})
+        now, (since, at) = time.monotonic(), self._recent[0]
         return {
             "done": sum(self.before.values()) + self.trials,
             "total": sum(self.before.values()) + sum(self.todo.values()),
             "ran": self.trials,
             "rows": self.rows,
             "failed": self.failed,
-            "seconds": time.monotonic() - self._began,
-            "families": {f: {**counts, "ran": self.by_family[f]} for f, counts in families.items()},
+            "seconds": now - self._began,
+            "rate": (self.trials - at) / max(now - since, 1e-9),
+            "workers": self.workers,
+            "families": families,
         }
 
     def line(self) -> str:
@@ -96,27 +124,45 @@ class Progress:
         if not self._enabled:
             return
         self._shown = time.monotonic()
-        text = f"\r{self.line()}\x1b[K" if self._terminal else f"{self.line()}\n"
+        text = f"{self.line()}\n"
+        if self._terminal:  # a line that wraps is not rewritten in place
+            text = f"\r{text[: shutil.get_terminal_size().columns - 1].rstrip()}\x1b[K"
         self._stream.write(text)
         self._stream.flush()
 
 
 def status_line(state: Mapping[str, Any]) -> str:
-    """Return what ``Progress.as_dict`` says as one line."""
-    seconds = max(state["seconds"], 1e-9)
-    rate = state["ran"] / seconds
-    left = f"{clock((state['total'] - state['done']) / rate)} left" if state["ran"] else "starting"
-    etas = [
-        f"{family} {clock((f['total'] - f['done']) * seconds / f['ran'])}"
-        for family, f in state["families"].items()
-        if f["ran"] and f["done"] < f["total"]
-    ]
-    by_family = f" ({', '.join(etas)})" if len(state["families"]) > 1 and etas else ""
+    """Return what ``Progress.as_dict`` says as one line.
+
+    The times of the families are their shares of the time left, and add up to it. A family that has committed nothing
+    yet has an estimate (``~``), or, where nothing is known of it, a ``?``: then there is more left than the line says.
+    """
+    shares, left, known = [], 0.0, True
+    for family, f in state["families"].items():
+        if f["done"] >= f["total"]:
+            continue
+        if f["left"] is None:
+            known = False
+            shares.append(f"{family} ?")
+        else:
+            left += f["left"]
+            shares.append(f"{family} {'' if f['ran'] else '~'}{clock(f['left'])}")
+    if state["done"] >= state["total"]:
+        remaining = "done"
+    elif not state["ran"]:
+        remaining = f"starting, {'about' if known else 'more than'} {clock(left)} left" if left else "starting"
+    else:
+        remaining = f"{'about' if known else 'more than'} {clock(left)} left"
+    by_family = f" ({', '.join(shares)})" if len(state["families"]) > 1 and shares else ""
     failed = f", {state['failed']} failed" if state["failed"] else ""
     return (
-        f"{state['done']}/{state['total']} trials, {rate:.2f} trials/s, {state['rows']} rows{failed}, {clock(seconds)},"
-        f" {left}{by_family}"
+        f"{state['done']}/{state['total']} trials, {state['rate']:.2f} trials/s, {state['rows']} rows{failed},"
+        f" {clock(state['seconds'])}, {remaining}{by_family}"
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class Reporter:
@@ -128,10 +174,18 @@ class Reporter:
         location: of the meta-dataset.
         run: id of the run.
         progress: counts and prints.
+        seconds: what one trial of a family, a dataset and a batch size is expected to take.
     """
 
-    def __init__(self, location: Location, run: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        location: Location,
+        run: str,
+        progress: Progress,
+        seconds: Mapping[tuple[str, str, int], float] | None = None,
+    ) -> None:
         self._location, self._run, self.progress = location, run, progress
+        self._seconds = dict(seconds or {})
         self._about = {"run": run, "host": socket.gethostname(), "pid": os.getpid()}
         self._closed = threading.Event()
         self.log("started", todo=progress.todo, before=progress.before)
@@ -144,9 +198,14 @@ class Reporter:
 
     def chunk(self, done: Mapping[str, Any]) -> None:
         """Count a committed chunk."""
-        self.progress.add(done["trials"], done["rows"], done["failed"], done["family"])
+        one = self._seconds.get((done["family"], done.get("dataset", ""), done.get("batch_size", 0)), math.nan)
+        spent = done.get("run_seconds", 0.0) + done.get("commit_seconds", 0.0)
+        counts = (done["trials"], done["rows"], done["failed"], done["family"])
+        self.progress.add(*counts, seconds=spent, expected=done["trials"] * one)
         keep = (
             "family",
+            "dataset",
+            "batch_size",
             "shard",
             "trials",
             "rows",

@@ -1,9 +1,11 @@
 """One shard in progress: chunks of trials, and what to do about trials that never come back.
 
 A trial can end its process (a crash in native code, the kernel's out-of-memory killer), poison its CUDA context, or
-hang. None of them can be caught where they happen, so a worker notes the trials that it has begun in a *flight record*
-before it begins them. Whoever runs the shard next finds the record: suspects run alone, one after the other, and a
-trial that ended its process ``MAX_TRIES`` times is committed as failed.
+hang. None of them can be caught where they happen, so a worker notes the trials that are under way in a *flight
+record* before it begins them. Whoever runs the shard next finds the record. Several suspects run in sections, each of
+which is noted and committed by itself, so that the next death leaves an ``_SECTIONS``-th of them: one trial among n
+costs log(n) deaths until it is the only suspect. A trial that ended its process ``MAX_TRIES`` times while it was the
+only one under way is committed as failed.
 """
 
 from __future__ import annotations
@@ -33,15 +35,25 @@ MAX_TRIES = 3
 # Trials that ``run_trials`` gets at once: enough to train side by side, few enough to note and to suspect.
 _WINDOW = 256
 
+# A new process takes seconds; trials that run in parts of a stack lose a part of what stacking gains. With eight
+# sections, 256 suspects are one after three deaths.
+_SECTIONS = 8
+
 FLIGHTS = "_flights"
 TRIES = "_tries"
 
 
 class Flight:
-    """The record of the trials that this process has begun and not ended.
+    """The record of the trials that this process has under way.
 
     In a folder it is written for every trial (some microseconds). In an object store, where a write is a request, only
-    for trials that run alone; a shard whose worker died there is gone through one trial at a time.
+    for suspects; a shard whose worker died there becomes suspect as a whole.
+
+    Attributes:
+        waiting: trials handed to ``run_trials`` whose models are not built yet. They are suspects only while no trial
+            is under way: drawing a model or opening a dataset, too, can end a process.
+        trials: those under way, in training or being built.
+        suspects: whether what runs now had been under way when an earlier process ended.
     """
 
     def __init__(self, job: Job, shard: Shard) -> None:
@@ -49,20 +61,32 @@ class Flight:
         self._name = f"{FLIGHTS}/{uuid.uuid4().hex}.json"
         self._about = {"run": job.run, "shard": shard.key, "inline": job.inline, "pid": os.getpid()}
         self._handle: int | None = None
-        self.trials: list[str] = []
-        self.alone = False
+        self.waiting: dict[str, None] = {}
+        self.trials: dict[str, None] = {}
+        self.suspects = False
         self._blamed = False
 
-    def begin(self, trial_id: str) -> None:
-        """Note a trial before it begins."""
-        self.trials.append(trial_id)
+    def wait(self, trials: Iterable[TrialSpec]) -> None:
+        """Note trials before they are handed over."""
+        self.waiting = dict.fromkeys(t.trial_id for t in trials)
+        self._write(None)
+
+    def begin(self, trial: TrialSpec) -> None:
+        """Note a trial before its model is built."""
+        self.waiting.pop(trial.trial_id, None)
+        self.trials[trial.trial_id] = None
         self._write(None)
 
     def end(self, trial_id: str) -> None:
         """Note that a trial came back."""
-        if trial_id in self.trials:
-            self.trials.remove(trial_id)
-            self._write(None)
+        self.waiting.pop(trial_id, None)
+        self.trials.pop(trial_id, None)
+        self._write(None)
+
+    @property
+    def count(self) -> int:
+        """Number of trials that one of which must come back within its budget times this."""
+        return len(self.trials or self.waiting)
 
     def blame(self, error: str) -> None:
         """Note why the trials under way will not come back; the record stays for the next process."""
@@ -73,16 +97,16 @@ class Flight:
         """Remove the record, unless a trial was blamed: whatever else ended the shard was not a trial's fault."""
         if self._blamed:
             return
-        self.trials = []
+        self.waiting, self.trials = {}, {}
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
         self._location.delete(self._name)
 
     def _write(self, error: str | None) -> None:
-        if self._location.folder is None and not self.alone:
+        if self._location.folder is None and not self.suspects:
             return
-        record = {**self._about, "trials": self.trials, "error": error}
+        record = {**self._about, "trials": list(self.trials or self.waiting), "error": error}
         content = json.dumps(record).encode() + b"\n"  # what a longer record before it left behind follows the newline
         if self._location.folder is None:
             self._location.write(self._name, content)
@@ -177,33 +201,31 @@ class ShardRun:
         return failed_rows(trial, self._device, self._job.spec.spec_hash, text)
 
     def _run(self, suspects: dict[str, TrialSpec], others: Iterator[TrialSpec]) -> Iterator[list[Row]]:
-        self._flight.alone = True
-        for trial in suspects.values():
-            yield from self._results([trial])
-        self._flight.alone = False
-        yield from self._results(others)
-
-    def _results(self, trials: Iterable[TrialSpec]) -> Iterator[list[Row]]:
-        pending = iter(trials)
-        while window := list(islice(pending, _WINDOW)):
+        """Yield the rows of one trial after the other; no rows where what came before them is to be committed."""
+        self._flight.suspects = True
+        for section in sections(list(suspects.values())):
+            yield from self._window(section)
+            yield []
+        self._flight.suspects = False
+        while window := list(islice(others, _WINDOW)):
             yield from self._window(window)
 
-    def _window(self, trials: Iterable[TrialSpec]) -> Iterator[list[Row]]:
-        def begun() -> Iterator[TrialSpec]:
-            for trial in trials:
-                self._flight.begin(trial.trial_id)
-                self._progressed()
-                yield trial
+    def _window(self, trials: list[TrialSpec]) -> Iterator[list[Row]]:
+        def begun(trial: TrialSpec) -> None:
+            self._flight.begin(trial)
+            self._progressed()
 
         job = self._job
-        for rows in run_trials(begun(), self._device, job.data_root, job.spec.spec_hash):
+        self._flight.wait(trials)
+        self._progressed()
+        for rows in run_trials(trials, self._device, job.data_root, job.spec.spec_hash, begun=begun):
             self._flight.end(rows[0]["trial_id"])
             self._progressed()
             yield rows
 
     def _progressed(self) -> None:
         if self._watch is not None:
-            self._watch.expect(len(self._flight.trials))
+            self._watch.expect(self._flight.count)
 
     def _hung(self, seconds: float) -> None:
         """End this process: nothing else stops a trial that hangs in native code. The next one finds the record."""
@@ -219,10 +241,12 @@ class ShardRun:
         self._progressed()
         try:
             for rows in self._rows:
+                if not rows:
+                    break
                 chunk += rows
                 trials += 1
                 failed += rows[0].get("stop_reason") == "failed"
-                if time.monotonic() - start > self._job.chunk_seconds or self._flight.alone:
+                if time.monotonic() - start > self._job.chunk_seconds:
                     break
             else:
                 ended = True
@@ -245,6 +269,8 @@ class ShardRun:
             "done": done,
             "fenced": not written,
             "family": self._shard.group.family,
+            "dataset": self._shard.group.dataset,
+            "batch_size": self._shard.group.batch_size,
             "shard": self._shard.key,
             "trials": given_up + (trials if written else 0),
             "rows": given_up * len(self._job.spec.epsilons) + (len(chunk) if written else 0),
@@ -274,6 +300,13 @@ class ShardRun:
         if self._watch is not None:
             self._watch.close()
         self._flight.land()
+
+
+def sections(trials: list[TrialSpec]) -> Iterator[list[TrialSpec]]:
+    """Yield suspects in at most ``_SECTIONS`` parts of about the same size."""
+    size = -(-len(trials) // _SECTIONS)
+    for start in range(0, len(trials), size or 1):
+        yield trials[start : start + size]
 
 
 class _Watch:

@@ -7,6 +7,7 @@ million trials for 64 workers are about a thousand shards, which matters because
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cape.sweep.plan import Group, Shard
@@ -33,12 +34,18 @@ def cut(wholes: Sequence[Shard], workers: int, seconds: Callable[[Group], float]
     least = max(LEAST_SECONDS, _DRIVER_SECONDS * workers) if seconds else 1.0
     total = left = sum(len(w) * c for w, c in zip(wholes, cost))
     taken = [0] * len(wholes)
-    # The group that is furthest behind comes next, so that all end together and each one's ETA is worth reading.
-    queue = [(0.0, i) for i, w in enumerate(wholes) if len(w)]
+    # The group that is furthest behind comes next, so that all end together and each one's ETA is worth reading. Of
+    # those that have not begun, one of each family: what a family costs is then known early.
+    ranks: Counter[str] = Counter()
+    queue = []
+    for i, whole in enumerate(wholes):
+        if len(whole):
+            queue.append((0.0, ranks[whole.group.family], i))
+            ranks[whole.group.family] += 1
     heapq.heapify(queue)
     shards = []
     while queue:
-        _, i = heapq.heappop(queue)
+        _, rank, i = heapq.heappop(queue)
         whole, start = wholes[i], taken[i]
         goal = max(left / (_SHARE * max(1, workers)), min(least, total / (4 * max(1, workers))))
         size = min(max(1, round(goal / cost[i])), len(whole) - start)
@@ -46,5 +53,5 @@ def cut(wholes: Sequence[Shard], workers: int, seconds: Callable[[Group], float]
         taken[i] += size
         left -= size * cost[i]
         if taken[i] < len(whole):
-            heapq.heappush(queue, (taken[i] / len(whole), i))
+            heapq.heappush(queue, (taken[i] / len(whole), rank, i))
     return shards

