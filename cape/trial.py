@@ -98,6 +98,8 @@ def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
     dataset = datasets.load(trial.dataset, data_root)
     if trial.task is not None:
         dataset = dataset.with_task(trial.task)
+    if trial.augmentation is not None:
+        dataset = datasets.augmented(dataset, trial.augmentation, trial.batch_size)
     try:
         return _Drawn(trial, dataset, trial.model or draw_model(trial, dataset))
     except (ModelError, RuntimeError) as error:
@@ -238,6 +240,7 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
         "replicate": trial.replicate,
         "precision": trial.precision,
         "preprocess": trial.preprocess,
+        "augmentation": None if trial.augmentation is None else trial.augmentation.to_json(),
         "device": device_name(device),
     }
     return [{**shared, "epsilon": e, "log_epsilon": math.log(e)} for e in trial.epsilons]
