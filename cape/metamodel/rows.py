@@ -18,7 +18,7 @@ PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
 SLOW_FEATURES = (
-    *("line_16", "log_coherence", "log_weakest_layer", "log_last_share"),
+    *("line_16", "log_output_spread", "log_weakest_layer", "log_last_share"),
     *("log_move", "spread_1", "spread_16", "log_own_16"),
 )
 PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.probing.per_sample import all_norms
-from cape.probing.signals import LayerSignals, layer_signals, own_decrease, spread
+from cape.probing.signals import LayerSignals, layer_signals, output_spread, own_decrease, spread
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
@@ -30,7 +30,7 @@ FEATURE_NAMES = (
     "line_1",
     "line_4",
     "line_16",
-    "log_coherence",
+    "log_output_spread",
     "log_weakest_layer",
     "log_last_share",
     "log_move",
@@ -58,8 +58,8 @@ class Features:
         log_first_step: log(lr·‖∇L‖₁ / L_0): the relative decrease that AdamW's first update promises.
         log_grad_l1, log_grad_l2: ‖∇L‖₁ and ‖∇L‖₂ of the mean loss, in train mode.
         line_1, line_4, line_16: log(L(θ - k·lr·sign ∇L) / L_0) for k = 1, 4 and 16.
-        log_coherence: log(‖∇L‖² / mean_b ‖∇ℓ_b‖²), the inverse of the gradient's noise: 0 where all samples pull in one
-            direction, -log B where each pulls in its own (the numerator in train mode, the denominator is ``log_g2``).
+        log_output_spread: log of the deviation of an output over the samples, root mean square over the outputs, in
+            train mode: low where the model hardly tells its inputs apart.
         log_weakest_layer: log min_l rms(∇_l L) / rms(∇L): low where the gradient vanishes on its way to a layer.
         log_last_share: log ‖∇_last L‖₁ / ‖∇L‖₁: the head's share of the first update's decrease.
         log_move: log(lr·√P / ‖θ‖₂): the first update's length beside the parameters'.
@@ -82,7 +82,7 @@ class Features:
     line_1: float
     line_4: float
     line_16: float
-    log_coherence: float
+    log_output_spread: float
     log_weakest_layer: float
     log_last_share: float
     log_move: float
@@ -146,7 +146,7 @@ def probe(
         line_1=_log(line.after[0] / line.l0),
         line_4=_log(line.after[1] / line.l0),
         line_16=_log(line.after[2] / line.l0),
-        log_coherence=2.0 * _log(line.grad_l2) - _log_mean(norms.g2),
+        log_output_spread=line.log_output_spread,
         log_weakest_layer=line.layers.weakest,
         log_last_share=line.layers.last_share,
         log_move=line.layers.move,
@@ -162,6 +162,7 @@ class FirstStep:
 
     Attributes:
         l0, grad_l1, grad_l2: the loss and its gradient's norms.
+        log_output_spread: see ``signals.output_spread``.
         layers: how that gradient is spread over the layers.
         after, spreads: the loss after each of ``LINE`` such updates, and how the samples' losses differ then.
         log_own: see ``own_decrease``, at the last of them.
@@ -170,6 +171,7 @@ class FirstStep:
     l0: float
     grad_l1: float
     grad_l2: float
+    log_output_spread: float
     layers: LayerSignals
     after: tuple[float, ...]
     spreads: tuple[float, ...]
@@ -214,7 +216,8 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
                 done, there = k, outputs_now()
                 after.append(criterion.mean(there, y).item())
                 spreads.append(spread(criterion.per_sample(there, y)))
-    return FirstStep(l0, l1, l2, layers, tuple(after), tuple(spreads), own_decrease(leaf, residual, there, l0))
+    own = own_decrease(leaf, residual, there, l0)
+    return FirstStep(l0, l1, l2, output_spread(leaf), layers, tuple(after), tuple(spreads), own)
 
 
 def _log(value: float) -> float:

@@ -64,6 +64,15 @@ def spread(losses: Tensor) -> float:
     return float(values.std(correction=0) / values.mean().abs().clamp(min=1e-300))
 
 
+def output_spread(outputs: Tensor) -> float:
+    """Return log of the deviation of an output over the samples, root mean square over the outputs [B, ...].
+
+    No less than the logarithm of ``FLOOR``: of a batch of one it is that.
+    """
+    values = outputs.detach().double().flatten(1) if outputs.dim() > 1 else outputs.detach().double()[:, None]
+    return _log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
+
+
 def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) -> float:
     """Return the logarithm of what the samples' *own* movement of outputs takes off the loss, relative to L_0.
 

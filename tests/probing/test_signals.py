@@ -46,7 +46,7 @@ def test_every_signal_is_what_its_formula_says() -> None:
         return t.square().mean().sqrt()
 
     expected = {
-        "log_coherence": math.log(flat.square().sum()) - found.log_g2,
+        "log_output_spread": 0.5 * math.log(float(start.detach().var(0, correction=0).mean())),
         "log_weakest_layer": math.log(min(rms(grads[0]), rms(grads[4])) / rms(flat)),
         "log_last_share": math.log(grads[4].abs().sum() / flat.abs().sum()),
         "log_move": math.log(LR * math.sqrt(len(flat)) / theta.norm()),
@@ -94,7 +94,7 @@ def test_inputs_that_are_hardly_told_apart_show_in_the_own_movement() -> None:
     x, y = batch()
     plain = probe(classifier()[0:1].append(nn.Linear(24, 5)), (x, y), lr=LR, dataset_size=100)
     alike = probe(classifier()[0:1].append(nn.Linear(24, 5)), (x * 1e-2 + 1.0, y), lr=LR, dataset_size=100)
-    assert alike.log_own_16 < plain.log_own_16 - 2
+    assert alike.log_own_16 < plain.log_own_16 - 2 and alike.log_output_spread < plain.log_output_spread - 4
     outputs, residual = torch.zeros(4, 3), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert own_decrease(outputs, residual, outputs - 0.5, 1.0) == math.log(FLOOR)
     centred = residual - residual.mean(0)
