@@ -12,7 +12,7 @@ from benchmarks.features import tests as held_out_tests
 from benchmarks.naive import naive_rows
 from benchmarks.truth import COMPOSITION, key_of, summary, units
 from cape.config import TrialSpec
-from cape.metamodel.rows import NUMERIC, TEXT, Rows
+from cape.metamodel.rows import NUMERIC, Rows
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
 
@@ -50,7 +50,6 @@ def _rows(dataset: str, count: int, seed: int) -> Rows:
     """Rows whose T* follows from the loss after 16 updates, and from nothing else."""
     rng = np.random.default_rng(seed)
     columns = {name: rng.normal(size=count) for name in NUMERIC}
-    columns |= {name: np.full(count, None, dtype=object) for name in TEXT}
     columns["trial_id"] = np.array([f"{dataset}{seed}{i}" for i in range(count)], dtype=object)
     columns["dataset"], columns["family"] = np.full(count, dataset, object), np.full(count, "mlp", object)
     columns["t_star"] = np.round(np.exp(3 + columns["line_16"]))

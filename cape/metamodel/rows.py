@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
+from cape.probing.features import SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,18 +18,11 @@ if TYPE_CHECKING:
 PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
-SLOW_FEATURES = (
-    *("line_16", "log_output_spread", "log_weakest_layer", "log_last_share"),
-    *("log_move", "spread_1", "spread_16", "log_own_16"),
-)
 PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
-TEXT = (
-    *("trial_id", "family", "architecture", "model", "dataset", "task"),
-    *("precision", "preprocess", "augmentation", "stop_reason"),
-)
+TEXT = ("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "stop_reason")
 NUMERIC = (
     *("batch_size", "lr", "epsilon", "seed", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
     *(f for f in PRODUCT_FEATURES if f != "family"),

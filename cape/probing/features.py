@@ -15,6 +15,17 @@ from cape.probing.signals import LayerSignals, layer_signals, output_spread, own
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
+# What tells slow regimes apart; chosen by the error on datasets left out, see docs/data.md.
+SLOW_FEATURES = (
+    "line_16",
+    "log_output_spread",
+    "log_weakest_layer",
+    "log_last_share",
+    "log_move",
+    "spread_1",
+    "spread_16",
+    "log_own_16",
+)
 FEATURE_NAMES = (
     "log_p",
     "log_g2",
@@ -29,14 +40,7 @@ FEATURE_NAMES = (
     "log_grad_l2",
     "line_1",
     "line_4",
-    "line_16",
-    "log_output_spread",
-    "log_weakest_layer",
-    "log_last_share",
-    "log_move",
-    "spread_1",
-    "spread_16",
-    "log_own_16",
+    *SLOW_FEATURES,
 )
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300

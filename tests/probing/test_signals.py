@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cape.metamodel.rows import NUMERIC, SLOW_FEATURES
-from cape.probing import FEATURE_NAMES, Features, probe
+from cape.metamodel.rows import NUMERIC
+from cape.probing import FEATURE_NAMES, SLOW_FEATURES, Features, probe
 from cape.probing.signals import FLOOR, layer_signals, own_decrease, spread
 
 LR = 1e-3
