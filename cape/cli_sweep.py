@@ -66,7 +66,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def store(args: argparse.Namespace) -> None:
-    """``cape store verify|compact|path DIR``."""
+    """``cape store verify|compact|path|reprobe DIR``."""
     if args.action == "path":
         from cape.store.reader import rows_path
 
@@ -80,6 +80,20 @@ def store(args: argparse.Namespace) -> None:
         if not found.sound:
             done = "They were set aside" if args.set_aside else "Add --set-aside to move unreadable and foreign files"
             raise StoreError(f"{args.meta_dir} is not sound. {done}; a resume then runs their trials again.")
+    elif args.action == "reprobe":
+        from cape.sweep.reprobe import reprobe
+
+        if args.imports and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        print(
+            reprobe(
+                args.meta_dir,
+                data_root=args.data_root,
+                workers=args.workers,
+                imports=tuple(args.imports),
+                keep_seconds=args.keep_seconds,
+            )
+        )
     else:
         from cape.store.compact import compact
 

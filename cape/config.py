@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from cape.errors import SpecError, did_you_mean
 
@@ -43,13 +43,30 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def uniforms(*parts: Any) -> tuple[float, ...]:
+    """Return eight numbers of [0, 1) that depend on all ``parts`` (JSON values) and on nothing else."""
+    digest = hashlib.blake2b(canonical_json(list(parts)).encode(), digest_size=64).digest()
+    return tuple((int.from_bytes(digest[i : i + 8], "big") >> 11) / 2**53 for i in range(0, 64, 8))
+
+
 @dataclass(frozen=True)
 class JsonConfig:
-    """Base of the configuration classes: strict ``from_dict`` and a lossless ``to_dict``."""
+    """Base of the configuration classes: strict ``from_dict`` and a lossless ``to_dict``.
+
+    Attributes:
+        LATER: fields that a class gained after its first release. They are left out of the JSON while they hold their
+            default, so that whatever was named by its hash before they existed keeps its name.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values (tuples become lists)."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in self.LATER or getattr(self, f.name) != f.default
+        }
 
     def to_json(self, indent: int | None = None) -> str:
         """Return the configuration as JSON text."""
@@ -221,11 +238,78 @@ class ModelSpec(JsonConfig):
 
 
 @dataclass(frozen=True)
+class Augmentation(JsonConfig):
+    """What makes another task of a dataset (design: augmented trials); ``cape.datasets.augmented`` applies it.
+
+    Attributes:
+        seed: which classes are kept.
+        classes: how many classes are kept, of C: 2 at 0, all at 1, ``round(2 * (C / 2) ** classes)`` between.
+        random_labels: share of the samples whose label is drawn at random.
+        noise: standard deviation of the normal noise added to each input, in units of the inputs' own.
+        zeroed: share of the inputs (each number of each sample) that become zero, after the noise.
+        log_scale: natural logarithm of the factor that all inputs are multiplied by, last.
+        gray: images only: the mean of the channels in place of them.
+        pooled: images only: the mean of each 2x2 pixels in place of them.
+        samples: the size N of the full training set that the probe is told.
+    """
+
+    seed: int = 0
+    classes: float = 1.0
+    random_labels: float = 0.0
+    noise: float = 0.0
+    zeroed: float = 0.0
+    log_scale: float = 0.0
+    gray: bool = False
+    pooled: bool = False
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "random_labels", "zeroed"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise SpecError(f"An augmentation's {name} is a share between 0 and 1, not {getattr(self, name)!r}.")
+        if not (math.isfinite(self.noise) and self.noise >= 0 and math.isfinite(self.log_scale)):
+            raise SpecError(f"An augmentation cannot have noise {self.noise!r} and log_scale {self.log_scale!r}.")
+        if self.samples is not None:
+            _check_positive_int(self.samples, "samples")
+
+    @classmethod
+    def draw(cls, seed: int) -> Augmentation:
+        """Return the augmentation of a seed.
+
+        Each change but the last two is made with the chance named, so that trials near the plain ones are common:
+        a class subset .7; random labels .35, up to all; noise .35, up to the inputs' own deviation; zeroed .4, from
+        nearly none to .98 (log-uniform in what stays); gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6
+        (log-uniform) always.
+        """
+        classes, labels, noise, zeroed, gray, pooled, scale, samples = uniforms(seed)
+
+        def often(chance: float, u: float) -> float:
+            """Return 0 with the chance 1 - ``chance``, else a number of [0, 1)."""
+            return max(0.0, (u - 1.0) / chance + 1.0)
+
+        return cls(
+            seed=seed,
+            classes=round(1.0 - often(0.7, classes), 4),
+            random_labels=round(often(0.35, labels), 4),
+            noise=round(often(0.35, noise), 4),
+            zeroed=round(1.0 - 0.02 ** often(0.4, zeroed), 4),
+            log_scale=round(5.0 * scale - 4.0, 4),
+            gray=gray < 0.25,
+            pooled=pooled < 0.25,
+            samples=round(10.0 ** (3.0 + 3.0 * samples)),
+        )
+
+
+@dataclass(frozen=True)
 class TrialSpec(JsonConfig):
     """One trial: one model, one dataset, one probe batch, one learning rate, one seed.
 
-    The model is drawn from ``seed`` by the family unless ``model`` names one. ``task`` overrides the dataset's own.
+    The model is drawn from ``seed`` by the family unless ``model`` names one; or from ``model_seed``, which trials that
+    differ in nothing but their initialization, batch and dropout masks (replicates) have in common. ``task`` overrides
+    the dataset's own.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("augmentation", "model_seed")
 
     family: str
     dataset: str
@@ -239,6 +323,8 @@ class TrialSpec(JsonConfig):
     preprocess: str = "standard"
     stopping: StoppingRule = field(default_factory=StoppingRule)
     model: ModelSpec | None = None
+    augmentation: Augmentation | None = None
+    model_seed: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive_int(self.batch_size, "batch_size")
@@ -261,7 +347,8 @@ class TrialSpec(JsonConfig):
 
     def seed_for(self, purpose: str) -> int:
         """Return the seed of one purpose (``model``, ``init``, ``batch``, ``train``), independent of the others."""
-        return derive_seed(self.seed, purpose)
+        shared = purpose == "model" and self.model_seed is not None
+        return derive_seed(self.model_seed if shared else self.seed, purpose)
 
 
 @dataclass(frozen=True)
@@ -270,7 +357,12 @@ class SweepSpec(JsonConfig):
 
     Trials number ``len(families) * len(datasets) * len(batch_sizes) * len(lrs) * trials_per_cell``;
     rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
+
+    Where ``augmented``, every trial draws an ``Augmentation`` of its own. ``replicates``: so many trials of a cell,
+    one after the other, share their model and augmentation and differ in their other seeds.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -285,6 +377,8 @@ class SweepSpec(JsonConfig):
     precision: str = "float32"
     preprocess: str = "standard"
     stopping: StoppingRule = field(default_factory=StoppingRule)
+    augmented: bool = False
+    replicates: int = 1
 
     def __post_init__(self) -> None:
         for what in ("families", "datasets", "lrs", "batch_sizes"):
@@ -299,6 +393,7 @@ class SweepSpec(JsonConfig):
         for b in self.batch_sizes:
             _check_positive_int(b, "batch_sizes")
         _check_positive_int(self.trials_per_cell, "trials_per_cell")
+        _check_positive_int(self.replicates, "replicates")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
@@ -26,7 +26,7 @@ from cape.convergence.batched import measure_singly, out_of_memory, plain_step_s
 from cape.convergence.engine import same_bits, single_because
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.memory import kept_memory
-from cape.probing import probe
+from cape.probing import Features, probe
 from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss
 
@@ -100,6 +100,8 @@ def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
     dataset = datasets.load(trial.dataset, data_root)
     if trial.task is not None:
         dataset = dataset.with_task(trial.task)
+    if trial.augmentation is not None:
+        dataset = datasets.augmented(dataset, trial.augmentation, trial.batch_size)
     try:
         return _Drawn(trial, dataset, trial.model or draw_model(trial, dataset))
     except (ModelError, RuntimeError) as error:
@@ -255,6 +257,7 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
         "replicate": trial.replicate,
         "precision": trial.precision,
         "preprocess": trial.preprocess,
+        "augmentation": None if trial.augmentation is None else trial.augmentation.to_json(),
         "device": device_name(device),
     }
     return [{**shared, "epsilon": e, "log_epsilon": math.log(e)} for e in trial.epsilons]
@@ -262,23 +265,52 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
 
 def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
     """Build a trial's model, probe it, and write what is known then into its rows."""
+    trial = drawn.trial
+    model, batch = _build(drawn, device)
+    assert drawn.spec is not None
+    described = {
+        "architecture": drawn.spec.architecture,
+        "model": canonical_json(drawn.spec.to_dict()),
+        "task": drawn.dataset.task,
+    }
+    features, seconds = _probe(drawn, model, batch)
+    for row in rows:
+        row.update(described, **features.as_dict(), probe_seconds=seconds)
+    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
+
+
+def _build(drawn: _Drawn, device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Return a trial's model and batch."""
     if drawn.error is not None:
         raise drawn.error
-    trial, dataset, spec = drawn.trial, drawn.dataset, drawn.spec
+    trial, spec = drawn.trial, drawn.spec
     assert spec is not None
-    described = {"architecture": spec.architecture, "model": canonical_json(spec.to_dict()), "task": dataset.task}
-    for row in rows:
-        row.update(described)
     model = build_model(trial, spec).to(device)
     preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
-    x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
-    batch = (x.to(device), y.to(device))
+    x, y = drawn.dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
+    return model, (x.to(device), y.to(device))
+
+
+def _probe(drawn: _Drawn, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Features, float]:
+    """Return a trial's features, and the seconds that they took."""
+    dataset = drawn.dataset
     start = time.perf_counter()
-    features = probe(model, batch, loss=TASK_LOSS[dataset.task], lr=trial.lr, dataset_size=dataset.full_train_size)
-    probe_seconds = time.perf_counter() - start
-    for row in rows:
-        row.update(features.as_dict(), probe_seconds=probe_seconds)
-    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
+    features = probe(
+        model, batch, loss=TASK_LOSS[dataset.task], lr=drawn.trial.lr, dataset_size=dataset.full_train_size
+    )
+    return features, time.perf_counter() - start
+
+
+def probe_trial(
+    trial: TrialSpec, device: str | torch.device = "cpu", data_root: str | Path | None = None
+) -> tuple[Features, float]:
+    """Return the features of a trial, the same that ``run_trials`` finds, and the seconds that the probe took.
+
+    Raises:
+        ModelError, SpecError, DataError: see ``run_trials``.
+    """
+    drawn = _draw(trial, data_root)
+    return _probe(drawn, *_build(drawn, torch.device(device)))
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:

@@ -1,14 +1,18 @@
-"""The baseline that the benchmarks compare with counts the same updates as the engines do."""
+"""The benchmarks count and compare what they say they do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.features import CONSTANT, SETS, measure, table, together
+from benchmarks.features import tests as held_out_tests
 from benchmarks.naive import naive_rows
 from benchmarks.truth import COMPOSITION, key_of, summary, units
 from cape.config import TrialSpec
+from cape.metamodel.rows import NUMERIC, Rows
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
 
@@ -40,3 +44,32 @@ def test_the_whole_is_extrapolated_batch_size_by_batch_size() -> None:
     whole = summary({"units": held})["composition"]
     assert whole["mlp"]["share_of_trials"] == 180 / 2160
     assert whole["hours"] == pytest.approx((720 * 0.1 + 720 * 0.2 + 720 * 0.4) / 3600)
+
+
+def _rows(dataset: str, count: int, seed: int) -> Rows:
+    """Rows whose T* follows from the loss after 16 updates, and from nothing else."""
+    rng = np.random.default_rng(seed)
+    columns = {name: rng.normal(size=count) for name in NUMERIC}
+    columns["trial_id"] = np.array([f"{dataset}{seed}{i}" for i in range(count)], dtype=object)
+    columns["dataset"], columns["family"] = np.full(count, dataset, object), np.full(count, "mlp", object)
+    columns["t_star"] = np.round(np.exp(3 + columns["line_16"]))
+    columns["converged"] = np.ones(count, dtype=bool)
+    return Rows(columns)
+
+
+def test_what_features_are_worth_is_told_on_data_that_was_not_fitted_on() -> None:
+    plain = together(_rows("a", 60, 0), _rows("b", 60, 1))
+    augmented, held = _rows("a", 60, 2), _rows("c", 40, 3)
+    for name, base, more, test in held_out_tests(plain, augmented, held):
+        fitted = {*base["trial_id"], *([] if more is None else more["trial_id"])}
+        assert not fitted & set(test["trial_id"])
+        assert name == "c" or not set(test["dataset"]) & {*base["dataset"], *([] if more is None else more["dataset"])}
+    found = measure(plain, augmented, held)
+    assert found["rows"] == {"plain": 120, "augmented": 60}
+    for kind in ("plain", "plain + augmented"):
+        for name, rows in (("c", 40), ("left out", 120)):
+            scores = {label: found[kind][label][name] for label in found[kind]}
+            assert {s["rows"] for s in scores.values()} == {rows}
+            assert scores["+ slow-regime signals"]["mae"] < 0.5 * scores[CONSTANT]["mae"]
+            assert scores["the paper's six"]["mae"] > 0.7 * scores[CONSTANT]["mae"]
+    assert table({"mlp": found}).count("\n| ") == 1 + 1 + len(SETS)

@@ -7,8 +7,9 @@
 ((32, 3, 32, 32), (32,))
 """
 
+from cape.datasets.augment import augmented
 from cape.datasets.bundled import from_arrays
 from cape.datasets.dataset import Dataset, Source
 from cape.datasets.registry import data_root, load, names, register
 
-__all__ = ["Dataset", "Source", "data_root", "from_arrays", "load", "names", "register"]
+__all__ = ["Dataset", "Source", "augmented", "data_root", "from_arrays", "load", "names", "register"]

@@ -55,21 +55,21 @@ class Images(ABC):
         return len(self.labels)
 
     def sample_shape(self, layout: str) -> tuple[int, ...]:
-        channels, height, width = self.shape
-        return {
-            "vector": (channels * height * width,),
-            "rows": (height, channels * width),
-            "image": (3, SIDE, SIDE),
-        }[layout]
+        return arranged_shape(self.shape, layout)
 
     def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        x = arrange(self.normalized(index, layout, preprocess), layout)
+        return torch.from_numpy(x), torch.from_numpy(self.labels[index])
+
+    def normalized(self, index: np.ndarray, layout: str, preprocess: str) -> np.ndarray:
+        """Return rows of pixels as they are normalized for a layout, but in their own shape: float32 [k, C, H, W]."""
         # NumPy, not torch: arrays this small cost more to spread over threads than to compute.
         x = self.pixels(index).astype(np.float32) / np.float32(self.scale)
         statistics = self._statistics(layout, preprocess)
         if statistics is not None:
             mean, std = np.array([statistics.mean, statistics.std], dtype=np.float32)[:, :, None, None]
             x = (x - mean) / std
-        return torch.from_numpy(_arrange(x, layout)), torch.from_numpy(self.labels[index])
+        return x
 
     def _statistics(self, layout: str, preprocess: str) -> Statistics | None:
         if preprocess == "reference" and layout == "image":
@@ -85,7 +85,17 @@ class Images(ABC):
         return self._standard
 
 
-def _arrange(x: np.ndarray, layout: str) -> np.ndarray:
+def arranged_shape(shape: tuple[int, int, int], layout: str) -> tuple[int, ...]:
+    """Return the shape of one image (channels, height, width) in a layout."""
+    channels, height, width = shape
+    return {
+        "vector": (channels * height * width,),
+        "rows": (height, channels * width),
+        "image": (3, SIDE, SIDE),
+    }[layout]
+
+
+def arrange(x: np.ndarray, layout: str) -> np.ndarray:
     """Return images [B, C, H, W] in a layout, C-contiguous."""
     batch, channels, height, width = x.shape
     if layout == "vector":

@@ -21,12 +21,12 @@ class Vectors:
 
     Args:
         values: float32 [n, T, d].
-        targets: [n] float32 (regression), [n] int64 (classification) or [n, L] float32 (multi-label).
+        labels: [n] float32 (regression), [n] int64 (classification) or [n, L] float32 (multi-label).
     """
 
-    def __init__(self, values: np.ndarray, targets: np.ndarray) -> None:
+    def __init__(self, values: np.ndarray, labels: np.ndarray) -> None:
         self.values = values
-        self.targets = targets
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.values)
@@ -37,7 +37,7 @@ class Vectors:
 
     def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         x = torch.from_numpy(self.values[index])
-        return x.flatten(1) if layout == "vector" else x, torch.from_numpy(self.targets[index])
+        return x.flatten(1) if layout == "vector" else x, torch.from_numpy(self.labels[index])
 
 
 def standardize(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
+from cape.probing.features import SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +27,7 @@ NUMERIC = (
     *("batch_size", "lr", "epsilon", "seed", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
     *(f for f in PRODUCT_FEATURES if f != "family"),
     "log_tau_full",
+    *SLOW_FEATURES,
 )
 REQUIRED = ("family", "dataset", "batch_size", "lr", "epsilon", "t_star", *PAPER_FEATURES)
 

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.probing.per_sample import all_norms
+from cape.probing.signals import LayerSignals, layer_signals, output_spread, own_decrease, spread
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
+# What tells slow regimes apart; chosen by the error on datasets left out, see docs/data.md.
+SLOW_FEATURES = (
+    "line_16",
+    "log_output_spread",
+    "log_weakest_layer",
+    "log_last_share",
+    "log_move",
+    "spread_1",
+    "spread_16",
+    "log_own_16",
+)
 FEATURE_NAMES = (
     "log_p",
     "log_g2",
@@ -28,7 +40,9 @@ FEATURE_NAMES = (
     "log_grad_l2",
     "line_1",
     "line_4",
+    *SLOW_FEATURES,
 )
+LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300
 
 
@@ -47,7 +61,15 @@ class Features:
         log_l0: loss of the batch before any update, in train mode (the L_0 of T*).
         log_first_step: log(lr·‖∇L‖₁ / L_0): the relative decrease that AdamW's first update promises.
         log_grad_l1, log_grad_l2: ‖∇L‖₁ and ‖∇L‖₂ of the mean loss, in train mode.
-        line_1, line_4: log(L(θ - k·lr·sign ∇L) / L_0) for k = 1 and 4.
+        line_1, line_4, line_16: log(L(θ - k·lr·sign ∇L) / L_0) for k = 1, 4 and 16.
+        log_output_spread: log of the deviation of an output over the samples, root mean square over the outputs, in
+            train mode: low where the model hardly tells its inputs apart.
+        log_weakest_layer: log min_l rms(∇_l L) / rms(∇L): low where the gradient vanishes on its way to a layer.
+        log_last_share: log ‖∇_last L‖₁ / ‖∇L‖₁: the head's share of the first update's decrease.
+        log_move: log(lr·√P / ‖θ‖₂): the first update's length beside the parameters'.
+        spread_1, spread_16: deviation of the samples' losses over their mean, at k = 1 and 16.
+        log_own_16: log of the relative decrease, to first order and at k = 16, that the samples' own movement of the
+            outputs brings, without what moves all of them alike (see ``signals.own_decrease``).
     """
 
     log_p: float
@@ -63,6 +85,14 @@ class Features:
     log_grad_l2: float
     line_1: float
     line_4: float
+    line_16: float
+    log_output_spread: float
+    log_weakest_layer: float
+    log_last_share: float
+    log_move: float
+    spread_1: float
+    spread_16: float
+    log_own_16: float
 
     def as_dict(self) -> dict[str, float | None]:
         """Return the features by name, in the order of ``FEATURE_NAMES``."""
@@ -82,8 +112,8 @@ def probe(
     """Return the features of a model at initialization, from one batch and with no parameter update.
 
     Costs one forward and two input-gradient backward passes (the norms), one ordinary forward and backward pass, and
-    two forward passes along the direction of AdamW's first update. The model, its buffers, modes and gradients and the
-    global RNG are left bit for bit as they were.
+    three forward passes along the direction of AdamW's first update. The model, its buffers, modes and gradients and
+    the global RNG are left bit for bit as they were.
 
     Args:
         model: any ``nn.Module``.
@@ -117,20 +147,39 @@ def probe(
         log_first_step=_log(lr * line.grad_l1 / line.l0),
         log_grad_l1=_log(line.grad_l1),
         log_grad_l2=_log(line.grad_l2),
-        line_1=_log(line.after_1 / line.l0),
-        line_4=_log(line.after_4 / line.l0),
+        line_1=_log(line.after[0] / line.l0),
+        line_4=_log(line.after[1] / line.l0),
+        line_16=_log(line.after[2] / line.l0),
+        log_output_spread=line.log_output_spread,
+        log_weakest_layer=line.layers.weakest,
+        log_last_share=line.layers.last_share,
+        log_move=line.layers.move,
+        spread_1=line.spreads[0],
+        spread_16=line.spreads[2],
+        log_own_16=line.log_own,
     )
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What AdamW's first update is about to do: L_0, the gradient's norms, and the loss after 1 and 4 such steps."""
+    """What AdamW's first update is about to do.
+
+    Attributes:
+        l0, grad_l1, grad_l2: the loss and its gradient's norms.
+        log_output_spread: see ``signals.output_spread``.
+        layers: how that gradient is spread over the layers.
+        after, spreads: the loss after each of ``LINE`` such updates, and how the samples' losses differ then.
+        log_own: see ``own_decrease``, at the last of them.
+    """
 
     l0: float
     grad_l1: float
     grad_l2: float
-    after_1: float
-    after_4: float
+    log_output_spread: float
+    layers: LayerSignals
+    after: tuple[float, ...]
+    spreads: tuple[float, ...]
+    log_own: float
 
 
 def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, lr: float) -> FirstStep:
@@ -142,29 +191,37 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     x, y, _ = check_batch(batch)
     params = list(trainable(model).values())
 
-    def loss_now() -> Tensor:
+    def outputs_now() -> Tensor:
         torch.random.default_generator.manual_seed(0)
         if y.is_cuda:
             torch.cuda.manual_seed(0)
-        return criterion.mean(call(model, x), y)
+        return call(model, x)
 
     with preserved(model, seed=0, parameters=True), torch.enable_grad():
         model.train()
-        loss = loss_now()
+        outputs = outputs_now()
+        loss = criterion.mean(outputs, y)
         l0 = loss.item()
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
         grads = torch.autograd.grad(loss, params, allow_unused=True)
-        directions = [(p, g.sign()) for p, g in zip(params, grads, strict=True) if g is not None]
-        l1 = sum(float(g.abs().sum(dtype=torch.float64)) for g in grads if g is not None)
-        l2 = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
-        after = []
+        leaf = outputs.detach().requires_grad_()
+        (residual,) = torch.autograd.grad(criterion.per_sample(leaf, y).sum(), leaf)
+        moving = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+        l1 = sum(float(g.abs().sum(dtype=torch.float64)) for _, g in moving)
+        l2 = math.sqrt(sum(float(g.double().square().sum()) for _, g in moving))
+        layers = layer_signals([p for p, _ in moving], [g for _, g in moving], lr, l1, l2)
+        directions = [(p, g.sign()) for p, g in moving]
+        after, spreads, done = [], [], 0
         with torch.no_grad():
-            for k in (1, 3):  # cumulative: 1, then 4 steps
+            for k in LINE:
                 for p, direction in directions:
-                    p.add_(direction, alpha=-lr * k)
-                after.append(loss_now().item())
-    return FirstStep(l0, l1, l2, after[0], after[1])
+                    p.add_(direction, alpha=-lr * (k - done))
+                done, there = k, outputs_now()
+                after.append(criterion.mean(there, y).item())
+                spreads.append(spread(criterion.per_sample(there, y)))
+    own = own_decrease(leaf, residual, there, l0)
+    return FirstStep(l0, l1, l2, output_spread(leaf), layers, tuple(after), tuple(spreads), own)
 
 
 def _log(value: float) -> float:

@@ -63,7 +63,8 @@ def claim(meta_dir: reader.Where, spec: SweepSpec, *, resume: bool = False) -> N
 
 def differences(held: SweepSpec, wanted: SweepSpec) -> list[str]:
     """Return, as phrases, what ``wanted`` changes or leaves out of ``held``; nothing where it only adds trials."""
-    a, b = held.to_dict(), wanted.to_dict()
+    defaults = {name: getattr(SweepSpec, name) for name in SweepSpec.LATER}  # which the JSON leaves out
+    a, b = {**defaults, **held.to_dict()}, {**defaults, **wanted.to_dict()}
     found = []
     for key in a:
         if key in _COUNTS or a[key] == b[key]:

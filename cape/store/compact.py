@@ -91,31 +91,44 @@ def compact(
         raise StoreError(f"{location} holds no rows to compact.")
     if out is not None:
         return _copy(location, base, Location.of(out), target_bytes)
-    if location.folder is None or not os.path.islink(location.path(ROWS)):
-        raise StoreError(
-            f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
-            " or a folder that an early version wrote); give --out to compact into another place."
-        )
+    check_replaceable(location)
     with location.lock(exclusive=True, name=".compact", wait=False):
         return _replace(location, base, target_bytes, keep_seconds)
 
 
 def _replace(location: Location, base: str, target_bytes: int, keep_seconds: float) -> Compaction:
     """Build the next generation and move the link ``rows`` to it."""
-    removed = _remove_retired(location, base, keep_seconds)
+    removed = remove_retired(location, base, keep_seconds)
     files = reader.list_chunks(location, base)
     plans = [p for p in _merges(location, base, files, target_bytes) if len(p[1]) > 1]
     if not plans:
         return Compaction(len(files), len(files), 0, removed=removed)
-    # Numbers only go up, also past a generation that a killed compaction left half-built.
-    number = max(int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(location.path())) if m) + 1
-    following = f"_rows.{number}"
+    following = next_generation(location)
     rows, duplicates = _merge_all(location, base, plans, location, following)
     merged = {f"{folder}/{name}" for folder, names in plans for name in names}
+    kept = publish(location, base, following, merged)
+    after = len(reader.list_chunks(location, following))
+    return Compaction(kept, after, rows, duplicates, removed + remove_retired(location, following, keep_seconds))
+
+
+def next_generation(location: Location) -> str:
+    """Return the name of a generation that there never was; numbers only go up, also past one left half-built."""
+    return f"_rows.{max(int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(location.path())) if m) + 1}"
+
+
+def publish(location: Location, base: str, following: str, replaced: set[str]) -> int:
+    """Make ``following`` the current generation: it gets all files of ``base`` but those that it replaces.
+
+    Args:
+        replaced: paths below ``base``.
+
+    Returns:
+        Number of files in ``base``.
+    """
     with location.lock(exclusive=True):
-        kept = [name[len(base) + 1 :] for name in reader.list_chunks(location, base)]
-        for name in kept:
-            if name not in merged:
+        held = [name[len(base) + 1 :] for name in reader.list_chunks(location, base)]
+        for name in held:
+            if name not in replaced:
                 os.makedirs(os.path.dirname(location.path(f"{following}/{name}")), exist_ok=True)
                 os.link(location.path(f"{base}/{name}"), location.path(f"{following}/{name}"))
         for folder, _, _ in os.walk(location.path(following)):
@@ -127,8 +140,16 @@ def _replace(location: Location, base: str, target_bytes: int, keep_seconds: flo
         os.replace(link, location.path(ROWS))
         sync_folder(location.path())
         os.utime(location.path(base))  # its grace begins now
-    after = len(reader.list_chunks(location, following))
-    return Compaction(len(kept), after, rows, duplicates, removed + _remove_retired(location, following, keep_seconds))
+    return len(held)
+
+
+def check_replaceable(location: Location) -> None:
+    """Raise ``StoreError`` where the files of a meta-dataset cannot be replaced at once."""
+    if location.folder is None or not os.path.islink(location.path(ROWS)):
+        raise StoreError(
+            f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
+            " or a folder that an early version wrote); `cape store compact --out` compacts it into another place."
+        )
 
 
 def _copy(source: Location, base: str, target: Location, target_bytes: int) -> Compaction:
@@ -206,7 +227,7 @@ def _union(location: Location, names: list[str]) -> pa.Table:
     return union.replace_schema_metadata(metadata)
 
 
-def _remove_retired(location: Location, current: str, keep_seconds: float) -> int:
+def remove_retired(location: Location, current: str, keep_seconds: float) -> int:
     """Delete generations that were replaced long enough ago (and what a killed compaction left); return how many."""
     count = 0
     for name in os.listdir(location.path()):

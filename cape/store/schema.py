@@ -51,6 +51,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("replicate", pa.int32()),
         pa.field("precision", pa.string()),
         pa.field("preprocess", pa.string()),
+        pa.field("augmentation", pa.string()),  # Augmentation as JSON; null for a plain trial
         *(pa.field(name, pa.float64()) for name in FEATURE_NAMES),
         pa.field("log_epsilon", pa.float64()),
         pa.field("t_star", pa.int32()),  # updates until L_t <= epsilon * L_0; null where censored or failed

@@ -50,9 +50,21 @@ def test_the_quick_ids_are_the_ids() -> None:
     for spec in (
         SPEC,
         SPEC.replace(task="classification", epsilons=(0.5,), seed=7, precision="bf16", trials_per_cell=12),
+        SPEC.replace(augmented=True),
+        SPEC.replace(replicates=2),
+        SPEC.replace(augmented=True, replicates=3, task="multilabel"),
     ):
         plan = Plan(spec)
         assert plan.all_ids().tolist() == [int(t.trial_id, 16) for t in plan.trials()]
+
+
+def test_what_was_named_before_there_were_augmentations_keeps_its_name() -> None:
+    """The ids and hashes of sweeps that exist: should one change, a resume would run everything again."""
+    trial = next(Plan(SPEC).trials())
+    assert (trial.trial_id, trial.seed) == ("f5516fa210b36653", 3700538388559200928)
+    assert SPEC.spec_hash == "874d1f2189775a5c"
+    assert SPEC.replace(augmented=True).spec_hash != SPEC.spec_hash != SPEC.replace(replicates=2).spec_hash
+    assert SweepSpec.from_json(SPEC.replace(augmented=True).to_json()).augmented
 
 
 @pytest.mark.parametrize("workers", [1, 2, 64])

@@ -189,6 +189,7 @@ def test_a_sweep_may_be_extended_and_runs_only_what_is_new(tmp_path: Path) -> No
     assert [s.spec_hash for s in reader.read_specs(tmp_path)] == [SPEC.spec_hash, larger.spec_hash]
     for change, words in (
         ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"augmented": True}, "augmented is False there and True here"),
         ({"epsilons": (0.5,)}, "epsilons is"),
         ({"lrs": (5e-4, 1e-3)}, "without 0.002"),
         ({"trials_per_cell": 7}, "a cell of mlp has 8 trials there and 7 here"),

@@ -1,0 +1,152 @@
+"""Augmented datasets: other tasks made of the same data, so that four datasets are many (design, augmented trials).
+
+An augmented dataset is a dataset like any other: fewer classes, other sizes, harder or simpler inputs. It is drawn
+from, probed and trained as a plain one is; nothing after this module knows the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cape.config import Augmentation, derive_seed
+from cape.datasets.dataset import Dataset, Source
+from cape.datasets.images import Images, arrange, arranged_shape
+from cape.errors import SpecError
+
+
+def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -> Dataset:
+    """Return the dataset that an augmentation makes of another one; nothing is read or computed yet.
+
+    In the order in which they are applied:
+
+    * ``classes`` keeps that many classes, drawn by the augmentation's seed and numbered from 0 in the order of the
+      draw, and further ones until ``at_least`` rows are left. Regressions and multi-label data keep all rows.
+    * ``gray`` and ``pooled`` make smaller images, before they are arranged (``image`` is then resized to 3x32x32, as
+      it is for any image of another size). Data that are not images, hashed texts and tables, stay as they are.
+    * ``noise`` is added, in units of the standard deviation of the batch's inputs; then ``zeroed`` of all inputs become
+      zero; then all are multiplied by e^``log_scale``.
+    * ``random_labels``: a label is drawn from all classes that were kept. Targets that are no classes are exchanged
+      among the samples that were drawn.
+
+    Which samples are noisy, zeroed or labelled at random follows from the seed of the batch.
+
+    Args:
+        at_least: rows that must be left, a batch size.
+
+    Raises:
+        SpecError: a sequence, whose tokens can be neither scaled nor made noisy.
+    """
+    if dataset.task == "sequence":
+        raise SpecError(f"'{dataset.name}' is a sequence of tokens; only numeric inputs can be augmented.")
+    labels: np.ndarray = dataset.source.labels  # type: ignore[attr-defined]  # every source but sequences has them
+    kept: tuple[int, ...] = ()
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and dataset.outputs > 2:
+        kept = _classes(dataset, augmentation, at_least)
+    source = _Augmented(dataset.source, augmentation, kept)
+    names = tuple(dataset.class_names[c] for c in kept) if kept and dataset.class_names else dataset.class_names
+    return dataclasses.replace(
+        dataset,
+        outputs=len(kept) or dataset.outputs,
+        full_train_size=augmentation.samples or dataset.full_train_size,
+        class_names=names,
+        source=source,
+    )
+
+
+def _classes(dataset: Dataset, augmentation: Augmentation, at_least: int) -> tuple[int, ...]:
+    """Return the classes that are kept, in their new order; none where all are."""
+    count = round(2 * (dataset.outputs / 2) ** augmentation.classes)
+    order = np.random.default_rng(derive_seed(augmentation.seed, "classes")).permutation(dataset.outputs)
+    rows = np.cumsum(np.diff(_by_class(dataset.source)[1], append=len(dataset.source))[order])
+    count = max(count, int(np.searchsorted(rows, at_least)) + 1)
+    return tuple(order[:count].tolist()) if count < dataset.outputs else ()
+
+
+@lru_cache(maxsize=32)
+def _by_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a source ordered by class, and where each class begins among them."""
+    labels: np.ndarray = source.labels  # type: ignore[attr-defined]
+    order = np.argsort(labels, kind="stable")
+    return order, np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Augmented:
+    """The samples of another source that are left, and changed (see :func:`augmented`).
+
+    Attributes:
+        kept: classes in their new order; all where there is none.
+    """
+
+    base: Source
+    augmentation: Augmentation
+    kept: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups())) if self.kept else len(self.base)
+
+    def _groups(self) -> list[np.ndarray]:
+        """Return the rows of each class that is kept."""
+        order, starts = _by_class(self.base)
+        ends = np.append(starts[1:], len(order))
+        return [order[starts[c] : ends[c]] for c in self.kept]
+
+    def sample_shape(self, layout: str) -> tuple[int, ...]:
+        if not isinstance(self.base, Images):
+            return self.base.sample_shape(layout)
+        channels, height, width = self.base.shape
+        if self.augmentation.pooled:
+            height, width = height // 2, width // 2
+        return arranged_shape((1 if self.augmentation.gray else channels, height, width), layout)
+
+    def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        rows = np.concatenate(self._groups())[index] if self.kept else index
+        changes = self.augmentation
+        if isinstance(self.base, Images):
+            y = torch.from_numpy(self.base.labels[rows])
+            x = arrange(_smaller(self.base.normalized(rows, layout, preprocess), changes), layout)
+        else:
+            inputs, y = self.base.fetch(rows, layout, preprocess, rng)
+            x = inputs.numpy()
+        if self.kept:
+            renumbered = np.zeros(max(self.kept) + 1, dtype=np.int64)
+            renumbered[list(self.kept)] = np.arange(len(self.kept))
+            y = torch.from_numpy(renumbered[y.numpy()])
+        return torch.from_numpy(_changed(x, changes, rng)), self._labels(y, rng)
+
+    def _labels(self, y: Tensor, rng: np.random.Generator) -> Tensor:
+        chosen = np.flatnonzero(rng.random(len(y)) < self.augmentation.random_labels)
+        if not len(chosen):
+            return y
+        y = y.clone()
+        if y.dim() == 1 and not y.is_floating_point():
+            classes = len(self.kept) or len(_by_class(self.base)[1])
+            y[chosen] = torch.from_numpy(rng.integers(classes, size=len(chosen)))
+        else:
+            y[chosen] = y[rng.permutation(chosen)]
+        return y
+
+
+def _smaller(x: np.ndarray, changes: Augmentation) -> np.ndarray:
+    """Return images [B, C, H, W] gray, of half the size, or both."""
+    if changes.gray:
+        x = x.mean(axis=1, keepdims=True)
+    if changes.pooled:
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        x = x[:, :, : 2 * height, : 2 * width].reshape(*x.shape[:2], height, 2, width, 2).mean(axis=(3, 5))
+    return x
+
+
+def _changed(x: np.ndarray, changes: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Return inputs with noise, zeros and another scale, float32, C-contiguous."""
+    if changes.noise:
+        x = x + np.float32(changes.noise * x.std()) * rng.standard_normal(x.shape, dtype=np.float32)
+    if changes.zeroed:
+        x = np.where(rng.random(x.shape, dtype=np.float32) < changes.zeroed, np.float32(0), x)
+    return np.ascontiguousarray(x * np.float32(np.exp(changes.log_scale)))

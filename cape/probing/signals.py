@@ -1,0 +1,104 @@
+"""Signals of slow regimes: by-products of the first step's backward and forward passes, each O(parameters) or less.
+
+They say what a mean loss and a total norm hide: that the gradient vanishes on its way to some layer, that samples are
+not told apart, that an update is long or short beside the weights it moves. Every function takes one model's tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6  # what these ratios are cut off at: beyond, they are as good as zero
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """Natural logarithms; see ``Features``."""
+
+    weakest: float
+    last_share: float
+    move: float
+
+
+def layer_signals(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, l1: float, l2: float
+) -> LayerSignals:
+    """Compare the layers' gradients ∇_l L, and an update's length with that of the parameters.
+
+    ``weakest`` = log min_l rms(∇_l L) / rms(∇L) over the weights (tensors of two dimensions or more; all tensors where
+    there is none): very low where the gradient vanishes on its way to a layer. ``last_share`` = log ‖∇_last L‖₁ / ‖∇L‖₁
+    of the last weight, in the order of ``model.parameters()``: how much of lr·‖∇L‖₁, the decrease that AdamW's first
+    update promises, is the head's. ``move`` = log(lr·√P / ‖θ‖₂): that update's length beside the parameters'.
+
+    Args:
+        parameters, gradients: those that have a gradient, in the same order, of the same shapes.
+        lr: learning rate.
+        l1, l2: ‖∇L‖₁ and ‖∇L‖₂.
+    """
+    weights = [g for g in gradients if g.dim() >= 2] or list(gradients)
+    if not weights:
+        return LayerSignals(math.log(FLOOR), math.log(FLOOR), math.log(FLOOR))
+    count = sum(g.numel() for g in gradients)
+    weakest = min(_norm(g) / math.sqrt(g.numel()) for g in weights)
+    return LayerSignals(
+        weakest=_log_ratio(weakest, l2 / math.sqrt(count)),
+        last_share=_log_ratio(float(weights[-1].abs().sum(dtype=torch.float64)), l1),
+        move=_log_ratio(lr * math.sqrt(count), math.sqrt(sum(_norm(p) ** 2 for p in parameters))),
+    )
+
+
+def spread(losses: Tensor) -> float:
+    """Return the standard deviation of the samples' losses [B] over their mean: 0 where all are alike, at most √B.
+
+    A loss falls to ε·L_0 when the slowest samples have been learnt, which a mean does not show. √B where a loss is not
+    finite.
+    """
+    values = losses.detach().double()
+    if not bool(torch.isfinite(values).all()):
+        return math.sqrt(len(values))
+    return float(values.std(correction=0) / values.mean().abs().clamp(min=1e-300))
+
+
+def output_spread(outputs: Tensor) -> float:
+    """Return log of the deviation of an output over the samples, root mean square over the outputs [B, ...].
+
+    No less than the logarithm of ``FLOOR``: of a batch of one it is that.
+    """
+    values = outputs.detach().double().flatten(1) if outputs.dim() > 1 else outputs.detach().double()[:, None]
+    return _log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
+
+
+def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) -> float:
+    """Return the logarithm of what the samples' *own* movement of outputs takes off the loss, relative to L_0.
+
+    The outputs f_b move to f_b + Δ_b. With residuals r_b = ∂ℓ_b/∂f_b and means over the samples r̄ and Δ̄,
+    -⟨r_b, Δ_b⟩ summed is what the first order says; the part -⟨r_b - r̄, Δ_b - Δ̄⟩ is what is left when all samples are
+    moved alike is taken away. Where inputs are hardly told apart (sparse texts, a gradient that vanished on its way to
+    them), the first steps move all outputs alike, and the loss soon stops falling. It is the alignment of the NTK with
+    the centred residual, for the kernel of signed gradients, without the kernel.
+
+    Args:
+        outputs, residual, moved: [B, ...]: before, ∂(Σℓ)/∂outputs, and after.
+        l0: mean loss before.
+    """
+    count = len(outputs)
+    change = (moved.detach().double() - outputs.detach().double()).reshape(count, -1)
+    pull = residual.detach().double().reshape(count, -1)
+    own = -float(((change - change.mean(0)) * (pull - pull.mean(0))).sum()) / count
+    return _log_ratio(own, l0) if math.isfinite(own) else math.log(FLOOR)
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.detach()))
+
+
+def _log_ratio(part: float, whole: float) -> float:
+    """Return log(part / whole), no less than the logarithm of ``FLOOR`` and no more than its negative."""
+    if not whole > 0.0:
+        return math.log(FLOOR)
+    return math.log(min(max(part / whole, FLOOR), 1.0 / FLOOR))
