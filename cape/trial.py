@@ -72,7 +72,7 @@ def run_trials(
         raise SpecError(f"Unknown engine '{engine}'.{did_you_mean(engine, ENGINES)}")
     device = torch.device(device)
     rest = iter(trials)
-    with kept_memory(device) if engine == "auto" else nullcontext():
+    with kept_memory(device, give_back=False) if engine == "auto" else nullcontext():
         while window := list(islice(rest, _LOOKAHEAD)):
             groups: dict[Any, list[_Drawn]] = {}
             for number, trial in enumerate(window):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
-from cape.probing.per_sample import all_norms
+from cape.memory import kept_memory
+from cape.probing.per_sample import Norms, all_norms
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
@@ -30,6 +32,8 @@ FEATURE_NAMES = (
     "line_4",
 )
 _TINY = 1e-300
+LINE_STEPS = (1, 3)  # of lr·sign ∇L, one after the other: the points 1 and 4
+_PIECE = 2**18  # numbers: twice that in float64 stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,15 @@ def probe(
     lr = check_lr(lr)
     if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
         raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
-    _, _, batch_size = check_batch(batch)
-    criterion = Loss(loss)
-    norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
-    line = first_step(model, batch, criterion, lr)
+    check_batch(batch)
+    with kept_memory(batch[1].device):
+        norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
+        line = first_step(model, batch, Loss(loss), lr)
+    return features_of(model, norms, line, lr, dataset_size)
+
+
+def features_of(model: nn.Module, norms: Norms, line: FirstStep, lr: float, dataset_size: int) -> Features:
+    """Return the features of a model whose norms and first step are known."""
     return Features(
         log_p=math.log(sum(p.numel() for p in trainable(model).values())),
         log_g2=_log_mean(norms.g2),
@@ -112,7 +121,7 @@ def probe(
         log_tau_full=None if norms.tau_full is None else _log_mean(norms.tau_full),
         log_n=math.log(dataset_size),
         log_lr=math.log(lr),
-        log_b=math.log(batch_size),
+        log_b=math.log(len(norms.losses)),
         log_l0=_log(line.l0),
         log_first_step=_log(lr * line.grad_l1 / line.l0),
         log_grad_l1=_log(line.grad_l1),
@@ -156,15 +165,37 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         directions = [(p, g.sign()) for p, g in zip(params, grads, strict=True) if g is not None]
-        l1 = sum(float(g.abs().sum(dtype=torch.float64)) for g in grads if g is not None)
-        l2 = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
+        ((l1, squares),) = gradient_sums([g.flatten()[None] for g in grads if g is not None]).tolist()
+        del grads
         after = []
         with torch.no_grad():
-            for k in (1, 3):  # cumulative: 1, then 4 steps
+            for k in LINE_STEPS:
                 for p, direction in directions:
                     p.add_(direction, alpha=-lr * k)
                 after.append(loss_now().item())
-    return FirstStep(l0, l1, l2, after[0], after[1])
+    return FirstStep(l0, l1, math.sqrt(squares), after[0], after[1])
+
+
+def gradient_sums(grads: Iterable[Tensor]) -> Tensor:
+    """Return (Σ|g|, Σg²) over gradients [k, n] of k models, [k, 2] float64, without a float64 copy of the whole."""
+    total: Tensor | float = 0.0
+    for piece in _pieces(grads):
+        wide = piece.to(torch.float64, copy=True)
+        total = total + torch.stack([wide.abs().sum(1), wide.square_().sum(1)], 1)
+    return total if isinstance(total, Tensor) else torch.zeros(1, 2, dtype=torch.float64)
+
+
+def _pieces(grads: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Cut what is large and put together what is small, so that there are few pieces and each fits the cache."""
+    held: list[Tensor] = []
+    for grad in grads:
+        for piece in grad.detach().split(max(1, _PIECE // len(grad)), 1):
+            held.append(piece)
+            if sum(p.numel() for p in held) >= _PIECE // 2:
+                yield torch.cat(held, 1) if len(held) > 1 else held[0]
+                held = []
+    if held:
+        yield torch.cat(held, 1)
 
 
 def _log(value: float) -> float:
