@@ -23,10 +23,12 @@ from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
 from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
+from cape.convergence.convert import Unstackable
 from cape.convergence.engine import same_bits, single_because
+from cape.convergence.stacked_probe import probe_many, probed_together
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.memory import kept_memory
-from cape.probing import probe
+from cape.probing import Features, probe
 from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss
 
@@ -37,8 +39,8 @@ ENGINES = ("auto", "single")
 # Trials that are looked at together, to find those that can share a stack: a shard's worth.
 _LOOKAHEAD = 512
 
-# Seconds of one plain training step by (model, batch size, precision, device): measured once in a process.
-_step_seconds: dict[tuple[str, int, str, str], float] = {}
+# Seconds of one plain training step by (model, task, batch size, precision, device): measured once in a process.
+_step_seconds: dict[tuple[str, str, int, str, str], float] = {}
 
 
 def run_trials(
@@ -104,15 +106,16 @@ def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
         return _Drawn(trial, dataset, None, error)
 
 
-def _key(drawn: _Drawn, device: torch.device) -> tuple[str, int, str, str]:
+def _key(drawn: _Drawn, device: torch.device) -> tuple[str, str, int, str, str]:
     """Return what trials of one stack have in common."""
     assert drawn.spec is not None
-    return canonical_json(drawn.spec.to_dict()), drawn.trial.batch_size, drawn.trial.precision, str(device)
+    trial, model = drawn.trial, canonical_json(drawn.spec.to_dict())
+    return model, drawn.dataset.task, trial.batch_size, trial.precision, str(device)
 
 
 def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engine: str) -> Iterator[list[Row]]:
     """Run trials of the same model and batch size and yield their rows."""
-    subjects = _Subjects(group, device, sweep_hash)
+    subjects = _Subjects(group, device, sweep_hash, together=engine == "auto")
     for outcome in _outcomes(subjects, group, device, engine):
         while subjects.failed:
             yield subjects.failed.popleft()
@@ -130,7 +133,14 @@ def _run_alike(group: list[_Drawn], device: torch.device, sweep_hash: str, engin
 
 
 class _Subjects(Iterator[Subject]):
-    """Builds and probes a group's trials, one when it is asked for.
+    """Builds and probes a group's trials, a few when one is asked for.
+
+    Args:
+        group: trials of one model and batch size.
+        device: where they run.
+        sweep_hash: written into every row.
+        together: whether trials may be probed several at once. A trial is then probed the same way if it is the only
+            one, so that its numbers do not depend on its neighbours.
 
     Attributes:
         started: rows of the trials handed out, in order.
@@ -139,30 +149,76 @@ class _Subjects(Iterator[Subject]):
             and the trial is built again when the next one is asked for.
     """
 
-    def __init__(self, group: list[_Drawn], device: torch.device, sweep_hash: str) -> None:
+    def __init__(self, group: list[_Drawn], device: torch.device, sweep_hash: str, *, together: bool) -> None:
         self._waiting, self._device, self._sweep_hash = deque(group), device, sweep_hash
+        self._at_once: int | None = None if together else 0  # None: not known yet; 0: each by itself
+        self._ready: deque[tuple[list[Row], Subject]] = deque()
         self._again: _Drawn | None = None
         self.started: list[list[Row]] = []
         self.failed: deque[list[Row]] = deque()
         self.beside_a_stack = False
 
     def __next__(self) -> Subject:
-        while self._waiting:
+        while not self._ready:
+            if not self._waiting:
+                raise StopIteration
+            self._probe(self._build())
+        rows, subject = self._ready.popleft()
+        self.started.append(rows)
+        return subject
+
+    def _build(self) -> list[tuple[_Drawn, list[Row], Subject]]:
+        """Take the next trials that are to be probed together and build their models."""
+        built: list[tuple[_Drawn, list[Row], Subject]] = []
+        while self._waiting and len(built) < max(1, self._at_once or 0):
             drawn = self._waiting[0]
             rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
             try:
                 subject = _prepare(rows, drawn, self._device)
             except (ModelError, RuntimeError) as error:
-                if self.beside_a_stack and out_of_memory(error) and drawn is not self._again:
+                if self._to_be_raised(error, drawn):
+                    if built:
+                        break  # first those that have been built
                     self._again = drawn
                     raise
                 self._waiting.popleft()
                 self.failed.append(_failed(rows, error))
                 continue
             self._waiting.popleft()
-            self.started.append(rows)
-            return subject
-        raise StopIteration
+            built.append((drawn, rows, subject))
+            if self._at_once is None:
+                self._at_once = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
+        return built
+
+    def _probe(self, built: list[tuple[_Drawn, list[Row], Subject]]) -> None:
+        """Write what the probe says into the rows; put those trials among the ready or the failed."""
+        began = time.perf_counter()
+        known: list[Features | None] = [None] * len(built)
+        if self._at_once and built:
+            sizes = [drawn.dataset.full_train_size for drawn, _, _ in built]
+            try:
+                known = list(probe_many([s for _, _, s in built], sizes, TASK_LOSS[built[0][0].dataset.task]))
+            except (ModelError, Unstackable, RuntimeError) as error:  # one of them: each finds out by itself
+                _note(f"{built[0][0].trial.family} trials are probed one by one: {error}")
+        seconds = (time.perf_counter() - began) / max(1, len(built))
+        for i, (drawn, rows, subject) in enumerate(built):
+            features = known[i]
+            began = time.perf_counter()
+            try:
+                features = features or _probe_alone(drawn, subject)
+            except (ModelError, RuntimeError) as error:
+                if self._to_be_raised(error, drawn):
+                    self._waiting.extendleft(drawn for drawn, _, _ in reversed(built[i:]))
+                    self._again = drawn
+                    raise
+                self.failed.append(_failed(rows, error))
+                continue
+            for row in rows:
+                row.update(features.as_dict(), probe_seconds=seconds + time.perf_counter() - began)
+            self._ready.append((rows, subject))
+
+    def _to_be_raised(self, error: Exception, drawn: _Drawn) -> bool:
+        return self.beside_a_stack and out_of_memory(error) and drawn is not self._again
 
 
 def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
@@ -244,7 +300,7 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
 
 
 def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
-    """Build a trial's model, probe it, and write what is known then into its rows."""
+    """Build a trial's model, fetch its batch, and write what is known then into its rows."""
     if drawn.error is not None:
         raise drawn.error
     trial, dataset, spec = drawn.trial, drawn.dataset, drawn.spec
@@ -256,12 +312,13 @@ def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
     preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
     x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
     batch = (x.to(device), y.to(device))
-    start = time.perf_counter()
-    features = probe(model, batch, loss=TASK_LOSS[dataset.task], lr=trial.lr, dataset_size=dataset.full_train_size)
-    probe_seconds = time.perf_counter() - start
-    for row in rows:
-        row.update(features.as_dict(), probe_seconds=probe_seconds)
     return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
+
+
+def _probe_alone(drawn: _Drawn, subject: Subject) -> Features:
+    dataset = drawn.dataset
+    loss, size = TASK_LOSS[dataset.task], dataset.full_train_size
+    return probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:
