@@ -20,7 +20,6 @@ from cape.store.schema import ROW_SCHEMA
 from cape.trial import build_model, draw_model, run_trials
 
 TIMES = ("probe_seconds", "truth_seconds", "step_seconds")
-SUMS = ("log_first_step", "log_grad_l1", "log_grad_l2")  # float64 sums: their order may differ
 
 
 def mlp_trial(seed: int = 0, **changes: object) -> TrialSpec:
@@ -83,7 +82,7 @@ def test_the_engine_decides_nothing_but_the_time() -> None:
     for name, rows in stacked.items():  # several are probed at once: the per-sample norms agree to rounding
         for one, other in zip(rows, single[name], strict=True):
             assert features_of(one) == pytest.approx(features_of(other), rel=1e-6)
-            assert all(one[n] == other[n] for n in set(one) - {"log_g2", "log_tau", *SUMS})
+            assert all(one[n] == other[n] for n in set(one) - {"log_g2", "log_tau"})
     assert all(row["step_seconds"] > 0 for rows in run_trials(trials) for row in rows)
     with pytest.raises(SpecError, match="Unknown engine"):
         next(run_trials(trials, engine="stack"))
@@ -235,4 +234,8 @@ def test_trials_of_one_model_and_two_tasks_share_no_stack() -> None:
     single = {rows[0]["trial_id"]: rows[0] for rows in run_trials(trials, engine="single")}
     assert len(found) == 4
     for name, row in found.items():
-        assert (row["l0"], row["t_star"], row["task"]) == (single[name]["l0"], single[name]["t_star"], single[name]["task"])
+        assert (row["l0"], row["t_star"], row["task"]) == (
+            single[name]["l0"],
+            single[name]["t_star"],
+            single[name]["task"],
+        )

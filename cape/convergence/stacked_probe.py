@@ -46,8 +46,8 @@ def probed_together(model: nn.Module, batch: tuple[Tensor, Tensor], loss: str) -
 def probe_many(subjects: Sequence[Subject], sizes: Sequence[int], loss: str) -> list[Features]:
     """Return what ``probe`` would say of each subject (``probed_together`` says of which kind).
 
-    The features of the first step are the same bit for bit, but for the order in which the gradient's norms are
-    summed; those of the per-sample norms agree to float32 rounding. No model is changed, and no global RNG is used.
+    The features of the first step are the same bit for bit; those of the per-sample norms agree to float32 rounding.
+    None depends on the models beside it. No model is changed, and no global RNG is used.
 
     Args:
         subjects: of one architecture and batch shape, on the CPU.
@@ -178,7 +178,7 @@ class _ProbeStack:
             raise ModelError("A loss at initialization is not positive and finite.")
         for _ in backwards(self._layers, grad):
             pass
-        sums = gradient_sums(p.grad.flatten(1) for p in self._parameters)
+        sums = [gradient_sums(p.grad[slot] for p in self._parameters) for slot in range(len(self._lrs))]
         after = []
         for p in self._parameters:
             p.grad.sign_()
@@ -189,7 +189,7 @@ class _ProbeStack:
             after.append(stacked_losses(self._criterion, self._forward(masks), self._y).tolist())
         return [
             FirstStep(l0, l1, math.sqrt(squares), near, far)
-            for l0, (l1, squares), near, far in zip(losses.tolist(), sums.tolist(), *after, strict=True)
+            for l0, (l1, squares), near, far in zip(losses.tolist(), sums, *after, strict=True)
         ]
 
     def _forward(self, masks: _FixedMasks) -> Tensor:

@@ -165,7 +165,7 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         directions = [(p, g.sign()) for p, g in zip(params, grads, strict=True) if g is not None]
-        ((l1, squares),) = gradient_sums([g.flatten()[None] for g in grads if g is not None]).tolist()
+        l1, squares = gradient_sums(g for g in grads if g is not None)
         del grads
         after = []
         with torch.no_grad():
@@ -176,26 +176,27 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     return FirstStep(l0, l1, math.sqrt(squares), after[0], after[1])
 
 
-def gradient_sums(grads: Iterable[Tensor]) -> Tensor:
-    """Return (Σ|g|, Σg²) over gradients [k, n] of k models, [k, 2] float64, without a float64 copy of the whole."""
-    total: Tensor | float = 0.0
+def gradient_sums(grads: Iterable[Tensor]) -> tuple[float, float]:
+    """Return (Σ|g|, Σg²) over one model's gradients, accumulated in float64 without a float64 copy of the whole."""
+    sums = []
     for piece in _pieces(grads):
         wide = piece.to(torch.float64, copy=True)
-        total = total + torch.stack([wide.abs().sum(1), wide.square_().sum(1)], 1)
-    return total if isinstance(total, Tensor) else torch.zeros(1, 2, dtype=torch.float64)
+        sums.append(torch.stack([wide.abs().sum(), wide.square_().sum()]))
+    absolute, squares = torch.stack(sums).sum(0).tolist() if sums else (0.0, 0.0)
+    return absolute, squares
 
 
 def _pieces(grads: Iterable[Tensor]) -> Iterator[Tensor]:
     """Cut what is large and put together what is small, so that there are few pieces and each fits the cache."""
     held: list[Tensor] = []
     for grad in grads:
-        for piece in grad.detach().split(max(1, _PIECE // len(grad)), 1):
+        for piece in grad.detach().flatten().split(_PIECE):
             held.append(piece)
             if sum(p.numel() for p in held) >= _PIECE // 2:
-                yield torch.cat(held, 1) if len(held) > 1 else held[0]
+                yield torch.cat(held) if len(held) > 1 else held[0]
                 held = []
     if held:
-        yield torch.cat(held, 1)
+        yield torch.cat(held)
 
 
 def _log(value: float) -> float:
