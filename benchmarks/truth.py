@@ -119,7 +119,7 @@ def work(args: argparse.Namespace) -> Iterator[tuple[str, list[TrialSpec], str, 
                 for unit in picked:
                     for i in range(len(WAYS)):
                         yield key_of(unit, "c"), unit, WAYS[(i + turn) % len(WAYS)], turn
-    for family, queue in queues.items() if args.only != "compared" else ():
+    for queue in queues.values() if args.only != "compared" else ():
         ran, total = dict.fromkeys(COMPOSITION.batch_sizes, 0), sum(map(len, queue))
         for unit in queue:
             size = unit[0].batch_size

@@ -61,10 +61,10 @@ class TrajectoryScan:
         if self.stop_reason is not None or new.size == 0:
             return self.stop_reason is not None
         start, values = self._append(new)
-        if len(new) == 1 and start < min(self.rule.plateau_window - 1, self.rule.max_steps):
-            if self._goes_on(float(new[0]), float(values[0])):
-                self._count = len(values)
-                return False
+        early = start < min(self.rule.plateau_window - 1, self.rule.max_steps)
+        if early and len(new) == 1 and self._goes_on(float(new[0]), float(values[0])):
+            self._count = len(values)
+            return False
         l0 = values[0]
         end = self._end_within(values, start)
         if end is not None:
