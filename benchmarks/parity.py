@@ -173,6 +173,7 @@ def main() -> None:
                     left += 1
                     continue
                 result["held"][name] = run(check, unit, args.device)
+                write_json(args.json, result)
     result["summary"] = summary(result["held"])
     write_json(args.json, result)
     for name, about in result["summary"].items():

@@ -57,9 +57,15 @@ before = faults_of_ten()
 with kept_memory(torch.device("cpu")):
     faults_of_ten()
     within = faults_of_ten()
-print(before, within, faults_of_ten())
+after = faults_of_ten()
+with kept_memory(torch.device("cpu"), give_back=False):
+    faults_of_ten()
+with kept_memory(torch.device("cpu"), give_back=False):
+    again = faults_of_ten()
+print(before, within, after, again)
 """
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    before, within, after = map(int, printed.split())
+    before, within, after, again = map(int, printed.split())
     assert 10 * within < before  # pages may be large, so their number is not fixed
     assert 10 * within < after
+    assert 10 * again < after  # a worker's next shard finds it
