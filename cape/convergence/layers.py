@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
 
-# A product with so few rows goes through another kernel for one matrix than for many (seen with MKL): one at a time.
+# Products that go through another kernel for one matrix than for many (seen with MKL; torch's own bmm has one for fewer
+# multiplications than these): one at a time.
 _FEW_ROWS = 16
+_FEW_MULTIPLICATIONS = 400
 
 
 class StackedParameter:
@@ -87,9 +90,16 @@ class Linear(Layer):
         shape = x.shape
         x = x.flatten(1, -2)
         self.saved = [x]
-        weight = self.parameters[0].value[: len(x)].transpose(1, 2)
-        bias = self.parameters[1].value[: len(x), None] if self._bias else None
-        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        weight = self.parameters[0].value[: len(x)]
+        bias = self.parameters[1].value[: len(x)] if self._bias else None
+        if self._apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
+            y = torch.stack(
+                [F.linear(a, w, b) for a, w, b in zip(x, weight, [None] * len(x) if bias is None else bias)]
+            )
+        elif bias is None:
+            y = torch.bmm(x, weight.transpose(1, 2))
+        else:
+            y = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
         return y.view(*shape[:-1], -1)
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
@@ -99,7 +109,15 @@ class Linear(Layer):
         product_of_transposed(grad, x, self.parameters[0].grad[:width])
         if self._bias:
             torch.sum(grad, 1, out=self.parameters[1].grad[:width])
-        return torch.bmm(grad, self.parameters[0].value[:width]).view(*shape[:-1], -1) if needs_input else None
+        if not needs_input:
+            return None
+        weight = self.parameters[0].value[:width]
+        apart = self._apart(x, weight)
+        passed = torch.stack([g @ w for g, w in zip(grad, weight)]) if apart else torch.bmm(grad, weight)
+        return passed.view(*shape[:-1], -1)
+
+    def _apart(self, x: Tensor, weight: Tensor) -> bool:
+        return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < _FEW_MULTIPLICATIONS
 
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
