@@ -1,6 +1,7 @@
 """How far the stacked engines and the lower precisions move T*, on real images and the families' own models.
 
     python -m benchmarks.parity --json parity.json [--trials 200] [--batch 8] [--seconds 80] [--checks identical ...]
+        [--tiny]
 
 Checks, each for each family:
 
@@ -10,7 +11,9 @@ Checks, each for each family:
 * ``bf16``, ``tf32``: ``measure`` at that precision against float32, dropout off.
 
 Convolutional networks and transformers go through ``vmap`` stacks here, also on a CPU, where ``run_trials`` would train
-them one at a time. Trials are cut into small units; a run ends after ``--seconds`` and the same command goes on.
+them one at a time. ``--tiny`` takes narrow models of every kind on the bundled digits instead, which go through the
+same code in a fraction of the time; they are counted apart. Trials are cut into small units; a run ends after
+``--seconds`` and the same command goes on.
 """
 
 from __future__ import annotations
@@ -40,15 +43,45 @@ CHECKS = ("identical", "dropout", "bf16", "tf32")
 DATASETS = ("mnist", "cifar10")
 LRS = (5e-4, 1e-3, 2e-3)
 
+_IMAGE = (3, 32, 32)
+_STAGES = {"repeats": [1, 1, 1], "dropout": 0.1}
+_ENCODER = {"depth": 2, "heads": 2, "dropout": 0.1}
+TINY = {
+    "mlp": [
+        ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": depth, "width": 48, "activation": activation})
+        for depth in (1, 2, 3)
+        for activation in ("relu", "gelu")
+    ],
+    "cnn": [
+        ModelSpec("cnn", "vgg", "image", _IMAGE, 10, options={**_STAGES, "channels": [8, 16, 16], "pool": True}),
+        ModelSpec("cnn", "resnet", "image", _IMAGE, 10, options={**_STAGES, "base": 8}),
+        ModelSpec("cnn", "mobilenetv2", "image", _IMAGE, 10, options={**_STAGES, "width": 0.5, "stem": 16}),
+    ],
+    "rnn": [
+        ModelSpec("rnn", kind, "rows", (8, 8), 10, options={"layers": n, "hidden": 24, "bidirectional": both})
+        for kind in ("lstm", "gru")
+        for n in (1, 2)
+        for both in (False, True)
+    ],
+    "transformer": [
+        ModelSpec("transformer", "vit", "image", _IMAGE, 10, options={**_ENCODER, "dim": 32, "patch": 8}),
+        ModelSpec("transformer", "cct", "image", _IMAGE, 10, options={**_ENCODER, "dim": 32, "stem": 8}),
+        ModelSpec(
+            "transformer", "pit", "image", _IMAGE, 10,
+            options={"dims": [24, 48], "depths": [1, 1], "heads": [2, 2], "patch": 8, "dropout": 0.1},
+        ),
+    ],
+}  # fmt: skip
+
 
 def units(family: str, args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """Yield (key, trials of one model); each model that is drawn serves four trials with seeds of their own."""
     for number in range(-(-args.trials // 4)):
-        name = DATASETS[number % 2]
+        name = "digits" if args.tiny else DATASETS[number % 2]
         dataset = datasets.load(name, args.data)
         trials = [TrialSpec(family, name, args.batch, LRS[i % 3], seed=1000 * number + i) for i in range(4)]
-        spec = draw_model(trials[0], dataset)
-        yield f"{family} {number}", [(t, spec, dataset) for t in trials]
+        spec = TINY[family][number % len(TINY[family])] if args.tiny else draw_model(trials[0], dataset)
+        yield f"{family}{'-tiny' if args.tiny else ''} {number}", [(t, spec, dataset) for t in trials]
 
 
 def subjects(unit: list[Any], dropout: bool, device: str) -> list[Subject]:
@@ -90,7 +123,7 @@ def summary(held: dict[str, Any]) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for check in CHECKS:
-        for family in FAMILIES:
+        for family in [f + kind for f in FAMILIES for kind in ("", "-tiny")]:
             pairs = [v for k, v in held.items() if k.startswith(f"{check} {family} ")]
             rows = [(a, b) for one, other in pairs for p, q in zip(one, other) for a, b in zip(p, q)]
             known = [(a, b) for a, b in rows if a is not None and b is not None]
@@ -121,6 +154,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--checks", nargs="+", default=list(CHECKS), choices=CHECKS)
+    parser.add_argument("--tiny", action="store_true", help="narrow models on the bundled digits")
     parser.add_argument("--seconds", type=float, default=80.0)
     args = parser.parse_args()
     args.data = datasets.data_root(args.data)
@@ -139,6 +173,7 @@ def main() -> None:
                     left += 1
                     continue
                 result["held"][name] = run(check, unit, args.device)
+                write_json(args.json, result)
     result["summary"] = summary(result["held"])
     write_json(args.json, result)
     for name, about in result["summary"].items():

@@ -1,6 +1,7 @@
 """What ground truth costs: rows per second of three ways, and the time to make the paper's rows again.
 
-    python -m benchmarks.truth --device cpu --json results.json [--seconds 80] [--families mlp rnn] [--compare 3]
+    python -m benchmarks.truth --device cpu --json results.json [--seconds 80] [--families mlp rnn] [--sizes 32]
+        [--only compared|whole] [--compare 3] [--repeat 3]
 
 The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe)
 and ``engine`` (the one that ``run_trials`` chooses). The work is cut into units that are drawn at random, by turns from
@@ -9,8 +10,10 @@ first ``--compare`` units of each family at B = 32 and at B = 128 run all three 
 each model (the others of that model cost the same); further units run the engine alone, until ``--fraction`` of the
 paper's composition (10,800 CNN rows, 6,480 MLP, 10,800 RNN, 6,480 Transformer) has run; the time of the whole is
 extrapolated from them, batch size by batch size. A run ends after ``--seconds``; the same command goes on where it
-ended, and says what is left. Before a unit is timed, its data is decoded and one trial of it has run; ``plain`` and
-``naive`` run under the host allocator's defaults, as a plain loop does.
+ended, and says what is left: ``--families``, ``--sizes`` and ``--only`` cut the whole into pieces that share one file.
+The ways take turns, each turn beginning with another. Data is decoded, and a few trials have run the same way, before
+anything is timed: what counts is a worker's usual shard, not its first. ``plain`` and ``naive`` run under the host
+allocator's defaults, as a plain loop does.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.naive import naive_rows
 from benchmarks.timing import interleave, machine, synchronize, write_json
 from cape import datasets, families
-from cape.config import ModelSpec, SweepSpec, TrialSpec, canonical_json, stable_hash
+from cape.config import ModelSpec, StoppingRule, SweepSpec, TrialSpec, canonical_json, stable_hash
 from cape.convergence import Subject, measure, measure_many
 from cape.sweep.plan import Plan
 from cape.trial import draw_model, run_trials
@@ -38,6 +41,9 @@ from cape.trial import draw_model, run_trials
 COMPOSITION = SweepSpec(name="composition", trials_by_family={"mlp": 60, "transformer": 60})
 STACKED_ON_CPU = ("mlp", "rnn")
 COMPARED = (32, 128)
+WAYS = ("engine", "plain", "naive")
+# Trials that begin first, untimed: a stack's worth of them touches the memory that a shard's stacks will use.
+WARMING = {"engine": 8, "plain": 1, "naive": 1}
 
 # The largest models of each family.
 LARGEST = {
@@ -106,21 +112,22 @@ def run_naive(unit: list[TrialSpec], device: str, data: str | None) -> dict[str,
 def work(args: argparse.Namespace) -> Iterator[tuple[str, list[TrialSpec], str, int]]:
     """Yield (unit's key, unit, way, how often it ran before) in the order in which they are to run."""
     queues = {family: units(family, args.device, args.data, args.models) for family in args.families}
-    for queue in queues.values():
-        for size in COMPARED:
-            picked = [u for u in queue if u[0].batch_size == size][: args.compare]
-            for unit in picked:
-                for turn in range(args.repeat):
-                    for way in ("engine", "plain", "naive"):
-                        yield key_of(unit, "c"), unit, way, turn
-    total = {family: sum(map(len, queue)) for family, queue in queues.items()}
-    for family, queue in queues.items():
-        ran = 0
+    for queue in queues.values() if args.only != "whole" else ():
+        for size in [s for s in COMPARED if s in args.sizes]:
+            picked = [u[: args.trials] for u in queue if u[0].batch_size == size][: args.compare]
+            for turn in range(args.repeat):
+                for unit in picked:
+                    for i in range(len(WAYS)):
+                        yield key_of(unit, "c"), unit, WAYS[(i + turn) % len(WAYS)], turn
+    for queue in queues.values() if args.only != "compared" else ():
+        ran, total = dict.fromkeys(COMPOSITION.batch_sizes, 0), sum(map(len, queue))
         for unit in queue:
-            if ran >= args.fraction * total[family]:
-                break
-            ran += len(unit)
-            yield key_of(unit, "w"), unit, "engine", 0
+            size = unit[0].batch_size
+            if ran[size] >= args.fraction * total / len(ran):
+                continue
+            ran[size] += len(unit)
+            if size in args.sizes:
+                yield key_of(unit, "w"), unit, "engine", 0
 
 
 def key_of(unit: list[TrialSpec], purpose: str) -> str:
@@ -225,6 +232,9 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(COMPOSITION.families), choices=COMPOSITION.families)
     parser.add_argument("--compare", type=int, default=4, help="units of each family and batch size in all three ways")
     parser.add_argument("--models", type=int, default=4, help="models of a unit, where trials may share a stack")
+    parser.add_argument("--trials", type=int, help="of a compared unit at most")
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(COMPOSITION.batch_sizes), help="batch sizes")
+    parser.add_argument("--only", choices=("compared", "whole"), help="one of the two kinds of units")
     parser.add_argument("--repeat", type=int, default=1, help="turns of the three ways; the fastest of each counts")
     parser.add_argument("--fraction", type=float, default=0.05, help="of the composition that runs for the whole")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no further unit after this time")
@@ -237,7 +247,6 @@ def main() -> None:
     if args.peak:
         result["peak"] = peak(args.device)
     else:
-        warmed: set[str] = set()
         for key, unit, way, turn in work(args):
             family = unit[0].family
             about = {"family": family, "dataset": unit[0].dataset, "batch_size": unit[0].batch_size}
@@ -249,11 +258,11 @@ def main() -> None:
             if time.perf_counter() - began > args.seconds:
                 left += 1
                 continue
-            if key not in warmed:
-                warmed.add(key)
-                list(run_trials(unit[:1], args.device, args.data))
+            engine = "auto" if way == "engine" else "single"
+            begin = [trial.replace(stopping=StoppingRule(max_steps=2)) for trial in unit[: WARMING[way]]]
+            run_engine(begin, args.device, args.data, engine)
             run = run_naive(unit, args.device, args.data) if way == "naive" else run_engine(
-                unit, args.device, args.data, "single" if way == "plain" else "auto"
+                unit, args.device, args.data, engine
             )  # fmt: skip
             best = run if before is None or run["seconds"] < before["seconds"] else before
             held["ways"][way] = {**best, "turns": turn + 1}

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
 from cape.convergence import Outcome, Subject, Trajectory, measure_many
 from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
+from cape.convergence.convert import Unstackable
 from cape.convergence.engine import same_bits, single_because
+from cape.convergence.stacked_probe import probe_many, probed_together
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.memory import kept_memory
 from cape.probing import Features, probe
@@ -37,8 +39,8 @@ ENGINES = ("auto", "single")
 # Trials that are looked at together, to find those that can share a stack: a shard's worth.
 _LOOKAHEAD = 512
 
-# Seconds of one plain training step by (model, batch size, precision, device): measured once in a process.
-_step_seconds: dict[tuple[str, int, str, str], float] = {}
+# Seconds of one plain training step by (model, task, batch size, precision, device): measured once in a process.
+_step_seconds: dict[tuple[str, str, int, str, str], float] = {}
 
 
 def run_trials(
@@ -74,7 +76,7 @@ def run_trials(
         raise SpecError(f"Unknown engine '{engine}'.{did_you_mean(engine, ENGINES)}")
     device = torch.device(device)
     rest = iter(trials)
-    with kept_memory(device) if engine == "auto" else nullcontext():
+    with kept_memory(device, give_back=False) if engine == "auto" else nullcontext():
         while window := list(islice(rest, _LOOKAHEAD)):
             groups: dict[Any, list[_Drawn]] = {}
             for number, trial in enumerate(window):
@@ -108,10 +110,11 @@ def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
         return _Drawn(trial, dataset, None, error)
 
 
-def _key(drawn: _Drawn, device: torch.device) -> tuple[str, int, str, str]:
+def _key(drawn: _Drawn, device: torch.device) -> tuple[str, str, int, str, str]:
     """Return what trials of one stack have in common."""
     assert drawn.spec is not None
-    return canonical_json(drawn.spec.to_dict()), drawn.trial.batch_size, drawn.trial.precision, str(device)
+    trial, model = drawn.trial, canonical_json(drawn.spec.to_dict())
+    return model, drawn.dataset.task, trial.batch_size, trial.precision, str(device)
 
 
 def _run_alike(
@@ -122,7 +125,7 @@ def _run_alike(
     begun: Callable[[TrialSpec], None] | None,
 ) -> Iterator[list[Row]]:
     """Run trials of the same model and batch size and yield their rows."""
-    subjects = _Subjects(group, device, sweep_hash, begun)
+    subjects = _Subjects(group, device, sweep_hash, together=engine == "auto", begun=begun)
     for outcome in _outcomes(subjects, group, device, engine):
         while subjects.failed:
             yield subjects.failed.popleft()
@@ -140,7 +143,14 @@ def _run_alike(
 
 
 class _Subjects(Iterator[Subject]):
-    """Builds and probes a group's trials, one when it is asked for.
+    """Builds and probes a group's trials, a few when one is asked for.
+
+    Args:
+        group: trials of one model and batch size.
+        device: where they run.
+        sweep_hash: written into every row.
+        together: whether trials may be probed several at once. A trial is then probed the same way if it is the only
+            one, so that its numbers do not depend on its neighbours.
 
     Attributes:
         started: rows of the trials handed out, in order.
@@ -154,17 +164,32 @@ class _Subjects(Iterator[Subject]):
         group: list[_Drawn],
         device: torch.device,
         sweep_hash: str,
+        *,
+        together: bool,
         begun: Callable[[TrialSpec], None] | None = None,
     ) -> None:
         self._waiting, self._device, self._sweep_hash = deque(group), device, sweep_hash
         self._begun = begun
+        self._at_once: int | None = None if together else 0  # None: not known yet; 0: each by itself
+        self._ready: deque[tuple[list[Row], Subject]] = deque()
         self._again: _Drawn | None = None
         self.started: list[list[Row]] = []
         self.failed: deque[list[Row]] = deque()
         self.beside_a_stack = False
 
     def __next__(self) -> Subject:
-        while self._waiting:
+        while not self._ready:
+            if not self._waiting:
+                raise StopIteration
+            self._probe(self._build())
+        rows, subject = self._ready.popleft()
+        self.started.append(rows)
+        return subject
+
+    def _build(self) -> list[tuple[_Drawn, list[Row], Subject]]:
+        """Take the next trials that are to be probed together and build their models."""
+        built: list[tuple[_Drawn, list[Row], Subject]] = []
+        while self._waiting and len(built) < max(1, self._at_once or 0):
             drawn = self._waiting[0]
             rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
             if self._begun is not None:
@@ -172,16 +197,45 @@ class _Subjects(Iterator[Subject]):
             try:
                 subject = _prepare(rows, drawn, self._device)
             except (ModelError, RuntimeError) as error:
-                if self.beside_a_stack and out_of_memory(error) and drawn is not self._again:
+                if self._to_be_raised(error, drawn):
+                    if built:
+                        break  # first those that have been built
                     self._again = drawn
                     raise
                 self._waiting.popleft()
                 self.failed.append(_failed(rows, error))
                 continue
             self._waiting.popleft()
-            self.started.append(rows)
-            return subject
-        raise StopIteration
+            built.append((drawn, rows, subject))
+            if self._at_once is None:
+                self._at_once = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
+        return built
+
+    def _probe(self, built: list[tuple[_Drawn, list[Row], Subject]]) -> None:
+        """Write what the probe says into the rows; put those trials among the ready or the failed."""
+        began = time.perf_counter()
+        known: list[Features | None] = [None] * len(built)
+        if self._at_once and built:
+            known = _probe_together([drawn for drawn, _, _ in built], [subject for _, _, subject in built])
+        seconds = (time.perf_counter() - began) / max(1, len(built))
+        for i, (drawn, rows, subject) in enumerate(built):
+            features = known[i]
+            began = time.perf_counter()
+            try:
+                features = features or _probe_alone(drawn, subject)
+            except (ModelError, RuntimeError) as error:
+                if self._to_be_raised(error, drawn):
+                    self._waiting.extendleft(drawn for drawn, _, _ in reversed(built[i:]))
+                    self._again = drawn
+                    raise
+                self.failed.append(_failed(rows, error))
+                continue
+            for row in rows:
+                row.update(features.as_dict(), probe_seconds=seconds + time.perf_counter() - began)
+            self._ready.append((rows, subject))
+
+    def _to_be_raised(self, error: Exception, drawn: _Drawn) -> bool:
+        return self.beside_a_stack and out_of_memory(error) and drawn is not self._again
 
 
 def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
@@ -264,41 +318,19 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
 
 
 def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
-    """Build a trial's model, probe it, and write what is known then into its rows."""
-    trial = drawn.trial
-    model, batch = _build(drawn, device)
-    assert drawn.spec is not None
-    described = {
-        "architecture": drawn.spec.architecture,
-        "model": canonical_json(drawn.spec.to_dict()),
-        "task": drawn.dataset.task,
-    }
-    features, seconds = _probe(drawn, model, batch)
-    for row in rows:
-        row.update(described, **features.as_dict(), probe_seconds=seconds)
-    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
-
-
-def _build(drawn: _Drawn, device: torch.device) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """Return a trial's model and batch."""
+    """Build a trial's model, fetch its batch, and write what is known then into its rows."""
     if drawn.error is not None:
         raise drawn.error
-    trial, spec = drawn.trial, drawn.spec
+    trial, dataset, spec = drawn.trial, drawn.dataset, drawn.spec
     assert spec is not None
+    described = {"architecture": spec.architecture, "model": canonical_json(spec.to_dict()), "task": dataset.task}
+    for row in rows:
+        row.update(described)
     model = build_model(trial, spec).to(device)
     preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
-    x, y = drawn.dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
-    return model, (x.to(device), y.to(device))
-
-
-def _probe(drawn: _Drawn, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Features, float]:
-    """Return a trial's features, and the seconds that they took."""
-    dataset = drawn.dataset
-    start = time.perf_counter()
-    features = probe(
-        model, batch, loss=TASK_LOSS[dataset.task], lr=drawn.trial.lr, dataset_size=dataset.full_train_size
-    )
-    return features, time.perf_counter() - start
+    x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
+    batch = (x.to(device), y.to(device))
+    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
 
 
 def probe_trial(
@@ -310,7 +342,27 @@ def probe_trial(
         ModelError, SpecError, DataError: see ``run_trials``.
     """
     drawn = _draw(trial, data_root)
-    return _probe(drawn, *_build(drawn, torch.device(device)))
+    subject = _prepare([], drawn, torch.device(device))
+    start = time.perf_counter()
+    together = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
+    (features,) = _probe_together([drawn], [subject]) if together else [None]
+    return features or _probe_alone(drawn, subject), time.perf_counter() - start
+
+
+def _probe_together(drawn: list[_Drawn], subjects: list[Subject]) -> list[Features | None]:
+    """Return the features of trials of one model; of none of them where something is wrong with one."""
+    loss = TASK_LOSS[drawn[0].dataset.task]
+    try:
+        return list(probe_many(subjects, [d.dataset.full_train_size for d in drawn], loss))
+    except (ModelError, Unstackable, RuntimeError) as error:  # each finds out by itself
+        _note(f"{drawn[0].trial.family} trials are probed one by one: {error}")
+        return [None] * len(drawn)
+
+
+def _probe_alone(drawn: _Drawn, subject: Subject) -> Features:
+    dataset = drawn.dataset
+    loss, size = TASK_LOSS[dataset.task], dataset.full_train_size
+    return probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:

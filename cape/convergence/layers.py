@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
 
-# A product with so few rows goes through another kernel for one matrix than for many (seen with MKL): one at a time.
+# Products that go through another kernel for one matrix than for many (seen with MKL; torch's own bmm has one for fewer
+# multiplications than these): one at a time.
 _FEW_ROWS = 16
+_FEW_MULTIPLICATIONS = 400
 
 
 class StackedParameter:
@@ -87,9 +90,16 @@ class Linear(Layer):
         shape = x.shape
         x = x.flatten(1, -2)
         self.saved = [x]
-        weight = self.parameters[0].value[: len(x)].transpose(1, 2)
-        bias = self.parameters[1].value[: len(x), None] if self._bias else None
-        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        weight = self.parameters[0].value[: len(x)]
+        bias = self.parameters[1].value[: len(x)] if self._bias else None
+        if self._apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
+            y = torch.stack(
+                [F.linear(a, w, b) for a, w, b in zip(x, weight, [None] * len(x) if bias is None else bias)]
+            )
+        elif bias is None:
+            y = torch.bmm(x, weight.transpose(1, 2))
+        else:
+            y = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
         return y.view(*shape[:-1], -1)
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
@@ -99,7 +109,15 @@ class Linear(Layer):
         product_of_transposed(grad, x, self.parameters[0].grad[:width])
         if self._bias:
             torch.sum(grad, 1, out=self.parameters[1].grad[:width])
-        return torch.bmm(grad, self.parameters[0].value[:width]).view(*shape[:-1], -1) if needs_input else None
+        if not needs_input:
+            return None
+        weight = self.parameters[0].value[:width]
+        apart = self._apart(x, weight)
+        passed = torch.stack([g @ w for g, w in zip(grad, weight)]) if apart else torch.bmm(grad, weight)
+        return passed.view(*shape[:-1], -1)
+
+    def _apart(self, x: Tensor, weight: Tensor) -> bool:
+        return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < _FEW_MULTIPLICATIONS
 
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -128,10 +146,8 @@ class BatchNorm(Layer):
         y = torch.empty_like(x)
         mean, inverse = x.new_empty(width, channels), x.new_empty(width, channels)
         if x.device.type == "cpu":  # one call for all trials is up to 7 times slower there (B = 128)
-            for i in range(width):
-                torch.native_batch_norm(
-                    x[i], weight[i], bias[i], None, None, True, 0.0, self._eps, out=(y[i], mean[i], inverse[i])
-                )
+            for one, w, b, *out in zip(x, weight, bias, y, mean, inverse, strict=True):
+                torch.native_batch_norm(one, w, b, None, None, True, 0.0, self._eps, out=tuple(out))
         else:
             flat, m, s = torch.native_batch_norm(
                 _as_channels(x), _flat(weight), _flat(bias), None, None, True, 0.0, self._eps
@@ -149,10 +165,8 @@ class BatchNorm(Layer):
         wanted = [True, bool(self.parameters), bool(self.parameters)]
         if x.device.type == "cpu":
             result = torch.empty_like(x)
-            for i in range(width):
-                result[i], *affine = derivative(
-                    grad[i], x[i], weight[i], None, None, mean[i], inverse[i], True, self._eps, wanted
-                )
+            for i, (g, one, w, m, s) in enumerate(zip(grad, x, weight, mean, inverse, strict=True)):
+                result[i], *affine = derivative(g, one, w, None, None, m, s, True, self._eps, wanted)
                 for parameter, value in zip(self.parameters, affine, strict=False):
                     parameter.grad[i] = value
             return result

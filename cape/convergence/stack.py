@@ -7,7 +7,7 @@ and ``vmapped.VmapStack`` (any other model that ``torch.func`` can batch).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -147,7 +147,6 @@ class LayerStack(Stack):
         self._optimizer = StackedAdamW(capacity, x.device)
         self._outputs: Tensor = torch.empty(0)
         self._grad: Tensor = torch.empty(0)
-        self._first = next(i for i, layer in enumerate(layers) if layer.parameters)
 
     def load(self, subject: Subject) -> int:
         slot = self.width
@@ -170,11 +169,8 @@ class LayerStack(Stack):
         return x
 
     def losses(self) -> Tensor:
-        outputs = self._outputs.detach().requires_grad_()
-        with torch.enable_grad():
-            losses = stacked_losses(self._criterion, outputs, self._y[: self.width])
-            (self._grad,) = torch.autograd.grad(losses.sum(), outputs)
-        return losses.detach()
+        losses, self._grad = loss_gradients(self._criterion, self._outputs, self._y[: self.width])
+        return losses
 
     def drop(self, slot: int) -> None:
         last = self.width - 1
@@ -192,12 +188,32 @@ class LayerStack(Stack):
         self.width = last
 
     def update(self) -> None:
-        grad: Tensor | None = self._grad
         self._optimizer.count(self.width)
-        for i in range(len(self._layers) - 1, self._first - 1, -1):
-            layer = self._layers[i]
-            assert grad is not None
-            grad = layer.backward(grad, needs_input=i > self._first)
-            if layer.parameters:
-                self._optimizer.step(layer.parameters)
-            layer.saved = []
+        for layer in backwards(self._layers, self._grad):
+            self._optimizer.step(layer.parameters)
+
+
+def backwards(layers: Sequence[Layer], grad: Tensor) -> Iterator[Layer]:
+    """Go back through a chain's last ``forward`` from the gradient of its outputs [k, B, ...].
+
+    Yields:
+        Each layer that has parameters, as soon as their gradients are there: while they are in the cache.
+    """
+    first = next(i for i, layer in enumerate(layers) if layer.parameters)
+    passed: Tensor | None = grad
+    for i in range(len(layers) - 1, first - 1, -1):
+        layer = layers[i]
+        assert passed is not None
+        passed = layer.backward(passed, needs_input=i > first)
+        if layer.parameters:
+            yield layer
+        layer.saved = []
+
+
+def loss_gradients(criterion: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of each trial, [k], and the gradient of its own loss in the outputs [k, B, ...]."""
+    outputs = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = stacked_losses(criterion, outputs, targets)
+        (grad,) = torch.autograd.grad(losses.sum(), outputs)
+    return losses.detach(), grad

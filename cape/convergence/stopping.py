@@ -13,6 +13,7 @@ result is the one that a check after every single step would have given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -60,6 +61,10 @@ class TrajectoryScan:
         if self.stop_reason is not None or new.size == 0:
             return self.stop_reason is not None
         start, values = self._append(new)
+        early = start < min(self.rule.plateau_window - 1, self.rule.max_steps)
+        if early and len(new) == 1 and self._goes_on(float(new[0]), float(values[0])):
+            self._count = len(values)
+            return False
         l0 = values[0]
         end = self._end_within(values, start)
         if end is not None:
@@ -72,6 +77,14 @@ class TrajectoryScan:
                     self.t_star[epsilon] = start + int(hits[0])
         self._count = len(values)
         return end is not None
+
+    def _goes_on(self, loss: float, l0: float) -> bool:
+        """Return whether a loss, before the plateau rule and the cap can apply, neither ends nor crosses anything.
+
+        Nearly every loss of a trajectory is such a one, and an array of one number costs fifty times a comparison.
+        """
+        ahead = [epsilon for epsilon, known in self.t_star.items() if known is None]
+        return math.isfinite(loss) and not any(loss <= epsilon * l0 for epsilon in ahead)
 
     def _append(self, new: NDArray[np.float64]) -> tuple[int, NDArray[np.float64]]:
         start, total = self._count, self._count + len(new)

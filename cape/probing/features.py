@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
-from cape.probing.per_sample import all_norms
+from cape.memory import kept_memory
+from cape.probing.per_sample import Norms, all_norms
 from cape.probing.signals import LayerSignals, layer_signals, output_spread, own_decrease, spread
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
@@ -44,6 +46,7 @@ FEATURE_NAMES = (
 )
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300
+_PIECE = 2**18  # numbers: twice that in float64 stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,15 @@ def probe(
     lr = check_lr(lr)
     if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
         raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
-    _, _, batch_size = check_batch(batch)
-    criterion = Loss(loss)
-    norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
-    line = first_step(model, batch, criterion, lr)
+    check_batch(batch)
+    with kept_memory(batch[1].device):
+        norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
+        line = first_step(model, batch, Loss(loss), lr)
+    return features_of(model, norms, line, lr, dataset_size)
+
+
+def features_of(model: nn.Module, norms: Norms, line: FirstStep, lr: float, dataset_size: int) -> Features:
+    """Return the features of a model whose norms and first step are known."""
     return Features(
         log_p=math.log(sum(p.numel() for p in trainable(model).values())),
         log_g2=_log_mean(norms.g2),
@@ -142,7 +150,7 @@ def probe(
         log_tau_full=None if norms.tau_full is None else _log_mean(norms.tau_full),
         log_n=math.log(dataset_size),
         log_lr=math.log(lr),
-        log_b=math.log(batch_size),
+        log_b=math.log(len(norms.losses)),
         log_l0=_log(line.l0),
         log_first_step=_log(lr * line.grad_l1 / line.l0),
         log_grad_l1=_log(line.grad_l1),
@@ -205,23 +213,69 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
         grads = torch.autograd.grad(loss, params, allow_unused=True)
-        leaf = outputs.detach().requires_grad_()
-        (residual,) = torch.autograd.grad(criterion.per_sample(leaf, y).sum(), leaf)
         moving = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-        l1 = sum(float(g.abs().sum(dtype=torch.float64)) for _, g in moving)
-        l2 = math.sqrt(sum(float(g.double().square().sum()) for _, g in moving))
-        layers = layer_signals([p for p, _ in moving], [g for _, g in moving], lr, l1, l2)
+        gradient = gradient_signals([p for p, _ in moving], [g for _, g in moving], lr)
         directions = [(p, g.sign()) for p, g in moving]
-        after, spreads, done = [], [], 0
+        del grads, moving
+        after, moved, done = [], [], 0
         with torch.no_grad():
             for k in LINE:
                 for p, direction in directions:
                     p.add_(direction, alpha=-lr * (k - done))
-                done, there = k, outputs_now()
-                after.append(criterion.mean(there, y).item())
-                spreads.append(spread(criterion.per_sample(there, y)))
-    own = own_decrease(leaf, residual, there, l0)
-    return FirstStep(l0, l1, l2, output_spread(leaf), layers, tuple(after), tuple(spreads), own)
+                done = k
+                moved.append(outputs_now())
+                after.append(criterion.mean(moved[-1], y).item())
+        return step_of(criterion, outputs, y, l0, gradient, moved, after)
+
+
+def gradient_signals(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float
+) -> tuple[float, float, LayerSignals]:
+    """Return ‖∇L‖₁, ‖∇L‖₂ and how the gradient is spread over the layers, of one model's parameters that have one."""
+    l1, squares = gradient_sums(gradients)
+    l2 = math.sqrt(squares)
+    return l1, l2, layer_signals(parameters, gradients, lr, l1, l2)
+
+
+def step_of(
+    criterion: Loss,
+    outputs: Tensor,
+    targets: Tensor,
+    l0: float,
+    gradient: tuple[float, float, LayerSignals],
+    moved: Sequence[Tensor],
+    after: Sequence[float],
+) -> FirstStep:
+    """Put together what one model's passes have shown: outputs [B, ...] before, and at each of ``LINE`` with losses."""
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        (residual,) = torch.autograd.grad(criterion.per_sample(leaf, targets).sum(), leaf)
+    spreads = tuple(spread(criterion.per_sample(there, targets)) for there in moved)
+    own = own_decrease(leaf, residual, moved[-1], l0)
+    return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], tuple(after), spreads, own)
+
+
+def gradient_sums(grads: Iterable[Tensor]) -> tuple[float, float]:
+    """Return (Σ|g|, Σg²) over one model's gradients, accumulated in float64 without a float64 copy of the whole."""
+    sums = []
+    for piece in _pieces(grads):
+        wide = piece.to(torch.float64, copy=True)
+        sums.append(torch.stack([wide.abs().sum(), wide.square_().sum()]))
+    absolute, squares = torch.stack(sums).sum(0).tolist() if sums else (0.0, 0.0)
+    return absolute, squares
+
+
+def _pieces(grads: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Cut what is large and put together what is small, so that there are few pieces and each fits the cache."""
+    held: list[Tensor] = []
+    for grad in grads:
+        for piece in grad.detach().flatten().split(_PIECE):
+            held.append(piece)
+            if sum(p.numel() for p in held) >= _PIECE // 2:
+                yield torch.cat(held) if len(held) > 1 else held[0]
+                held = []
+    if held:
+        yield torch.cat(held)
 
 
 def _log(value: float) -> float:

@@ -376,12 +376,6 @@ class Interceptor(TorchFunctionMode):
         for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
             held.clear()
 
-    def release(self) -> None:
-        """Let go of every tensor: nodes of the graph hold the interceptor, and what it holds must not hold them."""
-        self.on_gradient = _ignore
-        for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
-            held.clear()
-
     def register(self, use: Use) -> _Arrival:
         """Add a use and return what its gradient must be handed to."""
         recorded = Recorded(use)

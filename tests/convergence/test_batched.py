@@ -292,6 +292,15 @@ def test_trials_are_taken_as_slots_become_free() -> None:
     assert len(list(results)) == 5 and taken == list(range(6))
 
 
+def test_a_head_of_one_unit_is_the_plain_engines_bit_for_bit() -> None:
+    trials = []
+    for trial in subjects(CHAINS["mlp"], 5, stopping=StoppingRule(max_steps=6)):
+        model = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 1))
+        trials.append(Subject(model, (trial.batch[0], trial.batch[1].float() / 9), trial.lr, stopping=trial.stopping))
+    for trial, outcome in zip(trials, together(trials, loss="half_mse", width=3), strict=True):
+        np.testing.assert_array_equal(losses(outcome), losses(alone(trial, "half_mse")))
+
+
 def test_regression_and_multilabel_stack_too() -> None:
     trials = subjects(CHAINS["mlp"], 3, stopping=StoppingRule(max_steps=15))
     one_hot = []
