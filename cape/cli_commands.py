@@ -29,8 +29,8 @@ def fit(args: argparse.Namespace) -> None:
     )
     data = model.card["data"]
     print(f"Fitted '{model.preset.name}' on {data['rows']} rows of {data['trials']} trials; written to {args.out}")
-    for family, scores in model.card["metrics"]["held_back"].items():
-        print(f"  {family:<12} {scores['rows']:>6} held-back rows, MAE {scores['mae']:.2f} steps")
+    for family, scores in model.card["metrics"]["out_of_fold"].items():
+        print(f"  {family:<12} {scores['rows']:>6} rows, out-of-fold MAE {scores['mae']:.2f} steps")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -12,8 +12,9 @@ from cape.baselines.curve_extrapolation import curves
 from cape.baselines.ntk import ntkl
 from cape.baselines.static_linear import StaticLinear
 from cape.errors import SpecError
+from cape.metamodel.estimators import COMPARATORS, comparator
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import COMPARATORS, Preset, comparator, preset_named
+from cape.metamodel.presets import Preset, preset_named
 from cape.metamodel.rows import CAP, PAPER_FEATURES, Rows
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -49,7 +50,7 @@ def methods(presets: Sequence[str | Preset], comparators: Sequence[str], threads
 
 def _preset_method(preset: Preset, threads: int) -> Method:
     # Only the product promises intervals: the paper's presets are fitted on every training row, as published.
-    calibrate = preset.censored == "exclude"
+    calibrate = preset.censored != "cap"
 
     def run(train: Rows, test: Rows) -> Predicted:
         model = fit_table(train, preset, calibrate=calibrate, threads=threads)

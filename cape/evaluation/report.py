@@ -131,7 +131,7 @@ def _card_facts(model: MetaModel) -> dict[str, Any]:
     return {
         "preset": f"{preset.name}: {preset.trees} trees of depth {preset.depth}, {shape}",
         "features": ", ".join(preset.features),
-        "trials": f"{data['trials']:,}, of which {data['calibration_trials']:,} were held back to calibrate",
+        "trials": f"{data['trials']:,}, intervals from out-of-fold predictions of {data['calibration_trials']:,}",
         "fingerprint": data["fingerprint"],
         "versions": ", ".join(f"{k} {v}" for k, v in card["versions"].items()),
     }

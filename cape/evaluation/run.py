@@ -14,7 +14,7 @@ from cape.errors import DataError, StoreError
 from cape.evaluation import metrics, protocols
 from cape.evaluation.methods import LEVELS, Predicted, methods
 from cape.evaluation.tables import Table, build_tables
-from cape.metamodel.regressors import Preset
+from cape.metamodel.presets import Preset
 from cape.metamodel.rows import Rows, as_rows
 
 if TYPE_CHECKING:

@@ -230,4 +230,9 @@ def _intervals(store: dict[str, np.ndarray], families: list[str], names: list[st
                     found = metrics.intervals(mine["t_star"], low, high)
                     rows.append((name, family, f"{level:.0%}", len(low), 100 * found["coverage"], found["width"]))
     columns = ("method", "family", "level", "rows", "coverage %", "median high/low")
-    return Table("Intervals", columns, tuple(rows), "Split-conformal per family; held-back trials are never fitted on.")
+    return Table(
+        "Intervals",
+        columns,
+        tuple(rows),
+        "Conformal per family, from predictions of trials that were left out of the fit behind them.",
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
+from cape.probing.features import FEATURE_NAMES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,15 +18,22 @@ if TYPE_CHECKING:
 PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
-PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")
+_NAMED = (*PAPER_FEATURES, "log_l0", *OPTIMIZER_FEATURES)
+EXTRA_FEATURES = tuple(f for f in FEATURE_NAMES if f not in (*_NAMED, "log_tau_full"))
+"""What the probe gives beyond the paper's and the optimizer-aware features; missing from rows of older sweeps."""
+
+PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *EXTRA_FEATURES, "family")
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
-TEXT = ("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "stop_reason")
+TEXT = (
+    *("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "augmentation"),
+    "stop_reason",
+)
 NUMERIC = (
     *("batch_size", "lr", "epsilon", "seed", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
-    *(f for f in PRODUCT_FEATURES if f != "family"),
-    "log_tau_full",
+    *FEATURE_NAMES,
+    "log_epsilon",
 )
 REQUIRED = ("family", "dataset", "batch_size", "lr", "epsilon", "t_star", *PAPER_FEATURES)
 
@@ -91,6 +99,11 @@ class Rows:
         return self.columns["stop_reason"] == "failed"
 
     @property
+    def augmented(self) -> np.ndarray:
+        """Bool [n]: the trial's data were augmented. Such rows are fitted on where a preset says so, never scored."""
+        return np.array([a is not None for a in self["augmentation"]], dtype=bool)
+
+    @property
     def families(self) -> tuple[str, ...]:
         """Names of the families present, sorted."""
         return tuple(sorted({str(f) for f in self["family"] if f is not None}))
@@ -116,9 +129,11 @@ class Rows:
         """Return T* in steps, [n]; NaN where the row is not to be fitted on.
 
         Args:
-            censored: ``"cap"`` regresses an uncrossed ε as 5,000 (paper mode); ``"exclude"`` leaves it to p_reach.
+            censored: ``"cap"`` regresses an uncrossed ε as 5,000 (paper mode); ``"exclude"`` leaves it to p_reach;
+                ``"aft"`` gives the steps that it was watched for, a lower bound of T* (accelerated failure time).
         """
-        t = np.where(self.reached, self["t_star"], CAP if censored == "cap" else np.nan)
+        uncrossed = {"cap": np.full(len(self), CAP), "exclude": np.full(len(self), np.nan), "aft": self["stopped_at"]}
+        t = np.where(self.reached, self["t_star"], uncrossed[censored])
         return np.where(self.failed, np.nan, t)
 
     def matrix(self, features: Sequence[str], families: Sequence[str] = ()) -> np.ndarray:

@@ -16,7 +16,7 @@ from cape.errors import DataError, SpecError, StoreError
 from cape.evaluation import Evaluation, evaluate, report
 from cape.evaluation.tables import Table, build_tables, select
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import PRESETS
+from cape.metamodel.presets import PRESETS
 
 SMALL = PRESETS["product"].replace(trees=300, depth=4, select=False, per_family=True)
 
