@@ -23,7 +23,7 @@ from cape.metamodel.intervals import Conformal
 from cape.metamodel.presets import Preset, preset_named
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import Design, design, log_steps, train_boosters, xgboost
-from cape.metamodel.rows import Rows, as_rows
+from cape.metamodel.rows import Rows, as_rows, read_rows
 
 if TYPE_CHECKING:
     import os
@@ -89,7 +89,7 @@ def fit_table(
 
 
 def fit(
-    meta_dir: str | os.PathLike[str],
+    meta_dir: Any,
     out: str | os.PathLike[str],
     *,
     preset: str | Preset = "product",
@@ -104,7 +104,7 @@ def fit(
     CUDA exactly where this cluster has a GPU for every worker and torch sees one.
 
     Args:
-        meta_dir: a meta-dataset. out: model directory to write.
+        meta_dir: a meta-dataset's directory, or several. out: model directory to write.
         preset: name or ``Preset``. workers: Ray Train workers; at tens of thousands of rows one is fastest.
         early_stopping: rounds; overrides the preset's. seed: deals the trials to the calibration's folds.
         address: a Ray cluster to connect to.
@@ -113,15 +113,13 @@ def fit(
         SpecError, DataError, StoreError: as ``fit_table``, and where ``out`` holds something else.
     """
     from cape.metamodel.train import ray_trainer
-    from cape.store import reader
-
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise SpecError(f"workers must be a whole number of at least 1, not {workers!r}.")
     wanted = preset_named(preset)  # an unknown name must fail before Ray starts
     if early_stopping is not None:
         wanted = wanted.replace(early_stopping=early_stopping)
     directory = check_out(out)
-    rows = as_rows(reader.read(Path(meta_dir)))
+    rows = read_rows(meta_dir)
     with ray_trainer(directory, workers, address) as (trainer, mapper):
         model = fit_table(rows, wanted, seed=seed, trainer=trainer, mapper=mapper)
     model.save(directory)

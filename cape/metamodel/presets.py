@@ -29,7 +29,7 @@ class Preset(JsonConfig):
         monotone: apply ``regressors.MONOTONE``.
         censored: ``"cap"`` regresses uncrossed rows as 5,000; ``"aft"`` as lower bounds of T*, by XGBoost's accelerated
             failure time; ``"exclude"`` leaves them to p_reach.
-        select: choose structure and size among ``CANDIDATES`` by 3-fold cross-validation over trials.
+        select: choose among ``STRUCTURES``, then ``SIZES``, by 3-fold cross-validation over trials.
         line: terms of a ridge regression per family whose residuals the trees fit; none where empty.
         augmented: weight of the rows of augmented trials; 0 leaves them out.
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
@@ -93,12 +93,13 @@ STRUCTURES: tuple[dict[str, Any], ...] = (
     {"per_family": False, "line": ()},
     {"per_family": True, "line": ()},
 )
+STRUCTURE_SIZE: dict[str, Any] = {"trees": 300, "depth": 3, "learning_rate": 0.1}
 SIZES: tuple[dict[str, Any], ...] = (
+    {"trees": 300, "depth": 3, "learning_rate": 0.05},
     {"trees": 800, "depth": 3, "learning_rate": 0.05},
-    {"trees": 200, "depth": 3, "learning_rate": 0.05},
     {"trees": 800, "depth": 5, "learning_rate": 0.03},
 )
-"""What selection compares: first every structure at the first size, then every other size of the best structure."""
+"""What selection compares: every structure at ``STRUCTURE_SIZE``, then every size of the best structure."""
 
 
 def preset_named(name: str | Preset) -> Preset:
