@@ -1,11 +1,12 @@
 """Baselines that need the model itself, and what every method costs beside one probe.
 
-A row names its model and its seeds, so that the trial's model and batch can be built again, bit for bit, without storing
-either. That is slow: it is done for a few trials of each family.
+A row names its model and its seed, so that the trial's model and batch can be built again, bit for bit, though neither
+is stored. That is slow: it is done for a few trials of each family.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ class Cost:
     probes: float
 
 
-def rebuild(rows: Rows, index: int, data_root: str | Path | None = None) -> tuple[TrialSpec, nn.Module, Any]:
+def rebuild(
+    rows: Rows, index: int, data_root: str | os.PathLike[str] | None = None
+) -> tuple[TrialSpec, nn.Module, Any]:
     """Return (trial, model at its initialization, (x, y)) of a row that a sweep wrote.
 
     Raises:
@@ -60,7 +63,7 @@ def rebuild(rows: Rows, index: int, data_root: str | Path | None = None) -> tupl
         preprocess=rows["preprocess"][index] or "standard",
         model=spec,
     )
-    dataset = datasets.load(trial.dataset, data_root)
+    dataset = datasets.load(trial.dataset, None if data_root is None else Path(data_root))
     if spec.task != dataset.task:
         dataset = dataset.with_task(spec.task)
     preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
@@ -69,7 +72,7 @@ def rebuild(rows: Rows, index: int, data_root: str | Path | None = None) -> tupl
 
 
 def rebuilt(
-    rows: Rows, per_family: int, data_root: str | Path | None = None, seed: int = 0
+    rows: Rows, per_family: int, data_root: str | os.PathLike[str] | None = None, seed: int = 0
 ) -> tuple[np.ndarray, list[Cost]]:
     """Rebuild some trials of each family, predict them by ``ntk_ode``, and time what every method needs of them.
 
@@ -91,8 +94,8 @@ def rebuilt(
             spec, model, batch = rebuild(rows, int(index[0]), data_root)
             assert spec.model is not None
             loss = TASK_LOSS[spec.model.task]
-            found = _timed(timed, model, batch, spec.lr, loss)
-            values = [ntk_ode(*found, spec.lr, float(e)) for e in rows["epsilon"][index]]
+            gram, residual = _timed(timed, model, batch, spec.lr, loss)
+            values = [ntk_ode(gram, residual, spec.lr, float(e)) for e in rows["epsilon"][index]]
             steps[index] = np.clip(values, 1.0, CAP)
         ratios = {name: np.divide(seconds, timed["probe"]) for name, seconds in timed.items()}
         costs += [
@@ -102,7 +105,9 @@ def rebuilt(
     return steps, costs
 
 
-def _timed(timed: dict[str, list[float]], model: nn.Module, batch: Any, lr: float, loss: str) -> Any:
+def _timed(
+    timed: dict[str, list[float]], model: nn.Module, batch: Any, lr: float, loss: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Append the seconds that each method takes of one model to ``timed``; return its Gram matrix and residual."""
     from cape.convergence import measure
     from cape.probing import per_sample_norms, probe
@@ -113,7 +118,7 @@ def _timed(timed: dict[str, list[float]], model: nn.Module, batch: Any, lr: floa
         "ntkl": lambda: per_sample_norms(model, batch, loss=loss),
         "ntk_ode": lambda: true_logit_gram(model, batch, loss),
     }
-    found = None
+    found: Any = None
     for name, run in runs.items():
         taken = []
         for _ in range(1 if name == "ntk_ode" else REPEATS):

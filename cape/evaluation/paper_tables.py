@@ -1,7 +1,7 @@
 """The paper's tables, ours beside its own numbers, from the store of predictions.
 
-Numbers that the paper prints are stated once, here. A cell whose number the paper does not print, or prints only for its
-best baseline, is n/a.
+Numbers that the paper prints are stated once, here. A cell whose number the paper does not print, or prints only for
+its best baseline, is n/a.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _table_1(store: Store, families: list[str], names: list[str], protocol: str)
         rows.append((family, label, int(found["rows"]), found["mae"], mae, found["avg_accuracy"], NAN, NAN))
     columns = ("family", "method", "rows", "MAE", "paper's MAE", "AvgAccuracy", "paper's AvgAccuracy", "MAE / floor")
     note = (
-        "Uncalibrated, scored rows only. The paper's numbers are on its own data: its CAPE beside both of ours, its best"
-        " baseline beside our best that needs no training. Replicate floor: the error of a predictor that knows"
+        "Uncalibrated, scored rows only. The paper's numbers are on its own data: its CAPE beside both of ours, its"
+        " best baseline beside our best that needs no training. Replicate floor: the error of a predictor that knows"
         " everything but the seed."
     )
     return Table(f"Table 1: methods ({protocol})", columns, tuple(rows), note)

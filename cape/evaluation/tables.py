@@ -18,7 +18,11 @@ from cape.evaluation.paper_tables import (
 from cape.evaluation.table import FLOOR, LABELS, Table, columns_of, predicting, select_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pyarrow as pa
+
+    from cape.baselines.rebuilt import Cost
 
 
 def _order(values: np.ndarray) -> list[str]:
@@ -29,12 +33,15 @@ def build_tables(predictions: pa.Table, protocol: str) -> dict[str, Table]:
     """Return every table of an evaluation, by file name."""
     store = columns_of(predictions)
     families = sorted(_order(store["family"]), key=lambda f: (list(PUBLISHED).index(f) if f in PUBLISHED else 99, f))
-    names = _order(store["method"])
+    names = [n for n in _order(store["method"]) if n != FLOOR]
     out = {
+        **paper_tables(store, families, names, protocol),
         "main": _main(store, families, names, protocol),
         "by_split": _by(store, families, names, "split", f"By split ({protocol})"),
         "by_dataset": _by(store, families, names, "dataset", "By dataset"),
         "by_epsilon": _by(store, families, names, "epsilon", "By ε"),
+        "by_lr": _by(store, families, names, "lr", "By learning rate"),
+        "by_batch_size": _by(store, families, names, "batch_size", "By batch size"),
         "corpus": _corpus(store, families, names[0]),
     }
     intervals = _intervals(store, families, names)
@@ -53,11 +60,8 @@ def _main(store: dict[str, np.ndarray], families: list[str], names: list[str], p
             if fitted["rows"] < raw["rows"]:  # some families had no trials to spare: not the same rows
                 fitted = metrics.errors(np.empty(0), np.empty(0))
             rows.append(_main_row(family, LABELS.get(name, name), raw, fitted, _published(name, family, protocol)))
-        mine = select_rows(store, names[0], family)
-        every = select_rows(store, names[0], family, scored=False)
-        every = {k: v[every["reached"]] for k, v in every.items()}
-        floor = metrics.replicate_floor(every["configuration"], every["t_star"])[every["scored"]]
-        raw = metrics.errors(mine["t_star"], floor)
+        floor = select_rows(store, FLOOR, family)
+        raw = metrics.errors(floor["t_star"], floor["predicted"])
         nothing = metrics.errors(np.empty(0), np.empty(0))
         rows.append(_main_row(family, FLOOR, raw, nothing, float("nan")))
         if protocol in ("in-corpus", "fresh") and family in PUBLISHED_BASELINE:
@@ -128,6 +132,28 @@ def _corpus(store: dict[str, np.ndarray], families: list[str], name: str) -> Tab
             rows.append((family, str(dataset), trials, int(index.sum()), censored, *found))
     columns = ("family", "dataset", "trials", "rows", "censored", "min T*", "median T*", "mean T*", "90 % T*", "max T*")
     return Table("Test rows", columns, tuple(rows))
+
+
+def cost_table(costs: Sequence[Cost]) -> Table:
+    """Return what each method costs by family, the median over splits; learned methods cost one probe."""
+    labels = {
+        "probe": "one probe: every learned method with gradient features",
+        "ntkl": LABELS["ntkl"],
+        "ntk_ode": LABELS["ntk_ode"],
+        "curve": LABELS["curve"],
+    }
+    rows = []
+    for family in sorted({c.family for c in costs}):
+        for name, label in labels.items():
+            mine = [c for c in costs if c.family == family and c.method == name]
+            if mine:
+                seconds, probes = (float(np.median([getattr(c, k) for c in mine])) for k in ("seconds", "probes"))
+                rows.append((family, label, sum(c.trials for c in mine), 1e3 * seconds, probes))
+    note = (
+        "Measured on models built again, on this machine, each alone. Static features and the constant median need no"
+        " pass over the model at all; the meta-regressor's own prediction takes about a millisecond."
+    )
+    return Table("Cost", ("family", "method", "trials", "ms", "probe-equivalents"), tuple(rows), note)
 
 
 def _intervals(store: dict[str, np.ndarray], families: list[str], names: list[str]) -> Table:

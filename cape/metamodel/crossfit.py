@@ -65,10 +65,12 @@ def fold_prediction(
 ) -> np.ndarray:
     """Return log T* [n] of the rows of one fold by boosters fitted on the others; NaN for all other rows."""
     data = design(rows.take(assigned != fold), preset, families)
-    boosters = train_boosters(data, preset)
     out = np.full(len(rows), np.nan)
     left = np.flatnonzero(assigned == fold)
-    out[left] = predict_log(boosters, data.lines, rows.take(left), preset.features, families)
+    unseen = rows.take(left)
+    if len(unseen):
+        boosters = train_boosters(data, preset, needed=unseen.families)
+        out[left] = predict_log(boosters, data.lines, unseen, preset.features, families)
     return out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,6 +112,7 @@ def fit(
         SpecError, DataError, StoreError: as ``fit_table``, and where ``out`` holds something else.
     """
     from cape.metamodel.train import ray_trainer
+
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise SpecError(f"workers must be a whole number of at least 1, not {workers!r}.")
     wanted = preset_named(preset)  # an unknown name must fail before Ray starts
@@ -171,7 +171,7 @@ def _card(
     }
 
 
-def load_or_fit(model: MetaModel | str | Path | None, rows: Rows) -> MetaModel:
+def load_or_fit(model: MetaModel | str | os.PathLike[str] | None, rows: Rows) -> MetaModel:
     """Return a given meta-regressor, read one from its directory, or fit the product preset on the rows."""
     if isinstance(model, MetaModel):
         return model

@@ -32,6 +32,7 @@ class Preset(JsonConfig):
         select: choose among ``STRUCTURES``, then ``SIZES``, by 3-fold cross-validation over trials.
         line: terms of a ridge regression per family whose residuals the trees fit; none where empty.
         augmented: weight of the rows of augmented trials; 0 leaves them out.
+        intervals: whether an evaluation scores its intervals, too (they take cross-fitting).
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
             is then fitted again on every row with as many); 0 fits all ``trees``.
     """
@@ -55,6 +56,7 @@ class Preset(JsonConfig):
     line: tuple[str, ...] = ()
     augmented: float = 0.0
     early_stopping: int = 0
+    intervals: bool = False
 
     def __post_init__(self) -> None:
         if self.censored not in CENSORED:
@@ -71,6 +73,11 @@ PRESETS: dict[str, Preset] = {
         Preset("paper", per_family=True),
         Preset("paper_pooled"),
         Preset("static", features=STATIC_FEATURES, per_family=True),
+        Preset("paper_epsilon", features=(*PAPER_FEATURES, "log_epsilon"), per_family=True),
+        *(
+            Preset(f"paper_without_{f}", features=tuple(g for g in PAPER_FEATURES if g != f), per_family=True)
+            for f in PAPER_FEATURES
+        ),
         Preset("paper_appendix", trees=500, depth=6, per_family=True),
         Preset(
             "product",
@@ -82,6 +89,17 @@ PRESETS: dict[str, Preset] = {
             censored="aft",
             select=True,
             line=LINE_TERMS,
+            augmented=1.0,
+            intervals=True,
+        ),
+        Preset(
+            "product_static",
+            features=(*STATIC_FEATURES, "log_epsilon", "family"),
+            trees=800,
+            depth=3,
+            equal_families=True,
+            monotone=True,
+            censored="aft",
             augmented=1.0,
         ),
     )

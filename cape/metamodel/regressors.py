@@ -7,7 +7,7 @@ starts at zero (T* = 0) stays finite. Predictions are ``exp`` of the regressor's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,9 +205,17 @@ def load_booster(source: Any) -> xgb.Booster:
 
 
 def train_boosters(
-    data: Design, preset: Preset, device: str = "cpu", threads: int = 0, rank: int = 0, world: int = 1
+    data: Design,
+    preset: Preset,
+    device: str = "cpu",
+    threads: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    needed: Collection[str] | None = None,
 ) -> dict[str, xgb.Booster]:
     """Fit the boosters of a preset: the pooled one, and one per family where the preset asks for it.
+
+    With ``needed`` only those that predict rows of these families are fitted.
 
     With ``world`` workers each fits on every ``world``-th row of each booster's rows (the collective adds their
     gradients), so that no row is lost and no worker is left without rows of a family.
@@ -218,6 +226,9 @@ def train_boosters(
             index = np.flatnonzero(data.codes == code)
             if len(index) >= max(2, world):
                 parts[name] = index
+    if needed is not None:
+        wanted = {name if name in parts else POOLED for name in needed}
+        parts = {name: index for name, index in parts.items() if name in wanted}
     return {n: train_booster(data.take(i), preset, device, threads, rank, world) for n, i in parts.items()}
 
 

@@ -45,8 +45,7 @@ class Rows:
     """Rows as columns: text and seeds are object arrays, numbers float64 with NaN for null, all of one length.
 
     Attributes:
-        columns: by name, those of ``OBJECTS`` (text, and seeds, which have 63 bits) and ``NUMERIC`` (all-null where the table has
-            none), ``converged``
+        columns: by name, those of ``OBJECTS`` and ``NUMERIC`` (all-null where the table has none), ``converged``
             (bool), and ``losses`` (object array of float32 arrays or None) where the table has it.
     """
 

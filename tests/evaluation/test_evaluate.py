@@ -14,7 +14,8 @@ from authors import rows
 
 from cape.errors import DataError, SpecError, StoreError
 from cape.evaluation import Evaluation, evaluate, report
-from cape.evaluation.tables import Table, build_tables, select
+from cape.evaluation.table import Table, select
+from cape.evaluation.tables import build_tables
 from cape.metamodel.fit import fit_table
 from cape.metamodel.presets import PRESETS
 
