@@ -21,10 +21,10 @@ PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
 _NAMED = (*PAPER_FEATURES, "log_l0", *OPTIMIZER_FEATURES)
-EXTRA_FEATURES = tuple(f for f in FEATURE_NAMES if f not in (*_NAMED, "log_tau_full"))
-"""What the probe gives beyond the paper's and the optimizer-aware features; missing from rows of older sweeps."""
+SLOW_FEATURES = tuple(f for f in FEATURE_NAMES if f not in (*_NAMED, "log_tau_full"))
+"""What the probe gives beyond the paper's and the optimizer-aware features, for slow regimes; older rows lack them."""
 
-PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *EXTRA_FEATURES, "family")
+PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES, "family")
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
