@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +180,24 @@ def test_ray_train_gives_the_same_model_as_this_process(ray_session: None, sampl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta", "model"]  # Ray's own files are gone
     with pytest.raises(SpecError, match="workers need at least"):
         fit(tmp_path / "meta", tmp_path / "many", workers=64)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_fit_a_model_as_good_as_one_and_stop_early_together(sample: Rows, tmp_path: Path) -> None:
+    from cape.store.reader import read
+    from cape.store.writer import write_shard
+
+    few = [r for i, r in enumerate(rows(every=6).to_pylist()) if i % 5]
+    write_shard(few, tmp_path / "meta")
+    command = [*(sys.executable, "-m", "cape.cli", "fit", str(tmp_path / "meta"), "--out", str(tmp_path / "model"))]
+    # A process of its own: the Ray of this session has no CPU for two workers and their data.
+    options = ["--preset", "paper_epsilon", "--workers", "2", "--early-stopping", "15"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    two = MetaModel.load(tmp_path / "model")
+    preset = PRESETS["paper_epsilon"].replace(early_stopping=15)
+    one = fit_table(read(tmp_path / "meta"), preset, calibrate=False)
+    unseen = sample.take(np.arange(len(sample)) % 5 == 0)
+    mae = [np.abs(m.predict(unseen) - unseen["t_star"]).mean() for m in (one, two)]
+    assert mae[1] == pytest.approx(mae[0], rel=0.02)
+    assert two.preset.early_stopping == 15 and set(two.boosters) == set(one.boosters) == {POOLED, *FAMILIES}
