@@ -108,22 +108,41 @@ def build_parser() -> argparse.ArgumentParser:
     _data_option(sub)
 
     sub = command("fit", "fit the meta-regressor on a meta-dataset, through Ray Train")
-    sub.add_argument("meta_dir", metavar="META_DIR")
+    _meta_dirs(sub)
     sub.add_argument("--out", required=True, metavar="MODEL_DIR")
     sub.add_argument("--preset", default="product", metavar="NAME", help="product (default), paper or paper_appendix")
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="Ray Train workers (default 1)")
     sub.add_argument("--address", metavar="ADDRESS", help="Ray cluster to use (default: a local one)")
-    sub.add_argument("--seed", type=int, default=0, help="draws the calibration trials (default 0)")
+    sub.add_argument(
+        "--early-stopping",
+        type=int,
+        metavar="N",
+        help="end N rounds after the last gain (default: never)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="deals the trials to the folds of calibration (default 0)")
 
     sub = command("evaluate", "score the meta-regressor and the baselines by a protocol")
-    sub.add_argument("meta_dir", metavar="META_DIR")
+    _meta_dirs(sub)
     sub.add_argument("--protocol", choices=PROTOCOLS, default="in-corpus")
     sub.add_argument("--out", required=True, metavar="REPORT_DIR", help="tables (CSV, Markdown), figures (PNG)")
     sub.add_argument("--test", metavar="META_DIR", help="the meta-dataset to test on (protocols fresh and held-out)")
+    sub.add_argument("--floor", metavar="META_DIR", help="replicates: trials that differ in nothing but the seed")
+    sub.add_argument(
+        "--full", action="store_true", help="also the regressors of appendix A.4 and the ablations (minutes more)"
+    )
+    sub.add_argument(
+        "--rebuild",
+        type=int,
+        default=0,
+        metavar="N",
+        help="build N trials per family again, for the NTK spectrum and measured costs (default 0)",
+    )
+    _data_option(sub)
 
     sub = command("report", "write one self-contained HTML page about a meta-dataset")
-    sub.add_argument("meta_dir", metavar="META_DIR")
+    _meta_dirs(sub)
     sub.add_argument("--out", required=True, metavar="FILE.html")
+    sub.add_argument("--meta-model", metavar="MODEL_DIR", help="what `cape fit` wrote (default: fit one now)")
 
     sub = command("predict", "predict the steps, time and cost of a model from one batch at initialization")
     _model_arguments(sub)
@@ -155,6 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("info", "say what is installed, built and found")
     _data_option(sub)
     return parser
+
+
+def _meta_dirs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("meta_dir", metavar="META_DIR", nargs="+", help="one or more meta-datasets, read as one")
 
 
 def _data_option(sub: argparse.ArgumentParser) -> None:

@@ -25,26 +25,44 @@ def fit(args: argparse.Namespace) -> None:
     from cape.metamodel.fit import fit as fit_model
 
     model = fit_model(
-        args.meta_dir, args.out, preset=args.preset, workers=args.workers, seed=args.seed, address=args.address
+        args.meta_dir,
+        args.out,
+        preset=args.preset,
+        workers=args.workers,
+        early_stopping=args.early_stopping,
+        seed=args.seed,
+        address=args.address,
     )
     data = model.card["data"]
     print(f"Fitted '{model.preset.name}' on {data['rows']} rows of {data['trials']} trials; written to {args.out}")
-    for family, scores in model.card["metrics"]["held_back"].items():
-        print(f"  {family:<12} {scores['rows']:>6} held-back rows, MAE {scores['mae']:.2f} steps")
+    for family, scores in model.card["metrics"]["out_of_fold"].items():
+        print(f"  {family:<12} {scores['rows']:>6} rows, out-of-fold MAE {scores['mae']:.2f} steps")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """``cape evaluate META_DIR --protocol P --out REPORT_DIR``."""
     from cape.evaluation import evaluate as run_protocol
+    from cape.evaluation.methods import COMPARATORS, FULL_PRESETS
 
-    print(run_protocol(args.meta_dir, args.protocol, args.out, test_dir=args.test).markdown())
+    more: dict[str, Any] = {"presets": FULL_PRESETS, "comparators": COMPARATORS} if args.full else {}
+    made = run_protocol(
+        args.meta_dir,
+        args.protocol,
+        args.out,
+        test_dir=args.test,
+        floor_dir=args.floor,
+        rebuild=args.rebuild,
+        data_root=args.data_root,
+        **more,
+    )
+    print(made.markdown())
 
 
 def report(args: argparse.Namespace) -> None:
     """``cape report META_DIR --out FILE.html``."""
     from cape.evaluation import report as write_report
 
-    print(f"Wrote {write_report(args.meta_dir, args.out)}")
+    print(f"Wrote {write_report(args.meta_dir, args.out, args.meta_model)}")
 
 
 def predict(args: argparse.Namespace) -> None:

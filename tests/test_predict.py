@@ -18,7 +18,7 @@ from cape import datasets
 from cape.errors import ModelError, SpecError, StoreError
 from cape.metamodel.artifact import MetaModel
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import PRESETS
+from cape.metamodel.presets import PRESETS
 from cape.predict import infer_family, predict, rank
 
 

@@ -88,20 +88,22 @@ def ntk_ode(gram: ArrayLike, residual: ArrayLike, lr: float, epsilon: float = 0.
 def true_logit_gram(model: nn.Module, batch: Any, loss: LossLike = "cross_entropy") -> tuple[np.ndarray, np.ndarray]:
     """Return (Gram [B, B] float64, residual [B]) of a model at its initialization, for ``ntk_ode``.
 
-    One backward pass per sample and B gradients held at once: for baselines, not for the product. Batch norm in eval
-    mode and dropout off, as in the probe. The residual is p_y - 1 for classification, output minus target otherwise.
+    One forward and one backward pass per sample and B gradients held at once: for baselines, not for the product.
+    Batch norm in eval mode and dropout off, as in the probe. The residual is p_y - 1 for classification, output minus
+    target otherwise.
     """
     import torch
 
-    from cape.state import call, check_batch, preserved, trainable
+    from cape.state import call, check_batch, preserved, slice_inputs, trainable
     from cape.tasks import Loss
 
     inputs, targets, size = check_batch(batch)
     criterion = Loss(loss)
-    with preserved(model):
+    with preserved(model), torch.enable_grad():
         model.eval()
         parameters = list(trainable(model).values())
-        outputs = call(model, inputs)
+        with torch.no_grad():
+            outputs = call(model, inputs)
         criterion.check(outputs, targets)
         logit = criterion.target_logit(outputs, targets)
         if not targets.is_floating_point():
@@ -110,7 +112,10 @@ def true_logit_gram(model: nn.Module, batch: Any, loss: LossLike = "cross_entrop
             residual = logit - targets.reshape(size, -1).to(logit.dtype).mean(1)
         rows = []
         for i in range(size):
-            grads = torch.autograd.grad(logit[i], parameters, retain_graph=True, allow_unused=True)
+            # Two copies of a sample: see probing/reference.py. A pass over the whole batch would cost B times as much.
+            pair = call(model, slice_inputs(inputs, torch.tensor([i, i]), size))[:1]
+            one = criterion.target_logit(pair, targets[i : i + 1])[0]
+            grads = torch.autograd.grad(one, parameters, allow_unused=True)
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
             rows.append(torch.cat([g.reshape(-1) for g in flat]).detach())
         jacobian = torch.stack(rows)

@@ -10,7 +10,7 @@ import numpy as np
 from cape.errors import DependencyError
 from cape.evaluation import metrics
 from cape.evaluation.methods import LEVELS
-from cape.evaluation.tables import LABELS, columns_of, predicting
+from cape.evaluation.table import FLOOR, LABELS, columns_of, predicting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#3b6fb6", "#d1603d", "#4c9f70", "#8a5fb0", "#b08a2e", "#5a6570")
 DPI = 110
 SHOWN_POINTS = 3000
+CALIBRATION_BINS = 10
 
 
 def png(figure: Figure) -> bytes:
@@ -34,7 +35,7 @@ def png(figure: Figure) -> bytes:
 def figures(evaluation: Evaluation) -> dict[str, Figure]:
     """Return the figures of an evaluation by file name."""
     store = columns_of(evaluation.predictions)
-    names = predicting(store, list(dict.fromkeys(store["method"].tolist())))
+    names = [n for n in predicting(store, list(dict.fromkeys(store["method"].tolist()))) if n != FLOOR]
     best = "product" if "product" in names else names[0]
     families = sorted(set(store["family"].tolist()))
     out = {
@@ -42,6 +43,8 @@ def figures(evaluation: Evaluation) -> dict[str, Figure]:
         "errors": _errors(store, families, names),
         "residuals": _residuals(store, families, [n for n in names if n in (best, "paper", "static_linear")]),
         "distribution": _distribution(store, families, names[0]),
+        "figure_1": _figure_1(store, families, [n for n in names if n in (best, "paper")]),
+        "calibration": _calibration(store, families, best),
     }
     if np.isfinite(store["low_90"]).any():
         out["coverage"] = _coverage(store, families, best)
@@ -133,13 +136,7 @@ def _errors(store: dict[str, np.ndarray], families: list[str], names: list[str])
         for y, value in zip(where, values, strict=True):
             text = f"{value:.2f}" if np.isfinite(value) else "n/a"
             axis.text(np.nan_to_num(value) + 0.015 * limit, y, text, va="center", fontsize=8)
-        index = (store["method"] == names[0]) & (store["family"] == family)
-        scored = store["scored"][index]
-        known = np.where(store["reached"][index], store["t_star"][index], np.nan)
-        reached = np.isfinite(known)
-        floor = np.full(len(known), np.nan)
-        floor[reached] = metrics.replicate_floor(store["configuration"][index][reached], known[reached])
-        lowest = metrics.errors(known[scored], floor[scored])["mae"]
+        lowest = metrics.errors(*_of(store, FLOOR, family))["mae"]
         title = family
         if np.isfinite(lowest):
             axis.axvline(lowest, color="#222222", lw=1, ls="--")
@@ -207,6 +204,68 @@ def _coverage(store: dict[str, np.ndarray], families: list[str], method: str) ->
     return figure
 
 
+def _calibration(store: dict[str, np.ndarray], families: list[str], method: str) -> Figure:
+    """Draw the mean measured T* of rows with like predictions: on the diagonal, predictions are right on average."""
+    figure = _figure(4.8, 4.4)
+    axis = figure.subplots()
+    ends = []
+    for j, family in enumerate(families):
+        true, predicted = _of(store, method, family)
+        if len(true) < 2 * CALIBRATION_BINS:
+            continue
+        groups = np.array_split(np.argsort(predicted, kind="stable"), CALIBRATION_BINS)
+        x = np.array([predicted[g].mean() for g in groups])
+        y = np.array([true[g].mean() for g in groups])
+        error = np.array([true[g].std() / np.sqrt(len(g)) for g in groups])
+        colour = COLOURS[j % len(COLOURS)]
+        axis.errorbar(x, y, yerr=2 * error, fmt="o-", ms=4, lw=1, color=colour, label=family, capsize=2)
+        ends += [x.min(), x.max()]
+    if ends:
+        low, high = 0.8 * min(ends), 1.25 * max(ends)
+        axis.plot([low, high], [low, high], color="#222222", lw=1, label="ideal")
+        axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        _steps_axis(axis.xaxis)
+        _steps_axis(axis.yaxis)
+        axis.legend(fontsize=8, frameon=False)
+    axis.set_xlabel("mean predicted T* of a tenth of the rows (steps)", fontsize=9)
+    axis.set_ylabel("their mean measured T* (bars: 2 standard errors)", fontsize=9)
+    axis.set_title(f"Calibration, {LABELS.get(method, method)}", fontsize=10)
+    axis.grid(alpha=0.2)
+    return figure
+
+
+def _figure_1(store: dict[str, np.ndarray], families: list[str], names: list[str]) -> Figure:
+    """Draw errors by learning rate and by batch size: in steps, as the paper's Figure 1, and relative to T*."""
+    figure = _figure(9.6, 6.4)
+    axes = figure.subplots(2, 2)
+    for i, (column, label) in enumerate((("lr", "learning rate"), ("batch_size", "batch size"))):
+        values = sorted(set(store[column][store["method"] == names[0]].tolist()))
+        for j, family in enumerate(families):
+            for name in names:
+                index = (store["method"] == name) & (store["family"] == family) & store["scored"]
+                index &= np.isfinite(store["predicted"])
+                gap = np.abs(store["predicted"] - store["t_star"])
+                parts = [index & (store[column] == value) for value in values]
+                style = {"color": COLOURS[j % len(COLOURS)], "ls": "-" if name == names[-1] else "--", "marker": "o"}
+                steps = [float(gap[p].mean()) if p.any() else np.nan for p in parts]
+                share = [
+                    float((gap / np.maximum(store["t_star"], 1.0))[p].mean()) if p.any() else np.nan for p in parts
+                ]
+                text = f"{family}, {LABELS.get(name, name).split(',')[0]}" if i == 0 else None
+                axes[0, i].plot(range(len(values)), steps, ms=4, lw=1.2, label=text, **style)
+                axes[1, i].plot(range(len(values)), [100 * v for v in share], ms=4, lw=1.2, **style)
+        for k, what in enumerate(("MAE (steps)", "mean error / T* (%)")):
+            axes[k, i].set_xticks(range(len(values)), [f"{v:g}" for v in values], fontsize=8)
+            axes[k, i].set_xlabel(label, fontsize=9)
+            axes[k, i].set_ylabel(what, fontsize=9)
+            axes[k, i].set_ylim(bottom=0)
+            axes[k, i].tick_params(labelsize=8)
+            axes[k, i].grid(alpha=0.2)
+    figure.suptitle("Figure 1: error by learning rate and batch size, uncalibrated", fontsize=11)
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    return figure
+
+
 def _distribution(store: dict[str, np.ndarray], families: list[str], method: str) -> Figure:
     figure, axes = _panels(len(families), height=2.5)
     for axis, family in zip(axes, families, strict=True):
@@ -228,8 +287,9 @@ def _distribution(store: dict[str, np.ndarray], families: list[str], method: str
 
 
 def importance(model: MetaModel, rows: Rows) -> Figure:
-    """Draw the mean absolute SHAP value of each feature by family, from XGBoost's own contributions."""
-    from cape.metamodel.regressors import POOLED, dmatrix
+    """Draw the mean absolute SHAP value of each feature by family: XGBoost's own, and the line's terms."""
+    from cape.metamodel.line import EPSILON_TERM, POOLED
+    from cape.metamodel.regressors import dmatrix
 
     features = model.preset.features
     families = [f for f in rows.families if f in model.families]
@@ -238,7 +298,12 @@ def importance(model: MetaModel, rows: Rows) -> Figure:
         mine = rows.take(np.flatnonzero(rows["family"] == family)[:SHOWN_POINTS])
         booster = model.boosters.get(family, model.boosters[POOLED])
         matrix = dmatrix(mine.matrix(features, model.families), features)
-        shares[i] = np.abs(booster.predict(matrix, pred_contribs=True)[:, :-1]).mean(axis=0)
+        parts = booster.predict(matrix, pred_contribs=True)[:, :-1]
+        if line := model.lines.get(family):
+            for term, values in zip(line.terms, line.contributions(mine).T, strict=True):
+                name = "log_epsilon" if term == EPSILON_TERM else term
+                parts[:, features.index(name)] += values - values.mean()
+        shares[i] = np.abs(parts).mean(axis=0)
     order = np.argsort(shares.sum(axis=0))
     figure = _figure(6.4, 1.0 + 0.32 * len(features))
     axis = figure.subplots()
@@ -249,7 +314,7 @@ def importance(model: MetaModel, rows: Rows) -> Figure:
         axis.barh(np.arange(len(features)), values, left=left, color=colour, label=family, height=0.7)
         left += values
     axis.set_yticks(np.arange(len(features)), [features[k] for k in order], fontsize=8)
-    axis.set_xlabel("mean |SHAP| in log T*, families stacked", fontsize=9)
+    axis.set_xlabel("mean |SHAP| in log T* (trees and line), families stacked", fontsize=9)
     axis.set_title("What the meta-regressor looks at", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)

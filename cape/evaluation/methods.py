@@ -12,9 +12,14 @@ from cape.baselines.curve_extrapolation import curves
 from cape.baselines.ntk import ntkl
 from cape.baselines.static_linear import StaticLinear
 from cape.errors import SpecError
+from cape.metamodel.estimators import COMPARATORS, comparator
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import COMPARATORS, Preset, comparator, preset_named
+from cape.metamodel.presets import PRESETS, Preset, preset_named
 from cape.metamodel.rows import CAP, PAPER_FEATURES, Rows
+
+ABLATIONS = tuple(name for name in PRESETS if name.startswith("paper_without_"))
+FULL_PRESETS = ("paper", "static", "paper_epsilon", "paper_appendix", "product_static", "product", *ABLATIONS)
+"""Presets of the full tables: what the probes add, what each feature adds, and appendix A.4."""
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
@@ -48,8 +53,7 @@ def methods(presets: Sequence[str | Preset], comparators: Sequence[str], threads
 
 
 def _preset_method(preset: Preset, threads: int) -> Method:
-    # Only the product promises intervals: the paper's presets are fitted on every training row, as published.
-    calibrate = preset.censored == "exclude"
+    calibrate = preset.intervals
 
     def run(train: Rows, test: Rows) -> Predicted:
         model = fit_table(train, preset, calibrate=calibrate, threads=threads)

@@ -45,7 +45,8 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
     """Return the splits of a protocol and notes on anything that was shrunk or skipped.
 
     Args:
-        rows: the meta-dataset, failed rows already left out. test: rows of the test meta-dataset (fresh, held-out).
+        rows: the meta-dataset, failed rows already left out; augmented ones are only ever fitted on.
+        test: rows of the test meta-dataset (fresh, held-out); its augmented rows are left out.
 
     Raises:
         SpecError: an unknown protocol, or a missing or superfluous test meta-dataset.
@@ -54,6 +55,8 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
     check_protocol(protocol)
     if test is not None and protocol not in ("fresh", "held-out"):
         raise SpecError(f"The protocol '{protocol}' takes no test meta-dataset; only fresh and held-out do.")
+    rows, extra = rows.take(~rows.augmented), rows.take(rows.augmented)
+    test = None if test is None else test.take(~test.augmented)
     trials = _reached_trials(rows)
     if trials < 2 * FEWEST_TRIALS:
         raise DataError(
@@ -61,12 +64,28 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
             " Run a larger sweep."
         )
     if protocol == "in-corpus":
-        return _folds(rows)
-    if protocol == "fresh":
-        return _fresh(rows, test)
-    if protocol == "held-out":
-        return _held_out(rows, test)
-    return _leave_one_out(rows, protocol)
+        made, notes = _folds(rows)
+    elif protocol == "fresh":
+        made, notes = _fresh(rows, test)
+    elif protocol == "held-out":
+        made, notes = _held_out(rows, test)
+    else:
+        made, notes = _leave_one_out(rows, protocol)
+    if len(extra):
+        column = {"lodo": "dataset", "loao": "architecture", "lofo": "family", "held-out": "dataset"}.get(protocol)
+        made = [_with_augmented(split, extra, column) for split in made]
+        notes.append(
+            f"{len(set(extra['trial_id']))} augmented trials are fitted on by the presets that take them, except those"
+            " of what a split leaves out; none is scored."
+        )
+    return made, notes
+
+
+def _with_augmented(split: Split, extra: Rows, column: str | None) -> Split:
+    """Add to a split's training rows the augmented ones that share no value of ``column`` with its test rows."""
+    if column is not None:
+        extra = extra.take(~np.isin(extra[column].astype(str), np.unique(split.test[column].astype(str))))
+    return Split(split.name, split.train.join(extra), split.test)
 
 
 def _folds(rows: Rows) -> tuple[list[Split], list[str]]:

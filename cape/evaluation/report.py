@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import cape
 from cape.errors import StoreError
 from cape.evaluation.figures import figures, importance, png
-from cape.evaluation.run import Evaluation, _rows, evaluate
-from cape.evaluation.tables import Table, show
+from cape.evaluation.run import Evaluation, evaluate
+from cape.evaluation.table import Table, show
+from cape.metamodel.fit import load_or_fit
+from cape.metamodel.rows import read_rows
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
@@ -44,13 +46,15 @@ CAPTIONS = {
     "errors": "Mean absolute error of every method; the dashed line is what no configuration-only predictor can beat.",
     "residuals": "How far predictions are off, as a factor.",
     "coverage": "Do the intervals keep their promise? Points on the line do.",
+    "calibration": "Are predictions right on average? Each point is a tenth of a family's scored rows.",
+    "figure_1": "The paper's Figure 1; T* itself falls with the learning rate, so the relative error is drawn too.",
     "distribution": "What there was to predict; read every error beside it.",
-    "importance": "Contribution of each feature to the predicted log T*, from XGBoost's own SHAP values.",
+    "importance": "What each feature adds to the predicted log T*: XGBoost's own SHAP values and the line's terms.",
 }
 
 
 def report(
-    meta_dir: str | os.PathLike[str] | Any,
+    meta_dir: Any,
     out_html: str | os.PathLike[str],
     model: MetaModel | str | os.PathLike[str] | None = None,
     prediction: Any | None = None,
@@ -61,26 +65,22 @@ def report(
     """Write the HTML report of a meta-dataset.
 
     Args:
-        meta_dir: directory or table of rows. out_html: file to write.
-        model: meta-regressor (or its directory) whose card and feature importance are shown.
+        meta_dir: directory or table of rows, or several. out_html: file to write.
+        model: meta-regressor (or its directory) whose card and feature importance are shown; one is fitted where None.
         prediction: a ``Prediction`` (or its ``to_dict()``) to show, as an example of use.
         evaluation: an evaluation that was made already; without, the in-corpus protocol runs now.
 
     Raises:
         DataError, StoreError: as ``evaluate``, and where the file cannot be written.
     """
-    from cape.metamodel.artifact import MetaModel
-
     path = Path(out_html)
     if path.is_dir():
         raise StoreError(f"{path} is a directory; name the HTML file to write.")
-    if model is not None and not isinstance(model, MetaModel):
-        model = MetaModel.load(model)
-    rows = _rows(meta_dir)
-    made = evaluation or evaluate(meta_dir, "in-corpus")
+    rows = read_rows(meta_dir)
+    made = evaluation or evaluate(rows, "in-corpus")
+    meta_model = load_or_fit(model, rows)
     drawn = figures(made)
-    if model is not None:
-        drawn["importance"] = importance(model, rows)
+    drawn["importance"] = importance(meta_model, rows.take(~rows.augmented))
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(rows, made)]
     if prediction is not None:
         facts = prediction if isinstance(prediction, Mapping) else prediction.to_dict()
@@ -88,8 +88,7 @@ def report(
     parts.append(_table(made.tables["main"]))
     parts += [_picture(name, png(figure)) for name, figure in drawn.items()]
     parts += [_table(table) for name, table in made.tables.items() if name != "main"]
-    if model is not None:
-        parts += ["<h2>The meta-regressor</h2>", _definition(_card_facts(model))]
+    parts += ["<h2>The meta-regressor</h2>", _definition(_card_facts(meta_model))]
     if made.notes:
         parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(n)}</li>" for n in made.notes), "</ul>"]
     text = (
@@ -131,7 +130,7 @@ def _card_facts(model: MetaModel) -> dict[str, Any]:
     return {
         "preset": f"{preset.name}: {preset.trees} trees of depth {preset.depth}, {shape}",
         "features": ", ".join(preset.features),
-        "trials": f"{data['trials']:,}, of which {data['calibration_trials']:,} were held back to calibrate",
+        "trials": f"{data['trials']:,}, intervals from out-of-fold predictions of {data['calibration_trials']:,}",
         "fingerprint": data["fingerprint"],
         "versions": ", ".join(f"{k} {v}" for k, v in card["versions"].items()),
     }

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cape.baselines.rebuilt import Cost, rebuilt
 from cape.errors import DataError, StoreError
 from cape.evaluation import metrics, protocols
 from cape.evaluation.methods import LEVELS, Predicted, methods
-from cape.evaluation.tables import Table, build_tables
-from cape.metamodel.regressors import Preset
-from cape.metamodel.rows import Rows, as_rows
+from cape.evaluation.table import FLOOR, Table
+from cape.evaluation.tables import build_tables, cost_table
+from cape.metamodel.presets import Preset
+from cape.metamodel.rows import read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +56,7 @@ class Evaluation:
         return self._metric(method, family, "avg_accuracy")
 
     def _metric(self, method: str, family: str, name: str) -> float:
-        from cape.evaluation.tables import select
+        from cape.evaluation.table import select
 
         rows = select(self.predictions, method, family)
         return metrics.errors(rows["t_star"], rows["predicted"])[name]
@@ -89,21 +91,30 @@ def check_report_dir(out: str | os.PathLike[str]) -> Path:
 
 
 def evaluate(
-    meta_dir: str | os.PathLike[str] | Any,
+    meta_dir: Any,
     protocol: str = "in-corpus",
     out: str | os.PathLike[str] | None = None,
     *,
-    presets: Sequence[str | Preset] = ("paper", "product"),
+    presets: Sequence[str | Preset] = ("paper", "static", "product"),
     comparators: Sequence[str] = (),
-    test_dir: str | os.PathLike[str] | Any | None = None,
+    test_dir: Any | None = None,
+    floor_dir: Any | None = None,
+    rebuild: int = 0,
+    data_root: str | os.PathLike[str] | None = None,
     threads: int = 0,
 ) -> Evaluation:
     """Evaluate the meta-regressor and the baselines on a meta-dataset.
 
     Args:
-        meta_dir: a meta-dataset's directory, or its table. protocol: a key of ``protocols.PROTOCOLS``.
-        out: report directory to write, or None. presets: what to fit and score.
-        comparators: regressors of appendix A.4 to score too. test_dir: the test meta-dataset of fresh and held-out.
+        meta_dir: a meta-dataset's directory, its table, or a sequence of these. Augmented rows are fitted on by the
+            presets that take them, and never scored.
+        protocol: a key of ``protocols.PROTOCOLS``. out: report directory to write, or None.
+        presets: what to fit and score. comparators: regressors of appendix A.4 to score too.
+        test_dir: the test meta-dataset of fresh and held-out.
+        floor_dir: a meta-dataset of replicates (trials that differ in nothing but the seed) for the replicate floor;
+            without, the floor is that of test rows that happen to be replicates.
+        rebuild: trials per family whose models are built again, for the full-spectrum NTK baseline and for what each
+            method costs. data_root: where their datasets are.
         threads: XGBoost threads; see ``regressors.thread_count``.
 
     Raises:
@@ -113,7 +124,8 @@ def evaluate(
     runners = methods(presets, comparators, threads)
     if out is not None:
         check_report_dir(out)  # before minutes of fitting
-    rows, test = _rows(meta_dir), None if test_dir is None else _rows(test_dir)
+    rows = read_rows(meta_dir)
+    test, replicates = (None if d is None else read_rows(d) for d in (test_dir, floor_dir))
     notes: list[str] = []
     failed = int(rows.failed.sum()) + (int(test.failed.sum()) if test is not None else 0)
     if failed:
@@ -123,39 +135,55 @@ def evaluate(
     made, more = protocols.splits(rows, protocol, test)
     notes += more
     parts = []
+    costs: list[Cost] = []
     for number, split in enumerate(made):
         held = protocols.calibration_rows(split.test, seed=number)
         configuration, approximate = protocols.configurations(split.test)
         for name, run in runners.items():
-            predicted = run(split.train, split.test)
-            parts.append(_part(split, name, predicted, held, configuration))
-    note = "Imported rows carry no model: the replicate floor tells them apart by parameter count, approximately."
+            parts.append(_part(split, name, run(split.train, split.test), held, configuration))
+        if rebuild:
+            steps, spent = rebuilt(split.test, rebuild, data_root, seed=number)
+            costs += spent
+            parts.append(_part(split, "ntk_ode", Predicted(steps), held, configuration))
+        if replicates is None:
+            parts.append(_floor(split, held, configuration))
+    if replicates is not None:
+        known = replicates.take(replicates.reached & ~replicates.augmented)
+        configuration, approximate = protocols.configurations(known)
+        alone = protocols.Split("replicates", known, known)
+        parts.append(_floor(alone, np.zeros(len(known), dtype=bool), configuration))
     if approximate:
-        notes.append(note)
+        notes.append(
+            "Imported rows carry no model: the replicate floor tells them apart by parameter count, approximately."
+        )
     censored = sum(int((~s.test.reached).sum()) for s in made)
     if censored:
         notes.append(f"{censored} test rows never reached their ε; errors are taken over those that did.")
     if not any(np.isfinite(p["predicted"]).any() for p in parts if p["method"][:1] == "curve"):
         notes.append("The meta-dataset records no losses, so curve extrapolation is n/a.")
-    notes.append(
-        "The full-spectrum NTK baseline (`ntk_ode`) needs each batch's Gram matrix, which rows do not hold; it is not"
-        " in these tables."
-    )
+    if not rebuild:
+        notes.append(
+            "The full-spectrum NTK baseline (`ntk_ode`) and measured costs need trials built again (`--rebuild N`);"
+            " they are not in these tables."
+        )
     predictions = _concat(parts)
     if not len(predictions):
         raise DataError("No test row reached its ε; nothing can be scored.")
-    result = Evaluation(protocol, predictions, build_tables(predictions, protocol), tuple(notes))
+    tables = build_tables(predictions, protocol)
+    if costs:
+        tables["costs"] = cost_table(costs)
+    result = Evaluation(protocol, predictions, tables, tuple(notes))
     if out is not None:
         result.write(out)
     return result
 
 
-def _rows(source: Any) -> Rows:
-    if isinstance(source, (str, os.PathLike)):
-        from cape.store import reader
-
-        return as_rows(reader.read(Path(source)))
-    return as_rows(source)
+def _floor(split: protocols.Split, held: np.ndarray, configuration: np.ndarray) -> dict[str, Any]:
+    """Return the floor's predictions as a part: the median T* of the trials that differ in nothing but the seed."""
+    steps = np.full(len(split.test), np.nan)
+    reached = split.test.reached
+    steps[reached] = metrics.replicate_floor(configuration[reached], split.test["t_star"][reached])
+    return _part(split, FLOOR, Predicted(steps), held, configuration)
 
 
 def _part(split: protocols.Split, method: str, made: Predicted, held: np.ndarray, configuration: np.ndarray) -> dict:

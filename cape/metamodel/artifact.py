@@ -1,8 +1,8 @@
 """The fitted meta-regressor as an object and as a directory: XGBoost UBJ, JSON, and nothing pickled.
 
-``card.json`` is for people: preset, features, data fingerprint, metrics on held-back trials, ranges, versions.
-``calibration.json`` holds the conformal scores and the domain statistics. Boosters are ``model.ubj`` (pooled),
-``model-FAMILY.ubj`` and ``reach.ubj``; the card lists each file with its digest.
+``card.json`` is for people: preset, features, data fingerprint, out-of-fold metrics, ranges, versions.
+``calibration.json`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
+``model.ubj`` (pooled), ``model-FAMILY.ubj`` and ``reach.ubj``; the card lists each file with its digest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import numpy as np
 from cape.errors import SpecError, StoreError
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
+from cape.metamodel.line import POOLED, Line
+from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
-from cape.metamodel.regressors import POOLED, Preset, load_booster, predict_log, xgboost
+from cape.metamodel.regressors import load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
 
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 1
+FORMAT = 2  # 1 had no lines
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -38,7 +40,7 @@ class MetaModel:
     Attributes:
         preset: what it was fitted with (after selection).
         families: families whose codes the boosters know.
-        boosters: by family, and ``"pooled"``.
+        boosters: by family, and ``"pooled"``. lines: the lines whose residuals they fit, likewise; empty without.
         conformal: interval calibration, empty where fitted without.
         domain: domain statistics, None where fitted without calibration.
         reach: p_reach, None where fitted without calibration.
@@ -48,6 +50,7 @@ class MetaModel:
     preset: Preset
     families: tuple[str, ...]
     boosters: Mapping[str, xgb.Booster]
+    lines: Mapping[str, Line]
     conformal: Conformal
     domain: Domain | None
     reach: Reach | None
@@ -55,9 +58,7 @@ class MetaModel:
 
     def predict_log(self, rows: Any) -> np.ndarray:
         """Return log T*, float64 [n], of a table or ``Rows``."""
-        rows = as_rows(rows)
-        x = rows.matrix(self.preset.features, self.families)
-        return predict_log(dict(self.boosters), x, rows["family"], self.preset.features)
+        return predict_log(self.boosters, self.lines, as_rows(rows), self.preset.features, self.families)
 
     def predict(self, rows: Any) -> np.ndarray:
         """Return T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
@@ -92,6 +93,7 @@ class MetaModel:
         if self.reach is not None and self.reach.booster is not None:
             files["reach.ubj"] = bytes(self.reach.booster.save_raw("ubj"))
         calibration = {
+            "lines": {name: line.to_dict() for name, line in self.lines.items()},
             "conformal": self.conformal.to_dict(),
             "domain": self.domain.to_dict() if self.domain else None,
             "reach": self.reach.to_dict() if self.reach else None,
@@ -131,6 +133,7 @@ class MetaModel:
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
             boosters = {name: _booster(files[_file(name)]) for name in card["boosters"]}
             boosters[POOLED]  # every preset has one
+            lines = {name: Line.from_dict(line) for name, line in calibration.get("lines", {}).items()}
             conformal = Conformal.from_dict(calibration["conformal"])
             domain = Domain.from_dict(calibration["domain"]) if calibration["domain"] else None
             reach = None
@@ -142,7 +145,7 @@ class MetaModel:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"The meta-regressor in {path} is damaged ({error}); run `cape fit` again.") from error
-        return cls(preset, families, boosters, conformal, domain, reach, card)
+        return cls(preset, families, boosters, lines, conformal, domain, reach, card)
 
 
 def check_out(directory: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,8 @@
 
 Two checks. Ranges: lr, N, ε, batch size and parameter count outside those of the training rows, each with its own
 sentence. Distance: Mahalanobis distance of the standardized features to the row's family, flagged above the distance
-that a share ``FALSE_ALARM`` of held-back trials exceeds. A missing feature adds nothing to the distance.
+that a share ``FALSE_ALARM`` of trials exceeds, each measured against statistics that it was left out of. A missing
+feature adds nothing to the distance.
 """
 
 from __future__ import annotations
@@ -63,28 +64,34 @@ class Domain:
     ranges: Mapping[str, Mapping[str, tuple[float, float]]]
 
     @classmethod
-    def fit(cls, fitted: Rows, held_back: Rows, features: Sequence[str]) -> Domain:
-        """Take statistics from the fitted rows and thresholds from held-back ones (fitted ones where there are few)."""
+    def fit(cls, rows: Rows, assigned: np.ndarray, features: Sequence[str]) -> Domain:
+        """Take statistics from all rows, and thresholds from the distances of trials that were left out.
+
+        Args:
+            rows: what the boosters are fitted on. assigned: fold of each row, [n]; -1 for augmented rows, which are
+                never left out: the false-alarm rate is that of plain trials.
+            features: of the preset.
+        """
         names = tuple(f for f in features if f != "family")
-        families = {}
-        for family in fitted.families:
-            rows = fitted.take(fitted["family"] == family)
-            x = rows.matrix(names)
+        families, ranges = {}, {"": _ranges(rows)}
+        for family in rows.families:
+            index = rows["family"] == family
+            mine, folds = rows.take(index), assigned[index]
+            x, trials = mine.matrix(names), mine.trials
             statistics = _statistics(x)
-            new = held_back.take(held_back["family"] == family)
-            distances = statistics.distance(new.matrix(names)) if len(new) else np.empty(0)
-            threshold = conformal_quantile(distances, 1 - FALSE_ALARM, len(np.unique(new.trials)))
-            if math.isinf(threshold):
-                threshold = float(np.max(np.concatenate([distances, statistics.distance(x)])))
+            distances, owners = [], []
+            for fold in np.unique(folds[folds >= 0]):
+                left = folds == fold
+                if not left.all():
+                    distances.append(_statistics(x[~left]).distance(x[left]))
+                    owners.append(trials[left])
+            found = np.concatenate(distances) if distances else np.empty(0)
+            count = len(np.unique(np.concatenate(owners))) if owners else 0
+            threshold = conformal_quantile(found, 1 - FALSE_ALARM, count)
+            if math.isinf(threshold):  # too few trials to promise the rate: nothing nearer than any of them is far
+                threshold = float(np.max(np.concatenate([found, statistics.distance(x)])))
             families[family] = FamilyStatistics(statistics.mean, statistics.scale, statistics.precision, threshold)
-        ranges = {}
-        for family in ("", *fitted.families):
-            every = [r if not family else r.take(r["family"] == family) for r in (fitted, held_back)]
-            ranges[family] = {
-                name: (float(np.nanmin(v)), float(np.nanmax(v)))
-                for name, *_ in RANGED
-                if np.isfinite(v := np.concatenate([r[name] for r in every])).any()
-            }
+            ranges[family] = _ranges(mine)
         return cls(names, families, ranges)
 
     def check(self, row: Rows) -> tuple[bool, list[str], float]:
@@ -145,6 +152,11 @@ class Domain:
         }
         ranges = {k: {n: (float(v[0]), float(v[1])) for n, v in r.items()} for k, r in data["ranges"].items()}
         return cls(tuple(data["features"]), families, ranges)
+
+
+def _ranges(rows: Rows) -> dict[str, tuple[float, float]]:
+    names = [name for name, *_ in RANGED if np.isfinite(rows[name]).any()]
+    return {name: (float(np.nanmin(rows[name])), float(np.nanmax(rows[name]))) for name in names}
 
 
 def _bounded(x: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Split-conformal intervals for T*, one calibration per family (Mondrian), in log space.
+"""Conformal intervals for T*, one calibration per family (Mondrian), in log space.
 
-Scores are |log T* - log prediction| on trials that were not fitted on. The rows of one trial (one per ε) are not
-exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of them, level 1 - a takes the
-ceil((n + 1)(1 - a))/n quantile of all their rows.
+Scores are |log T* - log prediction| on trials that the boosters behind the prediction had not seen. The rows of one
+trial (one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of them,
+level 1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Conformal:
     def calibrate(
         cls, log_true: np.ndarray, log_predicted: np.ndarray, families: np.ndarray, trials: np.ndarray
     ) -> Conformal:
-        """Build from held-back rows: arrays of one length; families and trials name each row's."""
+        """Build from rows that were not fitted on: arrays of one length; families and trials name each row's."""
         errors = np.abs(log_true - log_predicted)
         scores, counts = {}, {}
         for name in ("pooled", *sorted({str(f) for f in families})):

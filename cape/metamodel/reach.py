@@ -2,7 +2,7 @@
 
 A trial that hit a plateau, the cap or diverged says nothing about how many steps a crossing takes, and everything about
 whether there is one. The rate of each family is smoothed by Laplace's rule; a small classifier on the features replaces
-it only where held-back trials say that it is better calibrated (log loss).
+it only where trials that it was not fitted on say that it is better calibrated (log loss).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ENOUGH = 30
 """Rows of each outcome below which a rate is all that the data supports."""
 
+COMPARED_FOLDS = 3
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -31,33 +33,30 @@ class Reach:
     booster: xgb.Booster | None = None
 
     @classmethod
-    def fit(cls, fitted: Rows, held_back: Rows, features: Sequence[str], families: Sequence[str], seed: int) -> Reach:
-        """Fit on rows whose trial did not fail; compare rate and classifier on the held-back ones."""
-        fitted, held_back = fitted.take(~fitted.failed), held_back.take(~held_back.failed)
-        rates = {"pooled": _rate(fitted.reached)}
+    def fit(
+        cls, rows: Rows, assigned: np.ndarray, features: Sequence[str], families: Sequence[str], seed: int
+    ) -> Reach:
+        """Fit on rows whose trial did not fail; rates are those of plain trials.
+
+        Args:
+            rows: what the boosters are fitted on. assigned: fold of each row, [n]; -1 for augmented rows.
+        """
+        rows, assigned = rows.take(~rows.failed), assigned[~rows.failed]
+        plain, outcome = ~rows.augmented, rows.reached
+        rates = {"pooled": _rate(outcome[plain])}
         for family in families:
-            rates[family] = _rate(fitted.reached[fitted["family"] == family])
+            rates[family] = _rate(outcome[plain & (rows["family"] == family)])
         simple = cls(rates)
-        outcomes = fitted.reached
-        if min(outcomes.sum(), (~outcomes).sum()) < ENOUGH or len(set(held_back.reached)) < 2:
+        if min(outcome.sum(), (~outcome).sum()) < ENOUGH or len(set(outcome[plain])) < 2:
             return simple
-        monotone = "(" + ",".join("1" if f == "log_epsilon" else "0" for f in features) + ")"
-        parameters = {
-            "objective": "binary:logistic",
-            "tree_method": "hist",
-            "max_depth": 3,
-            "learning_rate": 0.1,
-            "subsample": 0.9,
-            "min_child_weight": 5.0,
-            "monotone_constraints": monotone,
-            "seed": seed,
-            "nthread": thread_count(len(fitted)),
-        }
-        matrix = dmatrix(fitted.matrix(features, families), features, outcomes.astype(float))
-        learned = cls(rates, xgboost().train(parameters, matrix, num_boost_round=100))
-        truth = held_back.reached
-        losses = [_log_loss(truth, m.probability(held_back, features, families)) for m in (simple, learned)]
-        return learned if losses[1] < losses[0] else simple
+        chance = np.full(len(rows), np.nan)
+        for fold in range(COMPARED_FOLDS):
+            left = (assigned >= 0) & (assigned % COMPARED_FOLDS == fold)
+            learned = cls(rates, _train(rows.take(~left), features, families, seed))
+            chance[left] = learned.probability(rows.take(left), features, families)
+        known = np.isfinite(chance)
+        losses = [_log_loss(outcome[known], p[known]) for p in (simple.probability(rows, features, families), chance)]
+        return cls(rates, _train(rows, features, families, seed)) if losses[1] < losses[0] else simple
 
     def probability(self, rows: Rows, features: Sequence[str], families: Sequence[str]) -> np.ndarray:
         """Return the probability of a crossing, [n]."""
@@ -69,6 +68,22 @@ class Reach:
     def to_dict(self) -> dict[str, Any]:
         """Return the rates (the classifier is saved beside them)."""
         return {"rates": dict(self.rates)}
+
+
+def _train(rows: Rows, features: Sequence[str], families: Sequence[str], seed: int) -> xgb.Booster:
+    parameters = {
+        "objective": "binary:logistic",
+        "tree_method": "hist",
+        "max_depth": 3,
+        "learning_rate": 0.1,
+        "subsample": 0.9,
+        "min_child_weight": 5.0,
+        "monotone_constraints": "(" + ",".join("1" if f == "log_epsilon" else "0" for f in features) + ")",
+        "seed": seed,
+        "nthread": thread_count(len(rows)),
+    }
+    matrix = dmatrix(rows.matrix(features, families), features, rows.reached.astype(float))
+    return xgboost().train(parameters, matrix, num_boost_round=100)
 
 
 def _rate(reached: np.ndarray) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cape.errors import DataError
-from cape.probing.features import SLOW_FEATURES
+from cape.probing.features import FEATURE_NAMES, SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,26 +20,28 @@ if TYPE_CHECKING:
 PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
-PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, "family")
+PRODUCT_FEATURES = (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES, "family")
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
-TEXT = ("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "stop_reason")
+OBJECTS = (
+    *("trial_id", "family", "architecture", "model", "dataset", "task", "precision", "preprocess", "augmentation"),
+    *("stop_reason", "seed"),
+)
 NUMERIC = (
-    *("batch_size", "lr", "epsilon", "seed", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
-    *(f for f in PRODUCT_FEATURES if f != "family"),
-    "log_tau_full",
-    *SLOW_FEATURES,
+    *("batch_size", "lr", "epsilon", "replicate", "t_star", "stopped_at", "probe_seconds", "step_seconds"),
+    *FEATURE_NAMES,
+    "log_epsilon",
 )
 REQUIRED = ("family", "dataset", "batch_size", "lr", "epsilon", "t_star", *PAPER_FEATURES)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as columns: text columns are object arrays, numbers float64 with NaN for null, all of one length.
+    """Rows as columns: text and seeds are object arrays, numbers float64 with NaN for null, all of one length.
 
     Attributes:
-        columns: by name, those of ``TEXT`` and ``NUMERIC`` (all-null where the table has none), ``converged``
+        columns: by name, those of ``OBJECTS`` and ``NUMERIC`` (all-null where the table has none), ``converged``
             (bool), and ``losses`` (object array of float32 arrays or None) where the table has it.
     """
 
@@ -52,7 +56,7 @@ class Rows:
             raise DataError(f"The meta-dataset lacks the column '{missing[0]}'; is it one that `cape sweep` wrote?")
         n = table.num_rows
         columns: dict[str, np.ndarray] = {}
-        for name in TEXT:
+        for name in OBJECTS:
             values = table.column(name).to_pylist() if name in have else [None] * n
             columns[name] = np.array(values, dtype=object)
         for name in NUMERIC:
@@ -82,6 +86,11 @@ class Rows:
         """Return the rows of a boolean mask or an index array."""
         return Rows({k: v[index] for k, v in self.columns.items()})
 
+    def join(self, other: Rows) -> Rows:
+        """Return these rows and those of ``other`` below them; ``losses`` only where both have them."""
+        shared = [name for name in self.columns if name in other.columns]
+        return Rows({name: np.concatenate([self[name], other[name]]) for name in shared})
+
     @property
     def reached(self) -> np.ndarray:
         """Bool [n]: the row's ε was crossed, so that ``t_star`` is known."""
@@ -91,6 +100,11 @@ class Rows:
     def failed(self) -> np.ndarray:
         """Bool [n]: the trial raised an error and says nothing about T*."""
         return self.columns["stop_reason"] == "failed"
+
+    @property
+    def augmented(self) -> np.ndarray:
+        """Bool [n]: the trial's data were augmented. Such rows are fitted on where a preset says so, never scored."""
+        return np.array([a is not None for a in self["augmentation"]], dtype=bool)
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -118,9 +132,11 @@ class Rows:
         """Return T* in steps, [n]; NaN where the row is not to be fitted on.
 
         Args:
-            censored: ``"cap"`` regresses an uncrossed ε as 5,000 (paper mode); ``"exclude"`` leaves it to p_reach.
+            censored: ``"cap"`` regresses an uncrossed ε as 5,000 (paper mode); ``"exclude"`` leaves it to p_reach;
+                ``"aft"`` gives the steps that it was watched for, a lower bound of T* (accelerated failure time).
         """
-        t = np.where(self.reached, self["t_star"], CAP if censored == "cap" else np.nan)
+        uncrossed = {"cap": np.full(len(self), CAP), "exclude": np.full(len(self), np.nan), "aft": self["stopped_at"]}
+        t = np.where(self.reached, self["t_star"], uncrossed[censored])
         return np.where(self.failed, np.nan, t)
 
     def matrix(self, features: Sequence[str], families: Sequence[str] = ()) -> np.ndarray:
@@ -144,10 +160,32 @@ def as_rows(data: Any) -> Rows:
     return data if isinstance(data, Rows) else Rows.from_table(data)
 
 
+def read_rows(source: Any) -> Rows:
+    """Return the rows of a meta-dataset's directory, a table, ``Rows``, or a sequence of any of these.
+
+    Raises:
+        DataError: a trial that is in two of them. StoreError: a directory without rows.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        from cape.store import reader
+
+        return as_rows(reader.read(Path(source)))
+    if not isinstance(source, (list, tuple)):
+        return as_rows(source)
+    if not source:
+        raise DataError("There is no meta-dataset to read; name at least one.")
+    out = read_rows(source[0])
+    for other in map(read_rows, source[1:]):
+        if set(out["trial_id"]) & set(other["trial_id"]):
+            raise DataError("Two of the meta-datasets hold the same trial; name each only once.")
+        out = out.join(other)
+    return out
+
+
 def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: float) -> Rows:
     """Return one row for prediction from ``Features.as_dict()``; a feature that is None becomes NaN."""
     columns: dict[str, np.ndarray] = {name: np.full(1, np.nan) for name in NUMERIC}
-    columns.update({name: np.array([None], dtype=object) for name in TEXT})
+    columns.update({name: np.array([None], dtype=object) for name in OBJECTS})
     for name, value in features.items():
         if name in columns and value is not None:
             columns[name] = np.array([float(value)])
@@ -172,5 +210,5 @@ def _floats(column: Any) -> np.ndarray:
 
     if pa.types.is_null(column.type):
         return np.full(len(column), np.nan)
-    values = pc.cast(column, pa.float64(), safe=False).to_numpy()  # seeds have 63 bits: equal stays equal
+    values = pc.cast(column, pa.float64(), safe=False).to_numpy()
     return np.array(values, dtype=np.float64)

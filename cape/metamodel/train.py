@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DependencyError, SpecError, StoreError
-from cape.metamodel.regressors import Design, Preset, load_booster, train_boosters
+from cape.metamodel.line import POOLED, Line
+from cape.metamodel.presets import Preset
+from cape.metamodel.regressors import Design, load_booster, train_boosters
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -71,7 +73,7 @@ def _start(ray: Any, address: str | None, workers: int) -> None:
     )
 
 
-def _map_tasks(function: Callable[..., list[float]], arguments: Iterable[tuple[Any, ...]]) -> list[list[float]]:
+def _map_tasks(function: Callable[..., np.ndarray], arguments: Iterable[tuple[Any, ...]]) -> list[np.ndarray]:
     """Run calls as Ray tasks; a large argument that repeats is stored once."""
     import ray
 
@@ -84,7 +86,7 @@ def _map_tasks(function: Callable[..., list[float]], arguments: Iterable[tuple[A
     return ray.get(calls)
 
 
-def _call(function: Callable[..., list[float]], *arguments: Any) -> list[float]:
+def _call(function: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
     return function(*arguments)
 
 
@@ -92,18 +94,23 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
     """Fit the boosters of a preset in one Ray Train run and return them.
 
     Every worker receives all rows and fits on every ``workers``-th (Ray Data's own split would drop a remainder). Each
-    reports once, at the end: a report costs about two seconds.
+    reports once, at the end, and not after every tree as ``RayTrainReportCallback`` does: a report costs about two
+    seconds. The pooled booster has that callback's file name, so that its ``get_model`` reads our checkpoints.
     """
     import ray.data
     import ray.train
-    from ray.train.xgboost import XGBoostTrainer
+    from ray.train.xgboost import RayTrainReportCallback, XGBoostTrainer
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = gpus >= workers and _cuda()
     trainer = XGBoostTrainer(
         _worker,
-        train_loop_config={"preset": preset.to_dict(), "families": list(data.families)},
+        train_loop_config={
+            "preset": preset.to_dict(),
+            "families": list(data.families),
+            "lines": {name: line.to_dict() for name, line in data.lines.items()},
+        },
         datasets={"rows": ray.data.from_arrow(_table(data))},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
@@ -113,42 +120,55 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
     if result.error is not None or result.checkpoint is None:
         raise StoreError(f"Ray Train did not return a model: {result.error}.")
     with result.checkpoint.as_directory() as folder:
-        return {p.stem: load_booster(p) for p in sorted(Path(folder).glob("*.ubj"))}
+        files = {p.name: p for p in sorted(Path(folder).glob("*.ubj"))}
+        pooled = files.pop(RayTrainReportCallback.CHECKPOINT_NAME)
+        return {POOLED: load_booster(pooled), **{p.stem: load_booster(p) for p in files.values()}}
 
 
 def _worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: read, fit with the others, report once."""
     import pyarrow as pa
     import ray.train
+    from ray.train.xgboost import RayTrainReportCallback
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     shard = ray.train.get_dataset_shard("rows")
     table = pa.concat_tables(shard.iter_batches(batch_format="pyarrow", batch_size=None)).sort_by("index")
     preset, families = Preset.from_dict(config["preset"]), tuple(config["families"])
-    columns = [table.column(f"x{j}").to_numpy() for j in range(len(preset.features))]
-    x = np.stack(columns, axis=1)
-    y, weight, codes = (table.column(n).to_numpy() for n in ("y", "weight", "code"))
+    lines = {name: Line.from_dict(line) for name, line in config["lines"].items()}
+    data = _design(table, len(preset.features), families, lines)
     # XGBoost would silently fall back to the CPU: ask torch whether this worker really has a GPU.
     use_gpu = bool(ray.get_gpu_ids()) and _cuda()
-    data = Design(x, y, weight, codes, families)
     boosters = train_boosters(data, preset, "cuda" if use_gpu else "cpu", 0, rank, world)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
             for name, booster in boosters.items():
-                booster.save_model(Path(folder) / f"{name}.ubj")
+                file = RayTrainReportCallback.CHECKPOINT_NAME if name == POOLED else f"{name}.ubj"
+                booster.save_model(Path(folder) / file)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"rows": len(y), "boosters": len(boosters), "workers": world}, checkpoint=checkpoint)
+        ray.train.report({"rows": len(data.y), "boosters": len(boosters), "workers": world}, checkpoint=checkpoint)
+
+
+_VECTORS = ("y", "weight", "codes", "trials", "censored", "margin")
 
 
 def _table(data: Design) -> Any:
     import pyarrow as pa
 
     columns = {f"x{j}": data.x[:, j] for j in range(data.x.shape[1])}
-    columns |= {"y": data.y, "weight": data.weight, "code": data.codes, "index": np.arange(len(data.y))}
+    columns |= {name: getattr(data, name) for name in _VECTORS}
+    columns["index"] = np.arange(len(data.y))
     # NaN stays NaN (not null), so that the matrix comes back bit for bit.
     return pa.table({k: pa.array(v, from_pandas=False) for k, v in columns.items()})
+
+
+def _design(table: Any, features: int, families: tuple[str, ...], lines: dict[str, Line]) -> Design:
+    """Return what ``_table`` wrote."""
+    vectors = {name: table.column(name).to_numpy() for name in _VECTORS}
+    x = np.stack([table.column(f"x{j}").to_numpy() for j in range(features)], axis=1)
+    return Design(x=x, **vectors, families=families, lines=lines)
 
 
 def _cuda() -> bool:

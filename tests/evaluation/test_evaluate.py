@@ -10,13 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from authors import rows
 
+from cape import datasets
+from cape.baselines.rebuilt import rebuild
+from cape.config import SweepSpec, TrialSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.evaluation import Evaluation, evaluate, report
-from cape.evaluation.tables import Table, build_tables, select
+from cape.evaluation.methods import FULL_PRESETS
+from cape.evaluation.table import Table, select
+from cape.evaluation.tables import build_tables
 from cape.metamodel.fit import fit_table
-from cape.metamodel.regressors import PRESETS
+from cape.metamodel.presets import PRESETS
+from cape.metamodel.rows import PAPER_FEATURES, Rows
+from cape.probing import probe
+from cape.store.schema import ROW_SCHEMA
+from cape.sweep.plan import Plan
+from cape.trial import run_trials
 
 SMALL = PRESETS["product"].replace(trees=300, depth=4, select=False, per_family=True)
 
@@ -29,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
     ends = zip(table["t_star"].to_pylist(), table["epsilon"].to_pylist(), strict=True)
     losses = [np.geomspace(1.0, 0.99 * epsilon, t + 1)[:64].tolist() for t, epsilon in ends]
     table = table.set_column(table.schema.get_field_index("losses"), "losses", pa.array(losses, pa.list_(pa.float32())))
-    return evaluate(table, "in-corpus", out, presets=("paper", SMALL)), out
+    return evaluate(table, "in-corpus", out, presets=("paper", "static", SMALL)), out
 
 
 def test_product_beats_paper_and_every_baseline_but_the_curve(made: tuple[Evaluation, Path]) -> None:
@@ -65,6 +76,70 @@ def test_all_tables_come_from_the_store_on_disk(made: tuple[Evaluation, Path]) -
     assert float(row["paper's MAE"]) == 3.79
 
 
+def test_the_papers_tables_have_its_numbers_beside_ours(made: tuple[Evaluation, Path]) -> None:
+    evaluation, _ = made
+    first = {(r[0], r[1]): r for r in evaluation.tables["table_1"].rows}
+    product = first["rnn", "CAPE product"]
+    assert product[3] == pytest.approx(evaluation.mae("product", "rnn")) and product[4:7:2] == (4.21, 0.88)
+    floor = first["rnn", "replicate floor"][3]
+    assert product[7] == pytest.approx(product[3] / floor) and floor < product[3]
+    best = next(r for k, r in first.items() if k[0] == "rnn" and k[1].startswith("best baseline"))
+    assert best[3] == min(evaluation.mae(n, "rnn") for n in ("static_linear", "ntkl")) and best[4] == 7.03
+    second = [r for r in evaluation.tables["table_2"].rows if r[0] == "mlp"]
+    assert [r[1] for r in second] == ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "average"] or len(second) == 5
+    assert second[-1][2] == sum(r[2] for r in second[:-1])
+    gained = {r[1]: r[5] for r in evaluation.tables["gradient_probes"].rows if r[0] == "mlp"}
+    assert gained["four static features"] == 0.0 and gained["product"] > 20
+
+
+def test_full_tables_name_every_regressor_and_feature(tmp_path: Path) -> None:
+    presets = [PRESETS[name].replace(trees=20, select=False) for name in FULL_PRESETS]
+    made = evaluate(rows(every=60), presets=presets, comparators=("linear", "ridge"))
+    fourth = [r[1] for r in made.tables["table_4"].rows if r[0] == "mlp"]
+    assert len(fourth) == 5 and "ridge (A.4)" in fourth
+    assert [r[1] for r in made.tables["ablation"].rows[:7]] == ["none", *PAPER_FEATURES]
+    assert len(made.tables["gradient_probes"].rows) == 10
+
+
+def test_costs_and_the_ntk_spectrum_come_from_trials_built_again() -> None:
+    spec = SweepSpec(families=("mlp",), datasets=("digits",), lrs=(1e-3, 2e-3), batch_sizes=(16,), trials_per_cell=10)
+    swept = [row for trial in run_trials(Plan(spec).trials()) for row in trial]
+    table = pa.Table.from_pylist(swept, schema=ROW_SCHEMA)
+    first = Rows.from_table(table)
+    trial, model, (x, _) = rebuild(first, 0)
+    features = probe(model, (x, dataset_targets(trial)), lr=trial.lr, dataset_size=1)
+    assert features.log_g2 == first["log_g2"][0]  # the very same weights and batch
+    made = evaluate(table, presets=(SMALL.replace(trees=20),), rebuild=1)
+    spent = {r[1]: r[4] for r in made.tables["costs"].rows}
+    assert spent["one probe: every learned method with gradient features"] == 1.0
+    assert 0 < spent["NTK mean eigenvalue"] < 1 < spent["curve extrapolation, 60 steps"]
+    known = select(made.predictions, "ntk_ode")
+    assert 0 < np.isfinite(known["predicted"]).sum() <= 15 and known["predicted"][0] != 0
+
+
+def dataset_targets(trial: TrialSpec) -> torch.Tensor:
+    assert trial.model is not None
+    return datasets.load(trial.dataset).batch(trial.batch_size, trial.seed_for("batch"), trial.model.layout)[1]
+
+
+def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> None:
+    table = rows(every=30)
+    marks = [None if i % 3 else "{}" for i in range(table.num_rows)]
+    mixed = Rows.from_table(table)
+    mixed = Rows({**mixed.columns, "augmentation": np.array(marks, dtype=object)})
+    # Six "replicates" of each of twenty configurations: the same row with the T* of its neighbours in the cell.
+    replicates = Rows.from_table(rows(every=1)).take(np.arange(120))
+    replicates = Rows({**replicates.columns, "model": np.array([f"m{i // 6}" for i in range(120)], dtype=object)})
+    for name in ("family", "dataset", "batch_size", "lr", "epsilon", "architecture"):
+        replicates.columns[name][:] = replicates[name][0]
+    made = evaluate(mixed, presets=(SMALL.replace(trees=20),), floor_dir=replicates)
+    scored = set(select(made.predictions, "product", scored=False)["trial_id"])
+    assert scored == set(mixed["trial_id"][~mixed.augmented])
+    floor = select(made.predictions, "replicate floor")
+    assert set(floor["split"]) == {"replicates"} and np.isfinite(floor["predicted"]).all()
+    assert any("augmented trials are fitted on" in n for n in made.notes)
+
+
 def test_report_directory_is_complete_and_can_be_rewritten(made: tuple[Evaluation, Path], tmp_path: Path) -> None:
     evaluation, out = made
     names = {p.name for p in out.iterdir()}
@@ -86,7 +161,7 @@ def test_html_report_needs_nothing_outside_itself(made: tuple[Evaluation, Path],
     model = fit_table(table, SMALL)
     shown = {"steps": 12.5, "interval_90": [8.0, 20.0], "in_domain": False, "warnings": ["<b>far</b>."]}
     page = report(table, tmp_path / "r.html", model, shown, evaluation=evaluation).read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 8
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "&lt;b&gt;far&lt;/b&gt;" in page and "12.5" in page
     assert model.card["data"]["fingerprint"] in page
@@ -97,6 +172,7 @@ def test_html_report_needs_nothing_outside_itself(made: tuple[Evaluation, Path],
 def test_published_accuracy_with_log_epsilon_in_corpus() -> None:
     size = PRESETS["product"].replace(trees=800, depth=5, learning_rate=0.03, select=False, per_family=True)
     evaluation = evaluate(rows(), presets=(size,))
+    assert size.intervals
     assert evaluation.mae("product", "mlp") <= 0.85
     assert evaluation.mae("product", "rnn") <= 2.6
     table = evaluation.tables["intervals"]

@@ -52,6 +52,20 @@ def test_what_is_left_out_is_not_fitted_on(sample: Rows, protocol: str, column: 
         assert split.name not in set(split.train[column])
 
 
+def test_augmented_trials_are_fitted_on_but_not_those_of_what_is_left_out(sample: Rows) -> None:
+    trials = np.unique(sample["trial_id"].astype(str))[::4]
+    marks = np.where(np.isin(sample["trial_id"].astype(str), trials), "{}", None).astype(object)
+    mixed = Rows({**sample.columns, "augmentation": marks})
+    for protocol, column in (("in-corpus", None), ("lodo", "dataset"), ("lofo", "family")):
+        made, notes = splits(mixed, protocol)
+        assert any("augmented trials" in n for n in notes)
+        assert sum(len(s.test) for s in made) == (~mixed.augmented).sum()
+        for split in made:
+            assert not split.test.augmented.any() and split.train.augmented.any()
+            if column:
+                assert split.name not in set(split.train[column])
+
+
 def test_leave_one_architecture_out_keeps_the_family(sample: Rows) -> None:
     names = np.where(sample["family"] == "rnn", np.where(sample["log_p"] > 13.8, "lstm", "gru"), "mlp")
     made, notes = splits(Rows({**sample.columns, "architecture": names.astype(object)}), "loao")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from authors import rows
 
+from cape.metamodel.crossfit import assign_folds
 from cape.metamodel.domain import FALSE_ALARM, Domain
-from cape.metamodel.fit import split_calibration
 from cape.metamodel.rows import PRODUCT_FEATURES, Rows
 
 
@@ -18,8 +18,7 @@ def parts() -> tuple[Domain, Rows]:
     every = Rows.from_table(rows(every=2))
     fresh = np.arange(len(every)) % 4 == 0
     known = every.take(~fresh)
-    held = split_calibration(known)
-    return Domain.fit(known.take(~held), known.take(held), PRODUCT_FEATURES), every.take(fresh)
+    return Domain.fit(known, assign_folds(known, 10), PRODUCT_FEATURES), every.take(fresh)
 
 
 def _one(rows: Rows, index: int = 0, **changes: object) -> Rows:

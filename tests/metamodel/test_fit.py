@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ from authors import FAMILIES, reference, rows
 
 from cape.errors import DataError, SpecError, StoreError
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
-from cape.metamodel.fit import fit, fit_table, select, split_calibration
+from cape.metamodel.crossfit import assign_folds, folds_needed, select
+from cape.metamodel.fit import fit, fit_table
+from cape.metamodel.line import POOLED
+from cape.metamodel.presets import PRESETS, SIZES, STRUCTURES
 from cape.metamodel.reach import Reach
-from cape.metamodel.regressors import POOLED, PRESETS
 from cape.metamodel.rows import PRODUCT_FEATURES, Rows
 
 SMALL = PRESETS["product"].replace(trees=300, select=False, per_family=True)
@@ -36,14 +40,27 @@ def model(sample: Rows) -> MetaModel:
     return fit_table(sample.take(np.arange(len(sample)) % 5 != 0), SMALL)
 
 
-def test_calibration_holds_back_whole_trials_of_each_family(sample: Rows) -> None:
+def test_folds_leave_out_whole_plain_trials_of_each_family(sample: Rows) -> None:
     grouped = trios(sample)
-    held = split_calibration(grouped)
-    assert not set(grouped["trial_id"][held]) & set(grouped["trial_id"][~held])
+    marks = np.where(np.char.endswith(grouped["trial_id"].astype(str), "7"), "{}", None).astype(object)
+    grouped = Rows({**grouped.columns, "augmentation": marks})
+    assigned = assign_folds(grouped, 10)
+    assert (assigned[grouped.augmented] == -1).all() and assigned.max() == 9
+    for trial in np.unique(grouped.trials)[::50]:
+        assert len(set(assigned[grouped.trials == trial])) == 1
     for family in FAMILIES:
-        assert 0.15 < held[grouped["family"] == family].mean() < 0.25
-    assert (split_calibration(grouped) == held).all()
-    assert (split_calibration(grouped, seed=1) != held).any()
+        mine = (grouped["family"] == family) & ~grouped.augmented
+        counts = [len(set(grouped.trials[mine & (assigned == fold)])) for fold in range(10)]
+        assert max(counts) - min(counts) <= 1
+    backwards = grouped.take(np.arange(len(grouped))[::-1])
+    assert (assign_folds(backwards, 10)[::-1] == assigned).all()
+    assert (assign_folds(grouped, 10, seed=1) != assigned).any()
+
+
+def test_many_trials_need_few_folds(sample: Rows) -> None:
+    assert folds_needed(sample, assign_folds(sample, 10)) == 5  # 1,080 MLP trials: 108 a fold
+    few = sample.take(np.arange(len(sample)) % 8 == 0)
+    assert folds_needed(few, assign_folds(few, 10)) == 10
 
 
 def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, model: MetaModel) -> None:
@@ -69,9 +86,10 @@ def test_every_preset_fits_and_knows_its_families(sample: Rows) -> None:
 def test_selection_prefers_what_predicts_left_out_trials(sample: Rows) -> None:
     few = sample.take(np.arange(len(sample)) % 12 == 0)
     chosen, scores = select(few, PRESETS["product"], few.families)
-    assert len(scores) == 4  # 240 rows: the largest size is not tried
-    best = min(scores, key=lambda s: s["log_error"])
+    assert len(scores) == len(STRUCTURES) + len(SIZES)
+    best = min(scores[len(STRUCTURES) :], key=lambda s: s["log_error"])
     assert (chosen.trees, chosen.depth, chosen.per_family) == (best["trees"], best["depth"], best["per_family"])
+    assert bool(chosen.line) == best["line"] and not chosen.select
 
 
 def test_p_reach_learns_which_models_never_get_there(sample: Rows) -> None:
@@ -80,13 +98,15 @@ def test_p_reach_learns_which_models_never_get_there(sample: Rows) -> None:
     columns["converged"] = columns["t_star"] <= 40
     columns["stop_reason"] = np.where(columns["converged"], None, "cap")
     capped = Rows({**columns, "t_star": np.where(columns["converged"], columns["t_star"], np.nan)})
-    train, held, test = (np.arange(len(capped)) % 5 == k for k in (0, 1, 2))
-    made = Reach.fit(capped.take(train), capped.take(held), PRODUCT_FEATURES, FAMILIES, seed=0)
+    train, test = (np.arange(len(capped)) % 5 < 2), np.arange(len(capped)) % 5 == 2
+    known = capped.take(train)
+    made = Reach.fit(known, assign_folds(known, 10), PRODUCT_FEATURES, FAMILIES, seed=0)
     assert made.booster is not None
     probability = made.probability(capped.take(test), PRODUCT_FEATURES, FAMILIES)
     truth = capped.take(test).reached
     assert probability[truth].mean() - probability[~truth].mean() > 0.3
-    always = Reach.fit(sample.take(train), sample.take(held), PRODUCT_FEATURES, FAMILIES, seed=0)
+    known = sample.take(train)
+    always = Reach.fit(known, assign_folds(known, 10), PRODUCT_FEATURES, FAMILIES, seed=0)
     assert always.booster is None
     assert 0.99 < always.rates["mlp"] < 1
 
@@ -102,7 +122,7 @@ def test_directory_round_trip_is_exact_and_holds_no_pickle(sample: Rows, model: 
     assert card["preset"]["features"] == list(PRODUCT_FEATURES)
     assert card["families"] == list(FAMILIES)
     assert card["ranges"]["lr"] == [5e-4, 2e-3] and card["ranges"]["epsilon"] == [0.1, 0.2]
-    assert set(card["metrics"]["held_back"]) == set(FAMILIES)
+    assert set(card["metrics"]["out_of_fold"]) == set(FAMILIES)
     assert len(card["data"]["fingerprint"]) == 16
 
 
@@ -160,3 +180,24 @@ def test_ray_train_gives_the_same_model_as_this_process(ray_session: None, sampl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta", "model"]  # Ray's own files are gone
     with pytest.raises(SpecError, match="workers need at least"):
         fit(tmp_path / "meta", tmp_path / "many", workers=64)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_fit_a_model_as_good_as_one_and_stop_early_together(sample: Rows, tmp_path: Path) -> None:
+    from cape.store.reader import read
+    from cape.store.writer import write_shard
+
+    few = [r for i, r in enumerate(rows(every=6).to_pylist()) if i % 5]
+    write_shard(few, tmp_path / "meta")
+    command = [*(sys.executable, "-m", "cape.cli", "fit", str(tmp_path / "meta"), "--out", str(tmp_path / "model"))]
+    # A process of its own: the Ray of this session has no CPU for two workers and their data.
+    options = ["--preset", "paper_epsilon", "--workers", "2", "--early-stopping", "15"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    two = MetaModel.load(tmp_path / "model")
+    preset = PRESETS["paper_epsilon"].replace(early_stopping=15)
+    one = fit_table(read(tmp_path / "meta"), preset, calibrate=False)
+    unseen = sample.take(np.arange(len(sample)) % 5 == 0)
+    mae = [np.abs(m.predict(unseen) - unseen["t_star"]).mean() for m in (one, two)]
+    assert mae[1] == pytest.approx(mae[0], rel=0.02)
+    assert two.preset.early_stopping == 15 and set(two.boosters) == set(one.boosters) == {POOLED, *FAMILIES}
