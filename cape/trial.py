@@ -197,9 +197,9 @@ class _Subjects(Iterator[Subject]):
             try:
                 subject = _prepare(rows, drawn, self._device)
             except (ModelError, RuntimeError) as error:
+                if built and out_of_memory(error):
+                    break  # first those that have been built: they may be what fills the memory
                 if self._to_be_raised(error, drawn):
-                    if built:
-                        break  # first those that have been built
                     self._again = drawn
                     raise
                 self._waiting.popleft()

@@ -104,7 +104,7 @@ def test_a_trial_that_finds_no_memory_beside_a_stack_gets_it(monkeypatch: pytest
     found = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
     assert refused[:2] == [3, 5] and len(found) == 6
     assert found.pop(trials[5].trial_id)[0]["error"] == "OutOfMemoryError: no room"
-    assert all(rows == expected[trial_id] for trial_id, rows in found.items())
+    assert found == {trial_id: expected[trial_id] for trial_id in found}
 
 
 def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
