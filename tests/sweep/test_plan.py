@@ -15,6 +15,8 @@ from cape.errors import SpecError
 from cape.sweep.plan import PRESETS, Plan, preset, read_spec
 from cape.sweep.shards import LEAST_SECONDS, cut
 
+ROOT = Path(__file__).resolve().parents[2]
+
 SPEC = SweepSpec(
     families=("mlp", "cnn"),
     datasets=("digits", "mnist"),
@@ -175,3 +177,20 @@ def test_a_spec_is_a_preset_or_a_file(tmp_path: Path) -> None:
     path.write_text('{"famlies": ["mlp"]}')
     with pytest.raises(SpecError, match="Did you mean 'families'"):
         read_spec(path)
+
+
+def test_the_corpus_is_a_set_of_plans() -> None:
+    """The specs that are shipped: sizes as docs/data.md says, no trial in two of them."""
+    plans = {path.stem: Plan(read_spec(path)) for path in sorted((ROOT / "ray_jobs" / "specs").glob("*.json"))}
+    assert {name: len(plan) for name, plan in plans.items()} == {
+        "augmented": 2088,
+        "fresh": 360,
+        "held_out": 342,
+        "plain": 1476,
+        "replicates": 960,
+    }
+    ids = np.concatenate([plan.all_ids() for plan in plans.values()])
+    assert len(np.unique(ids)) == len(ids)
+    groups = Counter((t.family, t.model_seed) for t in plans["replicates"].trials())
+    assert len(groups) == 4 * 24 and set(groups.values()) == {10}
+    assert all(t.augmentation is not None for t in plans["augmented"].trials())
