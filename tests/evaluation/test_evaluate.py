@@ -29,7 +29,7 @@ from cape.store.schema import ROW_SCHEMA
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
 
-SMALL = PRESETS["product"].replace(trees=300, depth=4, select=False, per_family=True)
+SMALL = PRESETS["product"].replace(trees=120, depth=4, learning_rate=0.1, select=False, per_family=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,10 @@ def test_the_papers_tables_have_its_numbers_beside_ours(made: tuple[Evaluation, 
     first = {(r[0], r[1]): r for r in evaluation.tables["table_1"].rows}
     product = first["rnn", "CAPE product"]
     assert product[3] == pytest.approx(evaluation.mae("product", "rnn")) and product[4:7:2] == (4.21, 0.88)
-    floor = first["rnn", "replicate floor"][3]
-    assert product[7] == pytest.approx(product[3] / floor) and floor < product[3]
     best = next(r for k, r in first.items() if k[0] == "rnn" and k[1].startswith("best baseline"))
     assert best[3] == min(evaluation.mae(n, "rnn") for n in ("static_linear", "ntkl")) and best[4] == 7.03
     second = [r for r in evaluation.tables["table_2"].rows if r[0] == "mlp"]
-    assert [r[1] for r in second] == ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "average"] or len(second) == 5
+    assert [r[1] for r in second] == ["cifar10", "cifar100", "fashion_mnist", "mnist", "average"]
     assert second[-1][2] == sum(r[2] for r in second[:-1])
     gained = {r[1]: r[5] for r in evaluation.tables["gradient_probes"].rows if r[0] == "mlp"}
     assert gained["four static features"] == 0.0 and gained["product"] > 20
@@ -137,6 +135,9 @@ def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> N
     assert scored == set(mixed["trial_id"][~mixed.augmented])
     floor = select(made.predictions, "replicate floor")
     assert set(floor["split"]) == {"replicates"} and np.isfinite(floor["predicted"]).all()
+    first = {r[1]: r for r in made.tables["table_1"].rows if r[0] == floor["family"][0]}
+    ratio = first["CAPE product"][3] / first["replicate floor"][3]
+    assert first["CAPE product"][7] == pytest.approx(ratio) and first["replicate floor"][2] == 120
     assert any("augmented trials are fitted on" in n for n in made.notes)
 
 
