@@ -67,9 +67,8 @@ def overhead(sources: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         meta = Path(folder) / "meta"
         resample(sources, meta)
-        presets = (PRESETS["paper_pooled"], PRESETS["product"].replace(select=False), PRESETS["product"])
-        names = ("paper_pooled", "product, fixed", "product, with selection")
-        for name, preset in zip(names, presets, strict=True):
+        presets = {"paper_pooled": PRESETS["paper_pooled"], "product, fixed": PRESETS["product"].replace(select=False)}
+        for name, preset in presets.items():
             simple = plain(meta, preset)
             start = time.perf_counter()
             made = fit(meta, Path(folder) / "model", preset=preset)

@@ -24,7 +24,9 @@ from cape.predict import infer_family, predict, rank
 
 @pytest.fixture(scope="module")
 def meta_model() -> MetaModel:
-    return fit_table(rows(every=4), PRESETS["product"].replace(trees=300, select=False, per_family=True))
+    return fit_table(
+        rows(every=4), PRESETS["product"].replace(trees=150, learning_rate=0.1, select=False, per_family=True)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -64,8 +64,8 @@ def _preset_method(preset: Preset, threads: int) -> Method:
 
 
 def _by_family(train: Rows, test: Rows, run: Callable[[Rows, Rows], np.ndarray]) -> Predicted:
-    """Fit a method per family, and on all rows for a family that was not trained on."""
-    train = train.take(train.reached)
+    """Fit a method per family on plain rows, as the paper does, and on all of these for a family that has none."""
+    train = train.take(train.reached & ~train.augmented)
     out = np.full(len(test), np.nan)
     for family in {str(f) for f in test["family"]}:
         mine = test["family"] == family

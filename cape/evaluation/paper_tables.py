@@ -31,6 +31,9 @@ PROBES = (
     ("product without what needs a gradient", "product_static"),
     ("product", "product"),
 )
+FLOOR_ROWS = 50
+"""Rows of replicates below which a floor is printed, but nothing is divided by it."""
+
 NAN = float("nan")
 ON_THE_CORPUS = ("in-corpus", "fresh")
 
@@ -85,7 +88,8 @@ def _table_1(store: Store, families: list[str], names: list[str], protocol: str)
             printed = corpus and name in ("product", "paper")
             mae = PUBLISHED.get(family, NAN) if printed else NAN
             accuracy = PUBLISHED_ACCURACY.get(family, NAN) if printed else NAN
-            ratio = found["mae"] / floor["mae"] if floor["rows"] and floor["mae"] > 0 and name != FLOOR else NAN
+            known = floor["rows"] >= FLOOR_ROWS and floor["mae"] > 0 and name != FLOOR
+            ratio = found["mae"] / floor["mae"] if known else NAN
             cells = (found["mae"], mae, found["avg_accuracy"], accuracy, ratio)
             rows.append((family, LABELS.get(name, name), int(found["rows"]), *cells))
         name, found = best_baseline(store, names, family)

@@ -129,8 +129,7 @@ def _held_out(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
     train = rows.take(~inside & ~np.isin(rows["dataset"].astype(str), np.unique(test["dataset"].astype(str))))
     if _reached_trials(train) < FEWEST_TRIALS:
         raise DataError("Too few trials remain once the held-out datasets are left out; sweep more datasets.")
-    datasets = sorted({str(d) for d in test["dataset"]})
-    return [Split(d, train, test.take(test["dataset"] == d)) for d in datasets], []
+    return [Split(", ".join(sorted({str(d) for d in test["dataset"]})), train, test)], []  # one fit serves them all
 
 
 def _leave_one_out(rows: Rows, protocol: str) -> tuple[list[Split], list[str]]:

@@ -89,7 +89,7 @@ PRESETS: dict[str, Preset] = {
             censored="aft",
             select=True,
             line=LINE_TERMS,
-            augmented=1.0,
+            augmented=0.5,
             intervals=True,
         ),
         Preset(
@@ -100,7 +100,7 @@ PRESETS: dict[str, Preset] = {
             equal_families=True,
             monotone=True,
             censored="aft",
-            augmented=1.0,
+            augmented=0.5,
         ),
     )
 }

@@ -29,7 +29,7 @@ from cape.store.schema import ROW_SCHEMA
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
 
-SMALL = PRESETS["product"].replace(trees=300, depth=4, select=False, per_family=True)
+SMALL = PRESETS["product"].replace(trees=120, depth=4, learning_rate=0.1, select=False, per_family=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +81,18 @@ def test_the_papers_tables_have_its_numbers_beside_ours(made: tuple[Evaluation, 
     first = {(r[0], r[1]): r for r in evaluation.tables["table_1"].rows}
     product = first["rnn", "CAPE product"]
     assert product[3] == pytest.approx(evaluation.mae("product", "rnn")) and product[4:7:2] == (4.21, 0.88)
-    floor = first["rnn", "replicate floor"][3]
-    assert product[7] == pytest.approx(product[3] / floor) and floor < product[3]
     best = next(r for k, r in first.items() if k[0] == "rnn" and k[1].startswith("best baseline"))
     assert best[3] == min(evaluation.mae(n, "rnn") for n in ("static_linear", "ntkl")) and best[4] == 7.03
     second = [r for r in evaluation.tables["table_2"].rows if r[0] == "mlp"]
-    assert [r[1] for r in second] == ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "average"] or len(second) == 5
+    assert [r[1] for r in second] == ["cifar10", "cifar100", "fashion_mnist", "mnist", "average"]
     assert second[-1][2] == sum(r[2] for r in second[:-1])
     gained = {r[1]: r[5] for r in evaluation.tables["gradient_probes"].rows if r[0] == "mlp"}
     assert gained["four static features"] == 0.0 and gained["product"] > 20
 
 
 def test_full_tables_name_every_regressor_and_feature(tmp_path: Path) -> None:
-    presets = [PRESETS[name].replace(trees=20, select=False) for name in FULL_PRESETS]
-    made = evaluate(rows(every=60), presets=presets, comparators=("linear", "ridge"))
+    presets = [PRESETS[name].replace(trees=5, select=False, intervals=False) for name in FULL_PRESETS]
+    made = evaluate(rows(every=120), presets=presets, comparators=("linear", "ridge"))
     fourth = [r[1] for r in made.tables["table_4"].rows if r[0] == "mlp"]
     assert len(fourth) == 5 and "ridge (A.4)" in fourth
     assert [r[1] for r in made.tables["ablation"].rows[:7]] == ["none", *PAPER_FEATURES]
@@ -102,14 +100,17 @@ def test_full_tables_name_every_regressor_and_feature(tmp_path: Path) -> None:
 
 
 def test_costs_and_the_ntk_spectrum_come_from_trials_built_again() -> None:
-    spec = SweepSpec(families=("mlp",), datasets=("digits",), lrs=(1e-3, 2e-3), batch_sizes=(16,), trials_per_cell=10)
+    spec = SweepSpec(families=("mlp",), datasets=("digits",), lrs=(2e-3,), batch_sizes=(16,), trials_per_cell=16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small lose to a second thread what they gain
     swept = [row for trial in run_trials(Plan(spec).trials()) for row in trial]
     table = pa.Table.from_pylist(swept, schema=ROW_SCHEMA)
     first = Rows.from_table(table)
     trial, model, (x, _) = rebuild(first, 0)
     features = probe(model, (x, dataset_targets(trial)), lr=trial.lr, dataset_size=1)
     assert features.log_g2 == first["log_g2"][0]  # the very same weights and batch
-    made = evaluate(table, presets=(SMALL.replace(trees=20),), rebuild=1)
+    made = evaluate(table, presets=(SMALL.replace(trees=20, intervals=False),), rebuild=1)
+    torch.set_num_threads(threads)
     spent = {r[1]: r[4] for r in made.tables["costs"].rows}
     assert spent["one probe: every learned method with gradient features"] == 1.0
     assert 0 < spent["NTK mean eigenvalue"] < 1 < spent["curve extrapolation, 60 steps"]
@@ -137,7 +138,21 @@ def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> N
     assert scored == set(mixed["trial_id"][~mixed.augmented])
     floor = select(made.predictions, "replicate floor")
     assert set(floor["split"]) == {"replicates"} and np.isfinite(floor["predicted"]).all()
+    first = {r[1]: r for r in made.tables["table_1"].rows if r[0] == floor["family"][0]}
+    ratio = first["CAPE product"][3] / first["replicate floor"][3]
+    assert first["CAPE product"][7] == pytest.approx(ratio) and first["replicate floor"][2] == 120
     assert any("augmented trials are fitted on" in n for n in made.notes)
+
+
+def test_baselines_are_fitted_on_plain_rows_alone() -> None:
+    plain = Rows.from_table(rows(every=40))
+    extra = {"trial_id": np.char.add("x", plain["trial_id"].astype(str)).astype(object)}
+    extra |= {"t_star": 10 * plain["t_star"], "augmentation": np.full(len(plain), "{}", dtype=object)}
+    mixed = plain.join(Rows({**plain.columns, **extra}))
+    small = (PRESETS["paper"].replace(trees=10),)
+    one, other = evaluate(plain, presets=small), evaluate(mixed, presets=small)
+    for name in ("static_linear", "median", "paper"):
+        assert one.mae(name) == other.mae(name)
 
 
 def test_report_directory_is_complete_and_can_be_rewritten(made: tuple[Evaluation, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cape.metamodel.presets import PRESETS, SIZES, STRUCTURES
 from cape.metamodel.reach import Reach
 from cape.metamodel.rows import PRODUCT_FEATURES, Rows
 
-SMALL = PRESETS["product"].replace(trees=300, select=False, per_family=True)
+SMALL = PRESETS["product"].replace(trees=150, learning_rate=0.1, select=False, per_family=True)
 
 
 def trios(table: Rows) -> Rows:
