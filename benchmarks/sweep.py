@@ -218,7 +218,11 @@ def costs(families: list[str], data_root: str | None) -> Iterator[dict[str, Any]
     little on what else the machine does. Trials that were measured before are kept.
     """
     known = json.loads(RESULTS.read_text()).get("costs", {}) if RESULTS.exists() else {}
-    found: dict[str, Any] = {"families": {**known.get("families", {})}}
+    what = "processor seconds of a trial, one thread, three trials of a cell (one for each learning rate)"
+    found: dict[str, Any] = {"what": what, "families": {**known.get("families", {})}}
+    warm = SweepSpec(families=("mlp",), datasets=("mnist", "cifar10"), lrs=(1e-3,), batch_sizes=(8,), trials_per_cell=1)
+    for trial in Plan(warm).trials():  # libraries and data are loaded once in a process
+        _processor_seconds(trial, data_root)
     for batch_size in (32, 64):
         for family in families:
             for kind, dataset in (("gray", "mnist"), ("colour", "cifar10")):

@@ -39,6 +39,8 @@ def ray_session() -> Iterator[None]:
     """One local Ray for the whole test session (starting it takes seconds)."""
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # Workers take their path from Ray's own processes: this checkout, whatever is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",  # not a cluster that somebody else has started on this machine
         num_cpus=2,

@@ -20,12 +20,16 @@ from cape.sweep.shards import cut
 _SAMPLE = 200  # files that are looked at in a meta-dataset
 _COLUMNS = ["trial_id", "batch_size", "probe_seconds", "truth_seconds", "device"]
 
-# Mean seconds of one trial (probe and trajectory, the paper's learning rates and ε) on one core, on gray and on colour
-# images, by batch size: benchmarks/sweep.py, "costs" in results/sweep_cpu.json. A rough guide (a trial takes a tenth or
-# three times its mean); a user's family has none.
-MEASURED_DEVICE = "one core of an AMD EPYC, beside other work"
+# Mean seconds of one trial (probe and trajectory) of one core, on gray and on colour images, by batch size: processor
+# time of three trials each, one for each of the paper's learning rates (benchmarks/sweep.py, "costs" in
+# results/sweep_cpu.json). A rough guide: a trial takes a tenth or three times its mean, and a core that does other work
+# as well takes longer; a user's family has none.
+MEASURED_DEVICE = "one core of an AMD EPYC (processor time of three trials of each kind)"
 MEASURED_SECONDS: dict[str, dict[str, dict[int, float]]] = {
-    "mlp": {"gray": {32: 0.044, 64: 0.064, 128: 0.1}, "colour": {32: 0.13, 64: 0.23, 128: 0.43}},
+    "mlp": {"gray": {32: 0.052, 64: 0.077}, "colour": {32: 0.14, 64: 0.18}},
+    "cnn": {"gray": {32: 1.9, 64: 4.9}, "colour": {32: 4.8, 64: 10.0}},
+    "rnn": {"gray": {32: 1.4}, "colour": {32: 2.4}},
+    "transformer": {"gray": {32: 16.0, 64: 25.0}, "colour": {32: 10.0}},
 }
 ROW_BYTES = 1100.0  # a row with all its losses takes less (tests/store/test_writer_reader.py), a short one a quarter
 
@@ -107,16 +111,13 @@ def trial_seconds_of(spec: SweepSpec, out: Location | None = None) -> tuple[Call
 
 
 def measured_seconds(family: str, dataset: str, batch_size: int) -> float:
-    """Return what a trial took when the package was measured, between batch sizes by a power law; NaN if unknown."""
+    """Return what a trial took when the package was measured, for other batch sizes in proportion; NaN if unknown."""
     if family not in MEASURED_SECONDS:
         return math.nan
     gray = dataset == "digits" or (dataset in KNOWN and KNOWN[dataset].gray)
     times = MEASURED_SECONDS[family]["gray" if gray else "colour"]
-    known = sorted(times)
-    i = min(sum(batch_size > b for b in known[1:]), len(known) - 2)  # the piece of the line that is used, or goes on
-    low, high = known[i], known[i + 1]
-    power = math.log(times[high] / times[low]) / math.log(high / low)
-    return times[low] * (batch_size / low) ** power
+    nearest = min(times, key=lambda known: abs(math.log(known / batch_size)))
+    return times[nearest] * batch_size / nearest
 
 
 class Pace:

@@ -55,6 +55,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "gpus").mkdir()
     monkeypatch.setenv("CAPE_FAKE_GPUS", str(tmp_path / "gpus"))  # the nodes' workers inherit it
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{HERE.parents[1]}:{HERE}")
     if request.param == "ray start":
         environment = clean_environment(RAY_AUTH_MODE="disabled")
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -88,7 +89,7 @@ def test_workers_are_pinned_and_a_node_that_dies_costs_nothing(cluster: Cluster,
     line = [sys.executable, "-m", "cape.cli", "sweep", str(spec), "--out", str(out), "--address", cluster.address]
     line += ["--gpus-per-worker", "1", "--chunk-seconds", "0.3", "--quiet", "--import", "faulty"]
     line += ["--import", "fake_gpus"]
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    environment = dict(os.environ)
     end = time.monotonic() + 150
     while nodes_of(cluster, environment) < 2:
         assert time.monotonic() < end
