@@ -116,7 +116,14 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(name="fit", storage_path=str(storage)),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        text = str(error)
+        why = (
+            "a node ran out of memory" if "low on memory" in text else (text.strip().splitlines() or ["no reason"])[-1]
+        )
+        raise StoreError(f"Ray Train gave up ({why}); free memory or use fewer workers, and fit again.") from error
     if result.error is not None or result.checkpoint is None:
         raise StoreError(f"Ray Train did not return a model: {result.error}.")
     with result.checkpoint.as_directory() as folder:

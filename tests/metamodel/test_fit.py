@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def test_two_ray_workers_fit_a_model_as_good_as_one_and_stop_early_together(samp
     command = [*(sys.executable, "-m", "cape.cli", "fit", str(tmp_path / "meta"), "--out", str(tmp_path / "model"))]
     # A process of its own: the Ray of this session has no CPU for two workers and their data.
     options = ["--preset", "paper_epsilon", "--workers", "2", "--early-stopping", "15"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    env = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}  # else Ray kills workers where others fill the memory
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     two = MetaModel.load(tmp_path / "model")
     preset = PRESETS["paper_epsilon"].replace(early_stopping=15)
