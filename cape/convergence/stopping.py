@@ -81,7 +81,7 @@ class TrajectoryScan:
     def _goes_on(self, loss: float, l0: float) -> bool:
         """Return whether a loss, before the plateau rule and the cap can apply, neither ends nor crosses anything.
 
-        Nearly every loss of a trajectory is such a one, and an array of one number costs fifty times a comparison.
+        Nearly every loss of a trajectory is such a one, and arrays of one number cost far more than comparisons.
         """
         ahead = [epsilon for epsilon, known in self.t_star.items() if known is None]
         return math.isfinite(loss) and not any(loss <= epsilon * l0 for epsilon in ahead)
