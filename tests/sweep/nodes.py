@@ -1,14 +1,16 @@
-"""Ray nodes as a cluster has them: each started by ``ray start``, in processes of its own, on this machine."""
+"""Ray nodes as a cluster has them, each started by ``ray start`` in processes of its own; and what a node counts."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,3 +91,18 @@ def ray_start(name: str, folder: Path, environment: Mapping[str, str], *options:
         current = Path("/tmp/ray/ray_current_cluster")  # `ray start` notes there what `ray.init()` connects to
         if not head and current.is_file() and current.read_text().strip().endswith(f":{port}"):
             current.unlink()
+
+
+def counters(family: str) -> dict[tuple[str, str], float]:
+    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
+        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
+        if sample and labels["family"] == family:
+            found[sample[1], labels["WorkerId"]] = float(sample[3])
+    return found

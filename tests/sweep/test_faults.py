@@ -11,13 +11,11 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from cape.sweep.inline import run_inline
 from cape.sweep.job import SweepResult
 from cape.sweep.plan import Plan
 from cape.sweep.shard_run import FLIGHTS, MAX_TRIES, TRIES
+from tests.sweep.nodes import counters
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -150,21 +149,6 @@ def address() -> str:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "meta"
-
-
-def counters(family: str) -> dict[tuple[str, str], float]:
-    """Return the sweep's counters by name and worker, as the node's own metrics endpoint tells them to Prometheus."""
-    import ray
-
-    (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    found = {}
-    for line in urllib.request.urlopen(url, timeout=10).read().decode().splitlines():
-        sample = re.match(r"(ray_cape_\w+)\{(.*)\} (\S+)", line)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2])) if sample else {}
-        if sample and labels["family"] == family:
-            found[sample[1], labels["WorkerId"]] = float(sample[3])
-    return found
 
 
 def test_a_worker_that_is_killed_in_mid_chunk(ray_session: None, out: Path, truth: dict) -> None:
