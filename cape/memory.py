@@ -30,8 +30,8 @@ def kept_memory(device: torch.device, *, give_back: bool = True) -> Iterator[Non
     Args:
         device: where the work is done.
         give_back: return what is free to the system after the block where it is more than 1 GiB. A worker that runs
-            one shard after the other leaves all of it for the next: a third of a second for the first touches of a few
-            models' stacks.
+            one shard after the other leaves all of it for the next: 122,000 page faults for 27 dense models became
+            44,000.
 
     glibc gives large blocks back to the system at once, and the system hands out zeroed pages one fault at a time: up
     to 250,000 faults for one training step of a small ResNet. Measured on two cores, milliseconds for one step before
