@@ -333,6 +333,15 @@ def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
     return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
 
 
+def built(trial: TrialSpec, device: str | torch.device = "cpu", data_root: str | Path | None = None) -> Subject:
+    """Return a trial's model at its initialization and its batch, bit for bit those that ``run_trials`` begins with.
+
+    Raises:
+        ModelError, SpecError, DataError: see ``run_trials``.
+    """
+    return _prepare([], _draw(trial, data_root), torch.device(device))
+
+
 def probe_trial(
     trial: TrialSpec, device: str | torch.device = "cpu", data_root: str | Path | None = None
 ) -> tuple[Features, float]:

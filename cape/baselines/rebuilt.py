@@ -17,7 +17,7 @@ import numpy as np
 
 from cape.baselines.curve_extrapolation import WARM_UP
 from cape.baselines.ntk import ntk_ode, true_logit_gram
-from cape.config import ModelSpec, StoppingRule, TrialSpec
+from cape.config import Augmentation, ModelSpec, StoppingRule, TrialSpec
 from cape.errors import DataError
 from cape.metamodel.rows import CAP, Rows
 from cape.tasks import TASK_LOSS
@@ -48,12 +48,11 @@ def rebuild(
     Raises:
         DataError: the row names no model or no seed (imported rows do not).
     """
-    from cape import datasets, families
-    from cape.trial import build_model
+    from cape.trial import built
 
     if rows["model"][index] is None or rows["seed"][index] is None:
         raise DataError("Imported rows name no model; only the rows of a sweep can be rebuilt.")
-    spec = ModelSpec.from_json(rows["model"][index])
+    spec, augmented = ModelSpec.from_json(rows["model"][index]), rows["augmentation"][index]
     trial = TrialSpec(
         family=spec.family,
         dataset=rows["dataset"][index],
@@ -61,14 +60,12 @@ def rebuild(
         lr=float(rows["lr"][index]),
         seed=int(rows["seed"][index]),
         preprocess=rows["preprocess"][index] or "standard",
+        task=spec.task,
         model=spec,
+        augmentation=None if augmented is None else Augmentation.from_json(augmented),
     )
-    dataset = datasets.load(trial.dataset, None if data_root is None else Path(data_root))
-    if spec.task != dataset.task:
-        dataset = dataset.with_task(spec.task)
-    preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
-    batch = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
-    return trial, build_model(trial, spec), batch
+    subject = built(trial, data_root=None if data_root is None else Path(data_root))
+    return trial, subject.model, subject.batch
 
 
 def rebuilt(

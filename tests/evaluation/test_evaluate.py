@@ -13,9 +13,8 @@ import pytest
 import torch
 from authors import rows
 
-from cape import datasets
 from cape.baselines.rebuilt import rebuild
-from cape.config import SweepSpec, TrialSpec
+from cape.config import SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.evaluation import Evaluation, evaluate, report
 from cape.evaluation.methods import FULL_PRESETS
@@ -105,10 +104,12 @@ def test_costs_and_the_ntk_spectrum_come_from_trials_built_again() -> None:
     torch.set_num_threads(1)  # models this small lose to a second thread what they gain
     swept = [row for trial in run_trials(Plan(spec).trials()) for row in trial]
     table = pa.Table.from_pylist(swept, schema=ROW_SCHEMA)
-    first = Rows.from_table(table)
-    trial, model, (x, _) = rebuild(first, 0)
-    features = probe(model, (x, dataset_targets(trial)), lr=trial.lr, dataset_size=1)
-    assert features.log_g2 == pytest.approx(first["log_g2"][0], rel=1e-7)  # the very same weights and batch
+    augmented = next(run_trials(Plan(spec.replace(augmented=True, trials_per_cell=1)).trials()))
+    for found in (table, pa.Table.from_pylist(augmented, schema=ROW_SCHEMA)):
+        first = Rows.from_table(found)
+        trial, model, batch = rebuild(first, 0)
+        features = probe(model, batch, lr=trial.lr, dataset_size=1)
+        assert features.log_g2 == pytest.approx(first["log_g2"][0], rel=1e-7)  # the very same weights and batch
     made = evaluate(table, presets=(SMALL.replace(trees=20, intervals=False),), rebuild=1)
     torch.set_num_threads(threads)
     spent = {r[1]: r[4] for r in made.tables["costs"].rows}
@@ -116,11 +117,6 @@ def test_costs_and_the_ntk_spectrum_come_from_trials_built_again() -> None:
     assert 0 < spent["NTK mean eigenvalue"] < 1 < spent["curve extrapolation, 60 steps"]
     known = select(made.predictions, "ntk_ode")
     assert 0 < np.isfinite(known["predicted"]).sum() <= 15 and known["predicted"][0] != 0
-
-
-def dataset_targets(trial: TrialSpec) -> torch.Tensor:
-    assert trial.model is not None
-    return datasets.load(trial.dataset).batch(trial.batch_size, trial.seed_for("batch"), trial.model.layout)[1]
 
 
 def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> None:
