@@ -105,8 +105,8 @@ def workers(sources: list[str]) -> dict[str, Any]:
     return out
 
 
-def capped(rows: Rows, most: np.ndarray) -> Rows:
-    """Return real rows as a sweep that watches each for ``most`` [n] steps would have recorded them."""
+def capped(rows: Rows, most: np.ndarray | float) -> Rows:
+    """Return real rows as a sweep that watches each for ``most`` steps, one number or [n], would have recorded them."""
     reached = rows["t_star"] <= most
     return Rows(
         {

@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
+from benchmarks.fit import capped
 from cape.errors import DataError, SpecError
 from cape.metamodel.estimators import COMPARATORS, StepsRegressor, comparator
 from cape.metamodel.line import FARTHEST, Line
@@ -63,20 +64,6 @@ def test_families_weigh_the_same_in_the_product(sample: Rows) -> None:
     assert totals[0] == pytest.approx(totals[1])
     assert data.weight.sum() == pytest.approx(len(uneven))
     assert (design(uneven, PRESETS["paper"], uneven.families).weight == 1).all()
-
-
-def capped(rows: Rows, most: float) -> Rows:
-    """Real rows as a sweep that gives up after ``most`` steps would have recorded them."""
-    reached = rows["t_star"] <= most
-    return Rows(
-        {
-            **rows.columns,
-            "converged": reached,
-            "t_star": np.where(reached, rows["t_star"], np.nan),
-            "stopped_at": np.minimum(rows["t_star"], most),
-            "stop_reason": np.where(reached, None, "cap"),
-        }
-    )
 
 
 def test_censored_rows_are_5000_in_paper_mode_and_lower_bounds_in_the_product(sample: Rows) -> None:
