@@ -83,6 +83,19 @@ def test_what_kuberay_would_refuse_is_refused(path: str, value: Any, words: str)
     assert any(words in error for error in rayjob_errors(job)), rayjob_errors(job)
 
 
+def test_its_pods_are_ones_that_kubernetes_accepts() -> None:
+    """Kubernetes' own schemas (they come as a wheel: kubernetes-validate), strict: an unknown field is an error."""
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    cluster = load("rayjob.yaml")["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": group["template"]}
+        kubernetes.validate(pod, kubernetes.latest_version(), strict=True)
+        pod["template"]["spec"]["containers"][0]["volumeMounts"][0]["mountpath"] = "/mnt"
+        with pytest.raises(kubernetes.ValidationError, match="mountpath"):
+            kubernetes.validate(pod, kubernetes.latest_version(), strict=True)
+
+
 def test_the_kuberay_job_runs_an_entry_point_that_exists() -> None:
     job = load("rayjob.yaml")
     spec = job["spec"]
