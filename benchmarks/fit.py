@@ -132,7 +132,7 @@ def censored(sources: list[str]) -> dict[str, Any]:
     def error(preset: Preset, data: Rows) -> dict[str, float]:
         made = design(data, preset, rows.families)
         boosters = train_boosters(made, preset)
-        steps = np.exp(predict_log(boosters, made.lines, test, preset.features, rows.families))
+        steps = np.exp(predict_log(boosters, made.lines, made.surfaces, test, preset, rows.families))
         gap, logs = np.abs(steps - test["t_star"]), np.abs(np.log(steps) - log_steps(test["t_star"]))
         return {"mae": float(gap.mean()), "log_error": float(logs.mean())}
 

@@ -2,12 +2,14 @@
 
 ``card.json`` is for people: preset, features, data fingerprint, out-of-fold metrics, ranges, versions.
 ``calibration.json`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
-``model.ubj`` (pooled), ``model-FAMILY.ubj`` and ``reach.ubj``; the card lists each file with its digest.
+``model.ubj`` (pooled), ``model-FAMILY.ubj`` and ``reach.ubj``, surfaces ``surface-FAMILY.npz``; the card lists each
+file with its digest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -25,11 +27,12 @@ from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
+from cape.metamodel.surface import Surface
 
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 2  # 1 had no lines
+FORMAT = 3  # 1 had no lines, 2 no surfaces
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -41,6 +44,7 @@ class MetaModel:
         preset: what it was fitted with (after selection).
         families: families whose codes the boosters know.
         boosters: by family, and ``"pooled"``. lines: the lines whose residuals they fit, likewise; empty without.
+        surfaces: what is averaged with the boosters, by family; empty without.
         conformal: interval calibration, empty where fitted without.
         domain: domain statistics, None where fitted without calibration.
         reach: p_reach, None where fitted without calibration.
@@ -51,6 +55,7 @@ class MetaModel:
     families: tuple[str, ...]
     boosters: Mapping[str, xgb.Booster]
     lines: Mapping[str, Line]
+    surfaces: Mapping[str, Surface]
     conformal: Conformal
     domain: Domain | None
     reach: Reach | None
@@ -58,7 +63,7 @@ class MetaModel:
 
     def predict_log(self, rows: Any) -> np.ndarray:
         """Return log T*, float64 [n], of a table or ``Rows``."""
-        return predict_log(self.boosters, self.lines, as_rows(rows), self.preset.features, self.families)
+        return predict_log(self.boosters, self.lines, self.surfaces, as_rows(rows), self.preset, self.families)
 
     def predict(self, rows: Any) -> np.ndarray:
         """Return T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
@@ -90,6 +95,7 @@ class MetaModel:
         out = check_out(directory)
         out.mkdir(parents=True, exist_ok=True)
         files = {_file(name): bytes(b.save_raw("ubj")) for name, b in self.boosters.items()}
+        files |= {_surface_file(name): _npz(surface.to_arrays()) for name, surface in self.surfaces.items()}
         if self.reach is not None and self.reach.booster is not None:
             files["reach.ubj"] = bytes(self.reach.booster.save_raw("ubj"))
         calibration = {
@@ -105,9 +111,10 @@ class MetaModel:
             "preset": self.preset.to_dict(),
             "families": list(self.families),
             "boosters": sorted(self.boosters),
+            "surfaces": sorted(self.surfaces),
             "files": {n: hashlib.blake2b(d, digest_size=16).hexdigest() for n, d in sorted(files.items())},
         }
-        for stale in [*out.glob("model*.ubj"), *out.glob("reach.ubj")]:
+        for stale in [*out.glob("model*.ubj"), *out.glob("surface-*.npz"), *out.glob("reach.ubj")]:
             if stale.name not in files:
                 stale.unlink()
         for name, data in files.items():
@@ -134,6 +141,7 @@ class MetaModel:
             boosters = {name: _booster(files[_file(name)]) for name in card["boosters"]}
             boosters[POOLED]  # every preset has one
             lines = {name: Line.from_dict(line) for name, line in calibration.get("lines", {}).items()}
+            surfaces = {n: _surface(files[_surface_file(n)]) for n in card.get("surfaces", [])}
             conformal = Conformal.from_dict(calibration["conformal"])
             domain = Domain.from_dict(calibration["domain"]) if calibration["domain"] else None
             reach = None
@@ -145,7 +153,7 @@ class MetaModel:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"The meta-regressor in {path} is damaged ({error}); run `cape fit` again.") from error
-        return cls(preset, families, boosters, lines, conformal, domain, reach, card)
+        return cls(preset, families, boosters, lines, surfaces, conformal, domain, reach, card)
 
 
 def check_out(directory: str | os.PathLike[str]) -> Path:
@@ -175,6 +183,21 @@ def resolve(meta_model: MetaModel | str | os.PathLike[str] | None) -> MetaModel:
 
 def _file(name: str) -> str:
     return "model.ubj" if name == POOLED else f"model-{name}.ubj"
+
+
+def _surface_file(family: str) -> str:
+    return f"surface-{family}.npz"
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def _surface(data: bytes) -> Surface:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return Surface.from_arrays(arrays)
 
 
 def _booster(data: bytes) -> xgb.Booster:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cape.metamodel.presets import SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
+from cape.metamodel.line import margins
+from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
 from cape.metamodel.regressors import design, log_steps, predict_log, train_boosters
 from cape.metamodel.rows import Rows
+from cape.metamodel.surface import mix
 
 FOLDS = 10
 ENOUGH = 500
@@ -70,7 +72,19 @@ def fold_prediction(
     unseen = rows.take(left)
     if len(unseen):
         boosters = train_boosters(data, preset, needed=unseen.families)
-        out[left] = predict_log(boosters, data.lines, unseen, preset.features, families)
+        out[left] = predict_log(boosters, data.lines, data.surfaces, unseen, preset, families)
+    return out
+
+
+def fold_surface(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
+    """Return log T* [n] of the rows of one fold by the surfaces of the others alone; NaN where there is none."""
+    data = design(rows.take(assigned != fold), preset.replace(surface=1.0, shares={}), families)
+    out = np.full(len(rows), np.nan)
+    left = np.flatnonzero(assigned == fold)
+    unseen = rows.take(left)
+    nothing = np.full(len(left), np.nan)
+    line = margins(data.lines, unseen)
+    out[left] = mix(nothing, line, data.surfaces, unseen, lambda _: 1.0)
     return out
 
 
@@ -79,41 +93,72 @@ def out_of_fold(
 ) -> np.ndarray:
     """Return out-of-fold log T* [n]; NaN for augmented rows and for folds that are not needed."""
     count = folds_needed(rows, assigned)
-    made = mapper(fold_prediction, [(rows, assigned, preset, tuple(families), k) for k in range(count)])
-    out = np.full(len(rows), np.nan)
-    for values in made:
-        out = np.where(np.isfinite(values), values, out)
-    return out
+    return _joined(mapper(fold_prediction, [(rows, assigned, preset, tuple(families), k) for k in range(count)]))
 
 
 def select(
     rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = map_here
 ) -> tuple[Preset, list[dict[str, Any]]]:
-    """Choose structure, then size, by 3-fold cross-validation over trials.
+    """Choose structure, then size, then how much of the surface, by 3-fold cross-validation over trials.
 
     Returns:
-        The preset with the smallest mean over families of the mean |Δ log T*|, and the score of each candidate.
+        The preset with the smallest mean over families of the mean |Δ log T*| (the surface's share: with the smallest
+        of each family), and the score of each candidate.
     """
     reached = rows.take(rows.reached & ~rows.augmented)
     if len(set(reached["trial_id"])) < 2 * SELECTION_FOLDS:
         return base.replace(select=False), []
-    structures = [base.replace(**STRUCTURE_SIZE, **s) for s in STRUCTURES if len(families) > 1 or not s["per_family"]]
-    best, scores = _best(_sample(rows, STRUCTURE_ROWS), structures, families, mapper)
-    best, more = _best(_sample(rows, SIZE_ROWS), [best.replace(**size) for size in SIZES], families, mapper)
-    return best.replace(select=False), [*scores, *more]
+    trees = base.replace(surface=0.0)
+    structures = [trees.replace(**STRUCTURE_SIZE, **s) for s in STRUCTURES if len(families) > 1 or not s["per_family"]]
+    best, _, scores = _best(_sample(rows, STRUCTURE_ROWS), structures, families, mapper)
+    sample = _sample(rows, SIZE_ROWS)
+    best, log_hat, more = _best(sample, [best.replace(**size) for size in SIZES], families, mapper)
+    scores = [*scores, *more]
+    if base.surface and best.line:
+        best, more = _shares(sample, best.replace(surface=base.surface), log_hat, families, mapper)
+        scores += more
+    return best.replace(select=False), scores
+
+
+def _shares(
+    rows: Rows, base: Preset, log_hat: np.ndarray, families: Sequence[str], mapper: Mapper
+) -> tuple[Preset, list[dict[str, Any]]]:
+    """Choose each family's share of the surface beside trees whose out-of-fold log T* is known, ``log_hat`` [n]."""
+    assigned = assign_folds(rows, SELECTION_FOLDS)
+    made = mapper(fold_surface, [(rows, assigned, base, tuple(families), k) for k in range(SELECTION_FOLDS)])
+    smooth = _joined(made)
+    chosen, scores = {}, []
+    for family in families:
+        mine = rows.take(rows["family"] == family)
+        trees, surface = (values[rows["family"] == family] for values in (log_hat, smooth))
+        surface = np.where(np.isfinite(surface), surface, trees)
+        errors = [_log_error(mine, trees + share * (surface - trees), (family,)) for share in SHARES]
+        if np.isfinite(errors).all():
+            chosen[family] = SHARES[int(np.argmin(errors))]
+            scores += [{"log_error": e, "family": family, "surface": s} for e, s in zip(errors, SHARES, strict=True)]
+    return base.replace(shares=chosen), scores
 
 
 def _best(
     rows: Rows, options: Sequence[Preset], families: Sequence[str], mapper: Mapper
-) -> tuple[Preset, list[dict[str, Any]]]:
-    """Return the option with the smallest cross-validated error, and the score of each."""
+) -> tuple[Preset, np.ndarray, list[dict[str, Any]]]:
+    """Return the option with the smallest cross-validated error, its out-of-fold log T* [n], and the score of each."""
     assigned = assign_folds(rows, SELECTION_FOLDS)
     jobs = [(rows, assigned, option, tuple(families), k) for option in options for k in range(SELECTION_FOLDS)]
     made = mapper(fold_prediction, jobs)
-    parts = [made[i : i + SELECTION_FOLDS] for i in range(0, len(made), SELECTION_FOLDS)]
-    errors = [_log_error(rows, np.nansum(part, axis=0), families) for part in parts]
+    found = [_joined(made[i : i + SELECTION_FOLDS]) for i in range(0, len(made), SELECTION_FOLDS)]
+    errors = [_log_error(rows, log_hat, families) for log_hat in found]
     scores = [{"log_error": e, **_describe(option)} for e, option in zip(errors, options, strict=True)]
-    return options[int(np.argmin(errors))], scores
+    best = int(np.argmin(errors))
+    return options[best], found[best], scores
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return what the folds predicted, each its own rows, as one array [n]; NaN where none did."""
+    out = np.full(len(parts[0]), np.nan)
+    for values in parts:
+        out = np.where(np.isfinite(values), values, out)
+    return out
 
 
 def _log_error(rows: Rows, log_hat: np.ndarray, families: Sequence[str]) -> float:

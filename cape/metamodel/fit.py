@@ -84,7 +84,7 @@ def fit_table(
         domain = Domain.fit(used, assigned, chosen.features)
         reach = Reach.fit(used, assigned, chosen.features, families, chosen.seed)
     card = _card(rows, calibrated, base, metrics, scores)
-    return MetaModel(chosen, families, boosters, data.lines, conformal, domain, reach, card)
+    return MetaModel(chosen, families, boosters, data.lines, data.surfaces, conformal, domain, reach, card)
 
 
 def fit(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cape.config import JsonConfig
@@ -31,6 +32,8 @@ class Preset(JsonConfig):
             failure time; ``"exclude"`` leaves them to p_reach.
         select: choose among ``STRUCTURES``, then ``SIZES``, by 3-fold cross-validation over trials.
         line: terms of a ridge regression per family whose residuals the trees fit; none where empty.
+        surface: share of the smooth surface in a prediction, beside the trees'; 0 fits none. It stands on the line.
+        shares: the same by family, where selection has chosen it.
         augmented: weight of the rows of augmented trials; 0 leaves them out.
         intervals: whether an evaluation scores its intervals, too (they take cross-fitting).
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
@@ -54,6 +57,8 @@ class Preset(JsonConfig):
     censored: str = "cap"
     select: bool = False
     line: tuple[str, ...] = ()
+    surface: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     augmented: float = 0.0
     early_stopping: int = 0
     intervals: bool = False
@@ -63,8 +68,15 @@ class Preset(JsonConfig):
             raise SpecError(
                 f"Unknown way to treat censored rows '{self.censored}'.{did_you_mean(self.censored, CENSORED)}"
             )
+        for share in (self.surface, *self.shares.values()):
+            if not 0.0 <= share <= 1.0:
+                raise SpecError(f"The share of a surface is from 0 to 1, not {share}.")
         if self.early_stopping < 0 or self.augmented < 0:
             raise SpecError("early_stopping and augmented must be zero or more.")
+
+    def share(self, family: object) -> float:
+        """Return the surface's share in a family's predictions."""
+        return self.shares.get(str(family), self.surface)
 
 
 PRESETS: dict[str, Preset] = {
@@ -89,6 +101,7 @@ PRESETS: dict[str, Preset] = {
             censored="aft",
             select=True,
             line=LINE_TERMS,
+            surface=0.5,
             augmented=0.5,
             intervals=True,
         ),
@@ -117,7 +130,9 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"trees": 800, "depth": 3, "learning_rate": 0.05},
     {"trees": 800, "depth": 5, "learning_rate": 0.03},
 )
-"""What selection compares: every structure at ``STRUCTURE_SIZE``, then every size of the best structure."""
+SHARES = (0.0, 0.25, 0.5, 0.75)
+"""What selection compares: every structure at ``STRUCTURE_SIZE``, every size of the best structure, then, family by
+family, how much of the surface. Structures and sizes are those of the trees alone."""
 
 
 def preset_named(name: str | Preset) -> Preset:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cape.errors import DataError, DependencyError
 from cape.metamodel.line import POOLED, Line, fit_lines, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.rows import Rows, as_rows, family_codes
+from cape.metamodel.surface import Surface, fit_surfaces, mix
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -51,6 +52,7 @@ class Design:
         x: matrix [n, k]. y: log T* [n], where ``censored`` [n] a lower bound of it. weight: [n].
         codes: family code [n]. trials: a number per trial [n]. margin: the line's log T* [n], zeros without one.
         families: what the codes mean. lines: the lines behind ``margin``, by family; empty without.
+        surfaces: what is averaged with the trees, by family; empty without. Trainers have no use for it.
     """
 
     x: np.ndarray
@@ -62,6 +64,7 @@ class Design:
     margin: np.ndarray
     families: tuple[str, ...]
     lines: Mapping[str, Line]
+    surfaces: Mapping[str, Surface] = field(default_factory=dict)
 
     def take(self, index: np.ndarray) -> Design:
         """Return the rows of a mask, an index array or a slice's indices."""
@@ -87,8 +90,13 @@ def design(rows: Rows | Any, preset: Preset, families: Sequence[str]) -> Design:
     lines: dict[str, Line] = {}
     if (preset.line or censored.any()) and not censored.all():  # AFT starts from a level of its own: give it ours
         lines = fit_lines(rows.take(~censored), y[~censored], preset.line, weight[~censored], families)
+    margin = margins(lines, rows)
+    surfaces: dict[str, Surface] = {}
+    if lines:
+        smooth = [f for f in families if preset.share(f)]
+        surfaces = fit_surfaces(rows, y - margin, preset.features, weight, smooth, censored, AFT_SCALE)
     x = rows.matrix(preset.features, families)
-    return Design(x, y, weight, codes, rows.trials, censored, margins(lines, rows), tuple(families), lines)
+    return Design(x, y, weight, codes, rows.trials, censored, margin, tuple(families), lines, surfaces)
 
 
 def thread_count(rows: int, threads: int = 0) -> int:
@@ -236,17 +244,21 @@ def train_boosters(
 def predict_log(
     boosters: Mapping[str, xgb.Booster],
     lines: Mapping[str, Line],
+    surfaces: Mapping[str, Surface],
     rows: Rows,
-    features: Sequence[str],
+    preset: Preset,
     families: Sequence[str],
 ) -> np.ndarray:
-    """Return log T* [n]: each row by its family's booster, or by the pooled one, on top of its family's line."""
-    x, names, margin = rows.matrix(features, families), rows["family"], margins(lines, rows)
+    """Return log T* [n]: each row by its family's booster, or by the pooled one, on top of its family's line.
+
+    A family with a surface has the preset's share of it.
+    """
+    x, names, margin = rows.matrix(preset.features, families), rows["family"], margins(lines, rows)
     out = np.empty(len(x))
     which = np.array([n if n in boosters and n != POOLED else POOLED for n in names], dtype=object)
     for name in set(which):
         index = which == name
-        matrix = dmatrix(x[index], features, margin=margin[index] if lines else None)
+        matrix = dmatrix(x[index], preset.features, margin=margin[index] if lines else None)
         # The margin is log T* under both objectives; the output of accelerated failure time would be its exponential.
         out[index] = boosters[name].predict(matrix, output_margin=True)
-    return out
+    return mix(out, margin, surfaces, rows, preset.share)

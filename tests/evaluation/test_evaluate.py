@@ -182,6 +182,7 @@ def test_html_report_needs_nothing_outside_itself(made: tuple[Evaluation, Path],
 
 def test_published_accuracy_with_log_epsilon_in_corpus() -> None:
     size = PRESETS["product"].replace(trees=800, depth=5, learning_rate=0.03, select=False, per_family=True)
+    size = size.replace(shares={"mlp": 0.25, "rnn": 0.0})  # what selection finds on these rows
     evaluation = evaluate(rows(), presets=(size,))
     assert size.intervals
     assert evaluation.mae("product", "mlp") <= 0.85

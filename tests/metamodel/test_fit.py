@@ -118,7 +118,7 @@ def test_directory_round_trip_is_exact_and_holds_no_pickle(sample: Rows, model: 
     np.testing.assert_array_equal(again.predict(sample), model.predict(sample))
     np.testing.assert_allclose(again.interval(sample)[1], model.interval(sample)[1], rtol=1e-5)
     np.testing.assert_array_equal(again.p_reach(sample), model.p_reach(sample))
-    assert {p.suffix for p in (tmp_path / "m").iterdir()} == {".ubj", ".json"}
+    assert {p.suffix for p in (tmp_path / "m").iterdir()} == {".ubj", ".json", ".npz"}
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     assert card["preset"]["features"] == list(PRODUCT_FEATURES)
     assert card["families"] == list(FAMILIES)

@@ -52,7 +52,7 @@ def test_product_falls_as_epsilon_grows(sample: Rows) -> None:
     steps = []
     for epsilon in (0.1, 0.13, 0.15, 0.18, 0.2):
         changed = Rows({**few.columns, "log_epsilon": np.full(300, np.log(epsilon))})
-        steps.append(predict_log(boosters, data.lines, changed, preset.features, sample.families))
+        steps.append(predict_log(boosters, data.lines, data.surfaces, changed, preset, sample.families))
     assert (np.diff(np.array(steps), axis=0) <= 1e-6).all()
     assert steps[0].mean() > steps[-1].mean() + 0.1
 
@@ -92,7 +92,7 @@ def test_failure_time_recovers_what_a_short_sweep_could_not_watch(sample: Rows) 
     for censored in ("aft", "exclude"):
         preset = PRESETS["product"].replace(trees=200, censored=censored)
         data = design(short, preset, short.families)
-        found = predict_log(train_boosters(data, preset), data.lines, late, preset.features, short.families)
+        found = predict_log(train_boosters(data, preset), data.lines, data.surfaces, late, preset, short.families)
         error[censored] = np.abs(np.exp(found) - late["t_star"]).mean()
     assert len(late) > 50
     assert error["aft"] < 0.85 * error["exclude"]
@@ -152,7 +152,7 @@ def test_steps_regressor_keeps_the_conventions_and_agrees_with_the_preset(sample
     regressor = clone(StepsRegressor(n_jobs=1)).fit(x, y)
     assert regressor.get_params()["max_depth"] == 4
     booster = train_boosters(design(sample, PRESETS["paper_pooled"], sample.families), PRESETS["paper_pooled"])
-    expected = np.exp(predict_log(booster, {}, sample, PAPER_FEATURES, sample.families))
+    expected = np.exp(predict_log(booster, {}, {}, sample, PRESETS["paper_pooled"], sample.families))
     np.testing.assert_allclose(regressor.predict(x), expected, rtol=1e-6)
     missing = x.copy()
     missing[:, 1] = np.nan

@@ -1,0 +1,125 @@
+"""The smooth surface: what it follows, where it ends, what lower bounds do to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cape.errors import SpecError
+from cape.metamodel.crossfit import select
+from cape.metamodel.presets import PRESETS, SHARES, Preset
+from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
+from cape.metamodel.rows import Rows
+from cape.metamodel.surface import FEWEST_TRIALS, Surface, fit_surfaces, mix
+from cape.store import reader
+
+FEATURES = ("log_lr", "log_b")
+
+
+def trials(count: int, seed: int = 0) -> Rows:
+    rng = np.random.default_rng(seed)
+    columns = {name: rng.normal(size=count) for name in FEATURES}
+    names = {"family": np.full(count, "mlp", object), "trial_id": np.array([f"{i:06d}" for i in range(count)], object)}
+    return Rows({**columns, **names, "t_star": np.ones(count)})
+
+
+def truth(rows: Rows) -> np.ndarray:
+    return np.sin(2 * rows["log_lr"]) * np.cos(rows["log_b"])
+
+
+def test_it_follows_what_is_smooth_from_few_trials() -> None:
+    train, test = trials(200), trials(400, seed=1)
+    noise = np.random.default_rng(2).normal(scale=0.1, size=200)
+    surface = Surface.fit(train, truth(train) + noise, FEATURES, np.ones(200))
+    inside = (np.abs(test["log_lr"]) < 1.5) & (np.abs(test["log_b"]) < 1.5)
+    gap = surface.predict(test)[inside] - truth(test)[inside]
+    assert np.sqrt(np.mean(gap**2)) < 0.1
+
+
+def test_far_away_it_leaves_the_line_alone() -> None:
+    train = trials(200)
+    surface = Surface.fit(train, truth(train) + 3.0, FEATURES, np.ones(200))
+    far = Rows({**train.columns, "log_lr": train["log_lr"] + 30.0})
+    assert np.abs(surface.predict(train)).mean() > 2.0
+    assert np.abs(surface.predict(far)).max() < 1e-6
+
+
+def test_it_does_not_depend_on_the_order_of_the_rows_and_survives_a_file() -> None:
+    train, test = trials(300), trials(50, seed=1)
+    order = np.random.default_rng(3).permutation(300)
+    one = Surface.fit(train, truth(train), FEATURES, np.ones(300))
+    other = Surface.fit(train.take(order), truth(train)[order], FEATURES, np.ones(300))
+    np.testing.assert_allclose(one.predict(test), other.predict(test), atol=1e-6)
+    again = Surface.from_arrays(one.to_arrays())
+    assert again.features == FEATURES and again.predict(test).tolist() == one.predict(test).tolist()
+    assert one.predict(test.take(np.zeros(50, dtype=bool))).shape == (0,)
+
+
+def test_features_that_are_never_there_or_never_vary_are_left_out_and_gaps_are_means() -> None:
+    train = trials(100)
+    train = Rows({**train.columns, "log_p": np.full(100, np.nan), "log_n": np.full(100, 4.0)})
+    surface = Surface.fit(train, truth(train), (*FEATURES, "log_p", "log_n"), np.ones(100))
+    assert surface.features == FEATURES
+    gap = Rows({**train.columns, "log_lr": np.full(100, np.nan)})
+    mean = Rows({**train.columns, "log_lr": np.full(100, train["log_lr"].mean())})
+    np.testing.assert_allclose(surface.predict(gap), surface.predict(mean), atol=1e-9)
+
+
+def test_a_lower_bound_lifts_it_and_a_value_above_does_not_hold_it_down() -> None:
+    train = trials(400)
+    y = truth(train)
+    cut = np.minimum(y, 0.2)  # watched no longer than this
+    censored = y > 0.2
+    high = y > 0.5
+    weight = np.ones(400)
+    bounds = Surface.fit(train, cut, FEATURES, weight, censored, AFT_SCALE).predict(train)
+    as_values = Surface.fit(train, cut, FEATURES, weight).predict(train)
+    left_out = Surface.fit(train.take(~censored), y[~censored], FEATURES, weight[~censored]).predict(train)
+    error = {n: np.abs(p - y)[high].mean() for n, p in (("b", bounds), ("v", as_values), ("o", left_out))}
+    assert error["b"] < error["v"] and error["b"] < error["o"]
+    low = Surface.fit(train, np.where(censored, -5.0, y), FEATURES, weight, censored, AFT_SCALE)
+    assert np.abs(low.predict(train) - y)[~censored].mean() < 0.05  # a bound that says nothing does nothing
+
+
+def test_families_with_few_trials_have_none_and_keep_the_trees() -> None:
+    rows = trials(100)
+    family = np.where(np.arange(100) < FEWEST_TRIALS - 1, "rnn", "mlp").astype(object)
+    rows = Rows({**rows.columns, "family": family})
+    no = np.zeros(100, dtype=bool)
+    surfaces = fit_surfaces(rows, truth(rows), (*FEATURES, "family"), np.ones(100), ("mlp", "rnn"), no, AFT_SCALE)
+    assert sorted(surfaces) == ["mlp"]
+    trees, line = np.full(100, 5.0), np.full(100, 1.0)
+    mixed = mix(trees, line, surfaces, rows, lambda _: 0.5)
+    assert (mixed[family == "rnn"] == 5.0).all()
+    mine = rows.take(family == "mlp")
+    np.testing.assert_allclose(mixed[family == "mlp"], 0.5 * 5.0 + 0.5 * (1.0 + surfaces["mlp"].predict(mine)))
+
+
+def test_with_few_real_trials_half_of_it_is_better_than_trees_alone_and_selection_sees_it() -> None:
+    corpus = Path(__file__).resolve().parents[2] / "benchmarks" / "corpus" / "plain"
+    rows = Rows.from_table(reader.read(corpus))
+    rows = rows.take((rows["family"] == "mlp") & rows.reached)
+    few, test = rows.take(rows.trials % 3 == 0), rows.take(rows.trials % 3 != 0)
+    error = {}
+    for share in (0.0, 0.5):
+        preset = PRESETS["product"].replace(trees=300, surface=share)
+        data = design(few, preset, ("mlp",))
+        assert bool(data.surfaces) == bool(share)
+        log_hat = predict_log(train_boosters(data, preset), data.lines, data.surfaces, test, preset, ("mlp",))
+        error[share] = np.abs(log_hat - log_steps(test["t_star"])).mean()
+    assert error[0.5] < 0.9 * error[0.0]
+    chosen, scores = select(few, PRESETS["product"], ("mlp",))
+    assert chosen.shares["mlp"] > 0
+    assert [s["surface"] for s in scores if "surface" in s] == list(SHARES)
+
+
+def test_a_share_is_a_share() -> None:
+    with pytest.raises(SpecError, match="from 0 to 1"):
+        Preset("x", surface=1.5)
+    with pytest.raises(SpecError, match="from 0 to 1"):
+        Preset("x", shares={"mlp": -0.1})
+    chosen = Preset("x", surface=0.5, shares={"mlp": 0.25})
+    assert (chosen.share("mlp"), chosen.share("rnn")) == (0.25, 0.5)
+    assert Preset.from_json(chosen.to_json()) == chosen
