@@ -18,7 +18,7 @@ from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
 from cape.metamodel.crossfit import assign_folds, folds_needed, select
 from cape.metamodel.fit import fit, fit_table
 from cape.metamodel.line import POOLED
-from cape.metamodel.presets import PRESETS, SIZES, STRUCTURES
+from cape.metamodel.presets import PRESETS, SHARES, SIZES, STRUCTURES
 from cape.metamodel.reach import Reach
 from cape.metamodel.rows import PRODUCT_FEATURES, Rows
 
@@ -87,10 +87,14 @@ def test_every_preset_fits_and_knows_its_families(sample: Rows) -> None:
 def test_selection_prefers_what_predicts_left_out_trials(sample: Rows) -> None:
     few = sample.take(np.arange(len(sample)) % 12 == 0)
     chosen, scores = select(few, PRESETS["product"], few.families)
-    assert len(scores) == len(STRUCTURES) + len(SIZES)
-    best = min(scores[len(STRUCTURES) :], key=lambda s: s["log_error"])
+    sizes, shares = scores[len(STRUCTURES) :][: len(SIZES)], scores[len(STRUCTURES) + len(SIZES) :]
+    best = min(sizes, key=lambda s: s["log_error"])
     assert (chosen.trees, chosen.depth, chosen.per_family) == (best["trees"], best["depth"], best["per_family"])
     assert bool(chosen.line) == best["line"] and not chosen.select
+    for family in few.families:
+        mine = [s for s in shares if s["family"] == family]
+        assert [s["surface"] for s in mine] == list(SHARES)
+        assert chosen.shares[family] == min(mine, key=lambda s: s["log_error"])["surface"]
 
 
 def test_p_reach_learns_which_models_never_get_there(sample: Rows) -> None:
