@@ -287,7 +287,7 @@ def _distribution(store: dict[str, np.ndarray], families: list[str], method: str
 
 
 def importance(model: MetaModel, rows: Rows) -> Figure:
-    """Draw the mean absolute SHAP value of each feature by family: XGBoost's own, and the line's terms."""
+    """Draw the mean absolute SHAP value of each feature by family: XGBoost's own, and the line's terms (the surface has none)."""
     from cape.metamodel.line import EPSILON_TERM, POOLED
     from cape.metamodel.regressors import dmatrix
 
@@ -314,7 +314,7 @@ def importance(model: MetaModel, rows: Rows) -> Figure:
         axis.barh(np.arange(len(features)), values, left=left, color=colour, label=family, height=0.7)
         left += values
     axis.set_yticks(np.arange(len(features)), [features[k] for k in order], fontsize=8)
-    axis.set_xlabel("mean |SHAP| in log T* (trees and line), families stacked", fontsize=9)
+    axis.set_xlabel("mean |SHAP| in log T* (trees and line, not the surface), families stacked", fontsize=9)
     axis.set_title("What the meta-regressor looks at", fontsize=10)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)

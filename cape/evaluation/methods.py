@@ -18,7 +18,16 @@ from cape.metamodel.presets import PRESETS, Preset, preset_named
 from cape.metamodel.rows import CAP, PAPER_FEATURES, Rows
 
 ABLATIONS = tuple(name for name in PRESETS if name.startswith("paper_without_"))
-FULL_PRESETS = ("paper", "static", "paper_epsilon", "paper_appendix", "product_static", "product", *ABLATIONS)
+FULL_PRESETS = (
+    "paper",
+    "static",
+    "paper_epsilon",
+    "paper_appendix",
+    "product_static",
+    "product_trees",
+    "product",
+    *ABLATIONS,
+)
 """Presets of the full tables: what the probes add, what each feature adds, and appendix A.4."""
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)

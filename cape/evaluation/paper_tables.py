@@ -29,6 +29,7 @@ PROBES = (
     ("the paper's six: with log g² and log τ", "paper"),
     ("six and log ε", "paper_epsilon"),
     ("product without what needs a gradient", "product_static"),
+    ("product without the smooth surface", "product_trees"),
     ("product", "product"),
 )
 FLOOR_ROWS = 50

@@ -23,6 +23,7 @@ LABELS = {
     "paper_epsilon": "XGBoost, six features and log ε, per family",
     "product": "CAPE product",
     "product_static": "product without what needs a gradient",
+    "product_trees": "product without the smooth surface",
     "linear": "linear regression (A.4)",
     "ridge": "ridge (A.4)",
     "random_forest": "random forest (A.4)",

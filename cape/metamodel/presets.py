@@ -79,6 +79,21 @@ class Preset(JsonConfig):
         return self.shares.get(str(family), self.surface)
 
 
+_PRODUCT = Preset(
+    "product",
+    features=PRODUCT_FEATURES,
+    trees=800,
+    depth=3,
+    equal_families=True,
+    monotone=True,
+    censored="aft",
+    select=True,
+    line=LINE_TERMS,
+    surface=0.5,
+    augmented=0.5,
+    intervals=True,
+)
+
 PRESETS: dict[str, Preset] = {
     p.name: p
     for p in (
@@ -91,20 +106,8 @@ PRESETS: dict[str, Preset] = {
             for f in PAPER_FEATURES
         ),
         Preset("paper_appendix", trees=500, depth=6, per_family=True),
-        Preset(
-            "product",
-            features=PRODUCT_FEATURES,
-            trees=800,
-            depth=3,
-            equal_families=True,
-            monotone=True,
-            censored="aft",
-            select=True,
-            line=LINE_TERMS,
-            surface=0.5,
-            augmented=0.5,
-            intervals=True,
-        ),
+        _PRODUCT,
+        _PRODUCT.replace(name="product_trees", surface=0.0, intervals=False),
         Preset(
             "product_static",
             features=(*STATIC_FEATURES, "log_epsilon", "family"),
