@@ -287,7 +287,7 @@ def _distribution(store: dict[str, np.ndarray], families: list[str], method: str
 
 
 def importance(model: MetaModel, rows: Rows) -> Figure:
-    """Draw the mean absolute SHAP value of each feature by family: XGBoost's own, and the line's; the surface has none."""
+    """Draw the mean absolute SHAP value of each feature by family: XGBoost's and the line's, the surface has none."""
     from cape.metamodel.line import EPSILON_TERM, POOLED
     from cape.metamodel.regressors import dmatrix
 
