@@ -133,7 +133,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"trees": 800, "depth": 3, "learning_rate": 0.05},
     {"trees": 800, "depth": 5, "learning_rate": 0.03},
 )
-SHARES = (0.0, 0.25, 0.5, 0.75)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """What selection compares: every structure at ``STRUCTURE_SIZE``, every size of the best structure, then, family by
 family, how much of the surface. Structures and sizes are those of the trees alone."""
 

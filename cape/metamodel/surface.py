@@ -5,8 +5,8 @@ follows with few (``docs/evidence.md`` has the measurements). Far from every tri
 line. It has one value for a trial, whatever ε: the line and the trees say how log T* falls with ε, and neither rises.
 
 Kernel ridge regression on inducing points (Smola & Schölkopf 2000; "subset of regressors"), a Gaussian kernel whose
-length scale is the root of the number of features: points one standard deviation away in every feature have a kernel
-of exp(-1/2).
+length scale is √(2k) standard deviations for k features: points one deviation apart in every feature have a kernel of
+exp(-1/4).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROUNDS = 20  # of expectation maximization
 
 @dataclass(frozen=True)
 class Surface:
-    """log T* - line ≈ Σ_j weight_j · exp(-‖z - point_j‖² / 2k), z the standardized features, missing ones at the mean.
+    """log T* - line ≈ Σ_j weight_j · exp(-‖z - point_j‖² / 4k), z the standardized features, missing ones at the mean.
 
     Attributes:
         features: names [k]. centre, scale: of the features, float64 [k].
@@ -172,4 +172,4 @@ def _values(rows: Rows, features: Sequence[str]) -> np.ndarray:
 
 def _kernel(z: np.ndarray, points: np.ndarray) -> np.ndarray:
     squares = (z**2).sum(axis=1)[:, None] + (points**2).sum(axis=1)[None, :] - 2.0 * (z @ points.T)
-    return np.exp(-0.5 / max(1, z.shape[1]) * np.maximum(squares, 0.0))
+    return np.exp(-0.25 / max(1, z.shape[1]) * np.maximum(squares, 0.0))

@@ -26,7 +26,7 @@ def trials(count: int, seed: int = 0) -> Rows:
 
 
 def truth(rows: Rows) -> np.ndarray:
-    return np.sin(2 * rows["log_lr"]) * np.cos(rows["log_b"])
+    return np.sin(rows["log_lr"]) * np.cos(rows["log_b"])
 
 
 def test_it_follows_what_is_smooth_from_few_trials() -> None:
