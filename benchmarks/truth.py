@@ -2,6 +2,7 @@
 
     python -m benchmarks.truth --device cpu --json results.json [--seconds 80] [--families mlp rnn] [--sizes 32]
         [--only compared|whole] [--compare 3] [--repeat 3]
+    python -m benchmarks.truth --json results.json --rows META_DIR ... [--workers 2]     (from the rows of a sweep)
 
 The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe)
 and ``engine`` (the one that ``run_trials`` chooses). The work is cut into units that are drawn at random, by turns from
@@ -23,6 +24,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.composition import from_rows
 from benchmarks.naive import naive_rows
 from benchmarks.timing import interleave, machine, synchronize, write_json
 from cape import datasets, families
 from cape.config import ModelSpec, StoppingRule, SweepSpec, TrialSpec, canonical_json, stable_hash
 from cape.convergence import Subject, measure, measure_many
+from cape.families.rnn import RecurrentNet
 from cape.sweep.plan import Plan
 from cape.trial import draw_model, run_trials
 
@@ -136,32 +140,38 @@ def key_of(unit: list[TrialSpec], purpose: str) -> str:
     return f"{purpose}-{first.family}-{first.dataset}-{first.batch_size}-{mark}"
 
 
-def peak(device: str) -> dict[str, Any]:
-    """Return the share of the device's matrix-product rate that the largest models reach, alone and in a stack."""
-    a, b = torch.randn(2, 2048 if device == "cpu" else 8192, 2048 if device == "cpu" else 8192, device=device)
-    best = interleave({"matmul": lambda: a @ b}, device, 2.0)["matmul"]["min_ms"]
-    rate = 2 * len(a) ** 3 / best / 1e6
-    result: dict[str, Any] = {"matmul_gflops": rate}
-    for family, spec in LARGEST.items():
+def peak(device: str, wanted: list[str], before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the share of the device's matrix-product rate that the largest models reach, after each that was missing.
+
+    Alone and, where trials may share a stack, in a stack of four. The rate is taken anew for every family.
+    """
+    result = dict(before)
+    for family in [f for f in wanted if f not in before]:
+        spec, size = LARGEST[family], 2048 if device == "cpu" else 8192
+        product = partial(torch.matmul, *torch.randn(2, size, size, device=device))
+        rate = 2 * size**3 / interleave({"matmul": product}, device, 2.0)["matmul"]["min_ms"] / 1e6
         torch.manual_seed(0)
         model = families.build(spec).to(device)
         x, y = torch.randn(128, *spec.input_shape, device=device), torch.randint(0, 10, (128,), device=device)
         flops = _flops(model, spec, x, y)
         subject = Subject(model, (x, y), epsilons=(1e-6,))
-        seconds = {"plain": _step(subject, None)}
+        seconds, work = {"plain": _step(subject, None, 6)}, {"plain": flops}
         if device != "cpu" or family in STACKED_ON_CPU:
-            seconds["stack of 4"] = _step(subject, 4)
+            work["stack of 4"] = flops - _left_out(model, x)
+            seconds["stack of 4"] = _step(subject, 4, max(2, min(6, int(1.0 / seconds["plain"]))))
         result[family] = {
             "model": spec.to_dict(),
-            "gflop_per_step": flops / 1e9,
-            **{name: {"step_ms": s * 1e3, "share": flops / s / 1e9 / rate} for name, s in seconds.items()},
+            "matmul_gflops": rate,
+            **{
+                name: {"gflop_per_step": work[name] / 1e9, "step_ms": s * 1e3, "share": work[name] / s / 1e9 / rate}
+                for name, s in seconds.items()
+            },
         }
-    return result
+        yield result
 
 
-def _step(subject: Subject, width: int | None) -> float:
+def _step(subject: Subject, width: int | None, steps: int) -> float:
     """Return the seconds of one step of one trial."""
-    steps = 6
     short = subject.stopping.replace(max_steps=steps)
     if width is None:
         outcome = measure(subject.model, subject.batch, epsilons=subject.epsilons, stopping=short)
@@ -169,16 +179,25 @@ def _step(subject: Subject, width: int | None) -> float:
     several = [Subject(subject.model, subject.batch, 1e-3, subject.epsilons, short, seed) for seed in range(2 * width)]
     done = list(measure_many(several, width=width, step_seconds=1.0))
     late = [o.trajectory.seconds for o in done[width:] if o.trajectory]  # the first are slowed down by first touches
-    return float(np.median(late)) / steps
+    return float(np.median(late)) / (steps + 1 / 3)  # one pass forward more than updates
 
 
 def _flops(model: torch.nn.Module, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> float:
-    if spec.family == "rnn":  # the fused kernels are not counted: 2 for a product, 3 products, without the skipped half
+    if spec.family == "rnn":  # the fused kernels are not counted: 2 for a product, 3 products
         weights = sum(p.numel() for n, p in model.named_parameters() if "weight" in n and "head" not in n)
         return 6.0 * weights * x.shape[0] * x.shape[1]
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(model(x), y).backward()
     return float(counter.get_total_flops())
+
+
+def _left_out(model: torch.nn.Module, x: torch.Tensor) -> float:
+    """Return what a stack leaves out: a last layer's backward direction, but for the one position that is read."""
+    if not isinstance(model, RecurrentNet) or not model.rnn.bidirectional:
+        return 0.0
+    last = f"l{model.rnn.num_layers - 1}_reverse"
+    weights = sum(p.numel() for n, p in model.rnn.named_parameters() if n.startswith("weight") and n.endswith(last))
+    return 6.0 * weights * x.shape[0] * (x.shape[1] - 1)
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -238,14 +257,21 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="turns of the three ways; the fastest of each counts")
     parser.add_argument("--fraction", type=float, default=0.05, help="of the composition that runs for the whole")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no further unit after this time")
-    parser.add_argument("--peak", action="store_true", help="measure the share of the device's peak, and nothing else")
+    parser.add_argument("--rows", nargs="+", metavar="META_DIR", help="extrapolate from these rows, and nothing else")
+    parser.add_argument("--workers", type=int, default=2, help="of the sweep that wrote --rows")
+    parser.add_argument("--peak", action="store_true", help="the share of the device's peak, of --families, alone")
     args = parser.parse_args()
     args.data = datasets.data_root(args.data)
     path = Path(args.json)
     result = json.loads(path.read_text()) if path.is_file() else {"machine": machine(args.device), "units": {}}
     began, left = time.perf_counter(), 0
     if args.peak:
-        result["peak"] = peak(args.device)
+        for about in peak(args.device, args.families, result.get("peak", {})):
+            result["peak"] = about
+            write_json(args.json, result)
+    elif args.rows:
+        result["from_rows"] = from_rows(args.rows, COMPOSITION, args.workers)
+        print(json.dumps({k: v for k, v in result["from_rows"].items() if k != "cells"}, indent=1))
     else:
         for key, unit, way, turn in work(args):
             family = unit[0].family

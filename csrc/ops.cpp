@@ -29,6 +29,19 @@ TORCH_LIBRARY(cape, m) {
   m.def(
       "gru_sequence_backward(Tensor grad_h, Tensor gates, Tensor side, Tensor h, Tensor w_hh, Tensor h0)"
       " -> (Tensor d_pre, Tensor d_side, Tensor d_h0)");
+  // Batch norm in train mode of k models at once, x [k, B, C], rounded as torch rounds each of them; then its gradients
+  // in x, the weights and the biases.
+  m.def(
+      "stacked_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor mean, Tensor inverse)");
+  m.def(
+      "stacked_batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor inverse)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // torch's CPU draws, bit for bit: of generators whose states are rows of an int32 tensor (begun by seed_draws_),
+  // row i of `out` bernoulli_ by generator i; and normal_ of one contiguous float32 tensor.
+  m.def("seed_draws_(Tensor(a!) states, int row, int seed) -> ()");
+  m.def("draw_ones_(Tensor(a!) out, Tensor(b!) states, float probability) -> ()");
+  m.def("normal_(Tensor(a!) out, float mean, float std, Generator? generator=None) -> ()");
   // x [N, n] -> [N]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
   // On CUDA only. g [K, B, R, C, S], x [B, R, C, S] -> [2, K, B, C]: sums over R and S of g and of g * x, which

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.composition import from_rows
 from benchmarks.features import CONSTANT, SETS, measure, table, together
 from benchmarks.features import tests as held_out_tests
 from benchmarks.naive import naive_rows
 from benchmarks.truth import COMPOSITION, key_of, summary, units
-from cape.config import TrialSpec
+from cape.config import SweepSpec, TrialSpec
 from cape.metamodel.rows import NUMERIC, Rows
+from cape.store.writer import write_shard
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
 
@@ -44,6 +46,26 @@ def test_the_whole_is_extrapolated_batch_size_by_batch_size() -> None:
     whole = summary({"units": held})["composition"]
     assert whole["mlp"]["share_of_trials"] == 180 / 2160
     assert whole["hours"] == pytest.approx((720 * 0.1 + 720 * 0.2 + 720 * 0.4) / 3600)
+
+
+def test_the_whole_is_extrapolated_from_the_rows_of_a_sweep(tmp_path: Path) -> None:
+    composition = SweepSpec(name="c", families=("mlp",), datasets=("digits", "mnist"), batch_sizes=(16, 32))
+    trials = [TrialSpec("mlp", "digits", size, 1e-3, seed=seed) for size in (16, 32) for seed in range(3)]
+    rows = [row for rows in run_trials(trials) for row in rows]
+    for row in rows:
+        row.update(probe_seconds=1.0, truth_seconds=1.0 if row["batch_size"] == 16 else 1.5)
+        row.update(step_seconds=0.5, stopped_at=3)
+    for row in rows[:3]:  # the first trial was stopped for a while, by its plain steps it takes two seconds
+        row.update(truth_seconds=100.0)
+    write_shard(rows, tmp_path)
+    found = from_rows([tmp_path, tmp_path], composition, workers=2)
+    about = found["families"]["mlp"]
+    assert about["trials"] == 6 and about["share_of_trials"] == 6 / 1200
+    assert about["borrowed"] == ["mnist 16", "mnist 32"]  # the digits' at the same batch size
+    assert found["cells"]["mlp digits 16"]["steady"] == pytest.approx((3.0 + 2.0 + 2.0) / 3)
+    assert about["hours"]["steady"] == pytest.approx(2 * 300 * (7.0 / 3 + 2.5) / 2 / 3600)
+    assert about["hours"]["recorded"] == pytest.approx(2 * 300 * (105.0 / 3 + 2.5) / 2 / 3600)
+    assert found["complete"] == ["mlp"] and found["hours"] == about["hours"]
 
 
 def _rows(dataset: str, count: int, seed: int) -> Rows:

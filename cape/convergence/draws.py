@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cape.randoms import OnesDraws, ones_agree
+
 # Constants of the splitmix64 finalizer (Steele, Lea and Flood, 2014), as signed 64-bit numbers.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -73,6 +75,22 @@ class GeneratorDraws(Draws):
         return out
 
 
+class NativeDraws(Draws):
+    """The masks of ``GeneratorDraws``, bit for bit, at an eighth of their time (``randoms.ones_agree`` says where)."""
+
+    def __init__(self, slots: int) -> None:
+        self._draws = OnesDraws(slots)
+
+    def seed(self, slot: int, seed: int) -> None:
+        self._draws.seed(slot, seed)
+
+    def move(self, source: int, target: int) -> None:
+        self._draws.copy(source, target)
+
+    def keep(self, out: Tensor, probability: float) -> Tensor:
+        return self._draws.fill(out, probability)
+
+
 class CounterDraws(Draws):
     """Counter-based draws: the hash of (trial's seed, number of the draw, element) decides, in one pass on the device.
 
@@ -112,4 +130,6 @@ def _mix(z: Tensor) -> Tensor:
 
 def draws_for(device: torch.device, slots: int) -> Draws:
     """Return the draws of a stack of ``slots`` trials on a device."""
-    return GeneratorDraws(slots) if device.type == "cpu" else CounterDraws(slots, device)
+    if device.type != "cpu":
+        return CounterDraws(slots, device)
+    return NativeDraws(slots) if ones_agree() else GeneratorDraws(slots)

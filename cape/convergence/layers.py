@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
+from cape.probing.ops import native_module
 
 # Products that go through another kernel for one matrix than for many (seen with MKL; torch's own bmm has one for fewer
 # multiplications than these): one at a time.
 _FEW_ROWS = 16
 _FEW_MULTIPLICATIONS = 400
+
+_VECTOR = 16  # float32 numbers of the widest vector register
 
 
 class StackedParameter:
@@ -143,6 +147,11 @@ class BatchNorm(Layer):
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
         width, batch, channels = x.shape
         weight, bias = self._affine(width)
+        if _native_norm(x):
+            given = (weight, bias) if self.parameters else (None, None)
+            y, mean, inverse = torch.ops.cape.stacked_batch_norm(x, *given, self._eps)
+            self.saved = [x, mean, inverse]
+            return y
         y = torch.empty_like(x)
         mean, inverse = x.new_empty(width, channels), x.new_empty(width, channels)
         if x.device.type == "cpu":  # one call for all trials is up to 7 times slower there (B = 128)
@@ -163,6 +172,12 @@ class BatchNorm(Layer):
         weight, _ = self._affine(width)
         derivative = torch.ops.aten.native_batch_norm_backward
         wanted = [True, bool(self.parameters), bool(self.parameters)]
+        if _native_norm(x):
+            given = weight if self.parameters else None
+            passed, *affine = torch.ops.cape.stacked_batch_norm_backward(grad, x, given, mean, inverse)
+            for parameter, value in zip(self.parameters, affine, strict=False):
+                parameter.grad[:width].copy_(value)
+            return passed
         if x.device.type == "cpu":
             result = torch.empty_like(x)
             for i, (g, one, w, m, s) in enumerate(zip(grad, x, weight, mean, inverse, strict=True)):
@@ -182,6 +197,39 @@ class BatchNorm(Layer):
         if not self.parameters:
             return [None] * width, [None] * width
         return self.parameters[0].value[:width], self.parameters[1].value[:width]
+
+
+def _native_norm(x: Tensor) -> bool:
+    """Return whether the native batch norm serves activations [k, B, C]: where it rounds as torch's does.
+
+    torch takes other kernels for a batch no larger than its threads, and for what is left over of a vector register.
+    """
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    threads = torch.get_num_threads()
+    return fits and x.shape[2] % _VECTOR == 0 and x.shape[1] > threads and _norms_agree(threads)
+
+
+@lru_cache(maxsize=8)
+def _norms_agree(threads: int) -> bool:
+    """Return whether the native batch norm is torch's, bit for bit, for so many threads; False where it is not built.
+
+    The order of a sum follows from the number of torch's threads, and a fused multiplication from how torch was built.
+    """
+    if native_module() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 2 * threads + 3, 2 * _VECTOR, generator=generator) for _ in range(2))
+    weight, bias = (torch.randn(2, 2 * _VECTOR, generator=generator) for _ in range(2))
+    y, mean, inverse = torch.ops.cape.stacked_batch_norm(x, weight, bias, 1e-5)
+    ours = [y, mean, inverse, *torch.ops.cape.stacked_batch_norm_backward(grad, x, weight, mean, inverse)]
+    for i in range(2):
+        forward = torch.native_batch_norm(x[i], weight[i], bias[i], None, None, True, 0.0, 1e-5)
+        backward = torch.ops.aten.native_batch_norm_backward(
+            grad[i], x[i], weight[i], None, None, *forward[1:], True, 1e-5, [True, True, True]
+        )
+        if not all(torch.equal(a[i], b) for a, b in zip(ours, [*forward, *backward], strict=True)):
+            return False
+    return True
 
 
 def _as_channels(x: Tensor) -> Tensor:

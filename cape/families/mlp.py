@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from cape.config import JsonConfig, ModelSpec
 from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.randoms import normal_
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ class MLP(Family):
         layers.append(_linear(units, spec.outputs))
         for layer in layers:
             if isinstance(layer, nn.Linear):
-                if options.activation == "gelu":
-                    nn.init.xavier_normal_(layer.weight)
-                else:
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                normal_(layer.weight, _deviation(layer, options.activation))
                 nn.init.zeros_(layer.bias)
         return nn.Sequential(*layers)
+
+
+def _deviation(layer: nn.Linear, activation: str) -> float:
+    """Return the deviation of ``nn.init.xavier_normal_`` (GELU) or ``kaiming_normal_`` (ReLU)."""
+    if activation == "gelu":
+        return math.sqrt(2.0 / float(layer.in_features + layer.out_features))
+    return math.sqrt(2.0) / math.sqrt(layer.in_features)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

@@ -172,8 +172,74 @@ void check_affine(const cape::Kernels<scalar>& kernels) {
   }
 }
 
+// Exactly the numbers of the standard library's Mersenne Twister, in runs that do and do not end with a block.
+template <typename scalar>
+void check_draws(const cape::Kernels<scalar>& kernels) {
+  cape::Twister twister;
+  twister.seed(5489);
+  std::mt19937 expected(5489);
+  const uint64_t threshold = uint64_t(0.7 * 0x1p53);
+  for (const int64_t n : {1, 311, 312, 1000, 5}) {
+    std::vector<scalar> ones(static_cast<size_t>(n));
+    kernels.draw_ones(twister, threshold, ones.data(), n);
+    for (const scalar one : ones) {
+      const uint64_t high = expected(), low = expected();
+      const bool below = (((high << 32) | low) & ((uint64_t(1) << 53) - 1)) < threshold;
+      if (one != scalar(below)) expect(one, below, 0.0, kernels.name, "draws of ones", int(n));
+    }
+    std::vector<float> uniform(static_cast<size_t>(n));
+    kernels.draw_uniform(twister, uniform.data(), n);
+    for (const float number : uniform) {
+      expect(number, double(expected() & 0xffffffu) * 0x1p-24, 0.0, kernels.name, "uniform draws", int(n));
+    }
+  }
+}
+
+template <typename scalar>
+void check_batch_norm(const cape::Kernels<scalar>& kernels) {
+  const int64_t rows = 9, channels = 21, chunk = 5, n = rows * channels;
+  const double eps = 1e-5;
+  const auto x = random_numbers<scalar>(n), g = random_numbers<scalar>(n);
+  const auto weight = random_numbers<scalar>(channels), bias = random_numbers<scalar>(channels);
+  std::vector<scalar> y(static_cast<size_t>(n)), passed(y);
+  std::vector<scalar> mean(static_cast<size_t>(channels)), inverse(mean), d_weight(mean), d_bias(mean);
+  std::vector<scalar> parts(static_cast<size_t>(4 * channels));
+  std::vector<double> totals(static_cast<size_t>(2 * channels));
+  kernels.batch_norm(x.data(), rows, channels, weight.data(), bias.data(), eps, chunk, y.data(), mean.data(),
+                     inverse.data(), parts.data(), totals.data());
+  kernels.batch_norm_back(g.data(), x.data(), rows, channels, weight.data(), mean.data(), inverse.data(), chunk,
+                          passed.data(), d_weight.data(), d_bias.data(), parts.data(), totals.data());
+  const auto close = [&](double ours, double expected, const char* what) {  // on the scale of the numbers, all near 1
+    expect(ours - expected + 1.0, 1.0, 20 * tolerance<scalar>(), kernels.name, what, 0);
+  };
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0, squares = 0.0, grad = 0.0, product = 0.0;
+    for (int64_t i = 0; i < rows; ++i) sum += double(x[size_t(i * channels + c)]);
+    const double middle = sum / double(rows);
+    for (int64_t i = 0; i < rows; ++i) squares += std::pow(double(x[size_t(i * channels + c)]) - middle, 2);
+    const double deviation = std::sqrt(squares / double(rows) + eps);
+    for (int64_t i = 0; i < rows; ++i) {
+      const size_t at = size_t(i * channels + c);
+      grad += double(g[at]);
+      product += double(g[at]) * (double(x[at]) - middle) / deviation;
+    }
+    close(double(d_weight[size_t(c)]), product, "batch norm, weight");
+    close(double(d_bias[size_t(c)]), grad, "batch norm, bias");
+    for (int64_t i = 0; i < rows; ++i) {
+      const size_t at = size_t(i * channels + c);
+      const double normal = (double(x[at]) - middle) / deviation, scale = double(weight[size_t(c)]);
+      close(double(y[at]), normal * scale + double(bias[size_t(c)]), "batch norm");
+      close(double(passed[at]),
+            (double(g[at]) - grad / double(rows) - normal * product / double(rows)) * scale / deviation,
+            "batch norm, input");
+    }
+  }
+}
+
 template <typename scalar>
 void check(const cape::Kernels<scalar>& kernels) {
+  check_draws(kernels);
+  check_batch_norm(kernels);
   check_linear(kernels);
   check_conv(kernels);
   check_affine(kernels);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cape/shapes.h>
+#include <cape/twister.h>
 
 namespace cape {
 
@@ -30,6 +31,16 @@ struct Kernels {
   void (*gru_step)(scalar* gates, const scalar* hidden, const scalar* h_prev, scalar* side, scalar* h, int64_t n);
   void (*gru_step_back)(const scalar* gates, const scalar* side, const scalar* h_prev, scalar* dh, const scalar* grad,
                         int64_t grad_step, scalar* d_pre, scalar* d_side, int64_t n, int64_t cotangents, int64_t batch);
+  // Batch norm of vectors in train mode, for one model (isa/batch_norm.h).
+  void (*batch_norm)(const scalar* x, int64_t rows, int64_t channels, const scalar* weight, const scalar* bias,
+                     double eps, int64_t chunk, scalar* y, scalar* mean, scalar* inverse, scalar* parts,
+                     double* totals);
+  void (*batch_norm_back)(const scalar* grad, const scalar* x, int64_t rows, int64_t channels, const scalar* weight,
+                          const scalar* mean, const scalar* inverse, int64_t chunk, scalar* passed, scalar* d_weight,
+                          scalar* d_bias, scalar* parts, double* totals);
+  // torch's random numbers (isa/draws.h).
+  void (*draw_ones)(Twister& twister, uint64_t threshold, scalar* out, int64_t n);
+  void (*draw_uniform)(Twister& twister, float* out, int64_t n);
 };
 
 // Defined once per instruction set, by cpu/isa_*.cpp.

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cape/isa/affine.h>
+#include <cape/isa/batch_norm.h>
 #include <cape/isa/conv.h>
+#include <cape/isa/draws.h>
 #include <cape/isa/linear.h>
 #include <cape/isa/product.h>
 #include <cape/isa/recurrent.h>
@@ -51,7 +53,11 @@ constexpr Kernels<scalar> table(const char* name) {
           lstm_step<scalar>,
           lstm_step_back<scalar>,
           gru_step<scalar>,
-          gru_step_back<scalar>};
+          gru_step_back<scalar>,
+          batch_norm<scalar>,
+          batch_norm_back<scalar>,
+          draw_ones<scalar>,
+          draw_uniform};
 }
 
 }  // namespace CAPE_ISA

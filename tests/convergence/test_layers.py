@@ -1,0 +1,68 @@
+"""Stacked layers round as the operators of the plain engine do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from cape.convergence import layers
+from cape.convergence.draws import draws_for
+from cape.convergence.layers import BatchNorm
+from cape.convergence.stack import loss_gradients, stacked_losses
+from cape.tasks import Loss
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("batch", "channels"), [(32, 48), (33, 16), (7, 128), (8, 130), (2, 32)])
+def test_batch_norm_is_torchs_bit_for_bit(batch: int, channels: int, affine: bool, threads: int) -> None:
+    torch.manual_seed(0)
+    modules = [nn.BatchNorm1d(channels, affine=affine) for _ in range(3)]
+    stacked = BatchNorm(modules[0], 3)
+    for slot, module in enumerate(modules):
+        for parameter, values in zip(stacked.parameters, module.parameters(), strict=True):
+            nn.init.normal_(values)
+            parameter.load(slot, values.detach())
+    x, grad = torch.randn(2, 3, batch, channels)
+    with torch.no_grad():
+        y = stacked.forward(x, draws_for(x.device, 3))
+        passed = stacked.backward(grad, needs_input=True)
+    for slot, module in enumerate(modules):
+        leaf = x[slot].clone().requires_grad_()
+        expected = module(leaf)
+        expected.backward(grad[slot])
+        assert torch.equal(y[slot], expected) and passed is not None and torch.equal(passed[slot], leaf.grad)
+        for parameter, values in zip(stacked.parameters, module.parameters(), strict=True):
+            assert torch.equal(parameter.grad[slot], values.grad)
+
+
+def test_the_native_batch_norm_serves_the_families_own_widths() -> None:
+    if not layers._norms_agree(torch.get_num_threads()):
+        pytest.skip("torch rounds otherwise here, or the extension is not built")
+    for width in (128, 256, 512, 1024):
+        assert layers._native_norm(torch.zeros(2, 32, width))
+    assert not layers._native_norm(torch.zeros(2, 32, 130))
+    assert not layers._native_norm(torch.zeros(2, torch.get_num_threads(), 128))
+
+
+@pytest.mark.parametrize("batch", [32, 7])
+def test_cross_entropy_without_a_graph_is_autograds_bit_for_bit(batch: int) -> None:
+    torch.manual_seed(0)
+    outputs, targets = 3.0 * torch.randn(3, batch, 10), torch.randint(0, 10, (3, batch))
+    targets[1, 2] = -100  # a sample without a label
+    criterion = Loss("cross_entropy")
+    losses, grad = loss_gradients(criterion, outputs, targets)
+    leaf = outputs.clone().requires_grad_()
+    expected = stacked_losses(criterion, leaf, targets)
+    assert torch.equal(losses, expected)
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), leaf)[0])
