@@ -46,10 +46,15 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
 
 @dataclass
 class Recorded:
-    """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape]."""
+    """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape].
+
+    ``pulled`` are those pulled back to the data, where the norms gave them too.
+    """
 
     use: Use
     gradient: Tensor | None = None
+    pulls: bool = False  # whether who hands the gradient over takes it back, pulled back to the use's data
+    pulled: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -68,18 +73,19 @@ class _Tap(torch.autograd.Function):
 
 
 Back = Callable[[Tensor], Tensor]
+PullingSink = Callable[[Tensor], Tensor | None]
 
 
 class _Watched(torch.autograd.Function):
     """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
 
     ``back`` maps gradients [K, *output shape] to those of the data, [K, *data shape]: one operator for all cotangents,
-    where a batching rule would often copy or repeat.
+    where a batching rule would often copy or repeat. A sink that has done so already returns them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: GradSink
+        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: PullingSink
     ) -> Tensor:
         ctx.back, ctx.sink = back, sink
         return run()
@@ -89,8 +95,10 @@ class _Watched(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             (g,), rewrap = physical(*grads)
-            ctx.sink(g)
-            return None, rewrap(ctx.back(g)) if ctx.needs_input_grad[1] else None, None, None, None
+            pulled = ctx.sink(g)
+            if not ctx.needs_input_grad[1]:
+                return None, None, None, None, None
+            return None, rewrap(ctx.back(g) if pulled is None else pulled), None, None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -310,7 +318,9 @@ class Interceptor(TorchFunctionMode):
             return run(*weights)
         arrival = self.register(use) if use is not None else None
         if back is not None and self.direct and state != "scan" and self._plain(data, *detached):
-            take = arrival.take if arrival is not None else _ignore
+            take = _ignore if arrival is None else arrival.take
+            if arrival is not None:
+                arrival.recorded.pulls = data.requires_grad
             return _Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
         y = run(*detached)
         self.tap(y, arrival.arrive if arrival is not None else None)
@@ -448,8 +458,14 @@ class _Arrival:
             (bare,), _ = physical(g)
             self.take(bare)
 
-    def take(self, g: Tensor) -> None:
-        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us)."""
-        if self.interceptor.in_backward:
-            self.recorded.gradient = g
-            self.interceptor.on_gradient(self.recorded)
+    def take(self, g: Tensor) -> Tensor | None:
+        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us).
+
+        Returns them pulled back to the use's data, where the norms' pass gave that too.
+        """
+        if not self.interceptor.in_backward:
+            return None
+        self.recorded.gradient = g
+        self.interceptor.on_gradient(self.recorded)
+        pulled, self.recorded.pulled = self.recorded.pulled, None
+        return pulled

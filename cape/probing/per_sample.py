@@ -349,7 +349,9 @@ class _Engine:
         def consume(recorded: Recorded) -> None:
             wanted = work.alone.get(id(recorded))
             if wanted is not None and recorded.gradient is not None:
-                rows.add_(recorded.use.norms(recorded.gradient, wanted))
+                both = recorded.use.pull(recorded.gradient, wanted) if recorded.pulls else None
+                recorded.pulled, norms = both or (None, recorded.use.norms(recorded.gradient, wanted))
+                rows.add_(norms)
             if id(recorded) not in work.waits:
                 recorded.gradient = None
 
