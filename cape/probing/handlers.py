@@ -248,15 +248,13 @@ def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
     def back(g: Tensor) -> Tensor:
         rows = x.shape[:first].numel()
         mean, inverse = (t.to(x.dtype).reshape(1, rows, 1) for t in statistics())
-        flat = g.reshape(g.shape[0], 1, rows, -1, 1)
+        grads, seen = g.reshape(g.shape[0], 1, rows, -1, 1), x.detach().reshape(1, rows, -1, 1)
         weight = None if w is None else w.detach().reshape(-1)
-        return ops.affine_back_torch(flat, x.detach().reshape(1, rows, -1, 1), mean, inverse, weight, True).view(g.shape)
+        return ops.affine_back_torch(grads, seen, mean, inverse, weight, True).view(g.shape)
 
     # On a GPU, torch's kernel is one for each cotangent, and a formula of small operators would be slower.
-    return _affine(
-        mode, "layer_norm", x, w, b, aligned, statistics, run, back if isinstance(x, Tensor) and not x.is_cuda else None,
-        True,
-    )  # fmt: skip
+    ours = back if isinstance(x, Tensor) and not x.is_cuda else None
+    return _affine(mode, "layer_norm", x, w, b, aligned, statistics, run, ours, True)
 
 
 @handles(F.rms_norm)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Layout, Sighting, Verdict, digits, first_row, same_rows
+from cape.probing.layout import Layout, Sighting, Verdict, digits, first_rows, same_rows
 from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
 from cape.probing.uses import Use
 from cape.state import map_tensors
@@ -127,6 +127,7 @@ class Interceptor(TorchFunctionMode):
         uses: what a recording saw, in order.
         mismatch: a use came that the scan did not see in that place, or the model takes derivatives of its own; the
             record cannot be trusted.
+        unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
@@ -167,6 +168,7 @@ class Interceptor(TorchFunctionMode):
         self._decisions: dict[Any, bool | None] = {}
         self._unwatched: set[Any] = set()  # names of what was used without grad mode
         self._compared: list[tuple[Tensor, Tensor, float]] = []
+        self.unsettled = False
         self._next = 0
         device = parameters[0].device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -353,12 +355,15 @@ class Interceptor(TorchFunctionMode):
             return "live", None
         _, layout, rows, _ = self.verdicts[index]
         if layout is None or rows is None or not layout.fits(data, self.batch_size):
+            self.unsettled = True
             return "live", None
         self._decisions[key] = self._decisions.get(key, True) or None
         self.recorded.update(p for w in live for p in self._behind(w))
         with torch._C.DisableTorchFunction():
-            for k, place in self.places.items():
-                self._compared.append((first_row(data, layout, place), rows[k], digits(data)))
+            if self.places:
+                then = rows if len(self.places) == 2 else rows[list(self.places)]
+                now = first_rows(data, layout, list(self.places.values()))
+                self._compared.append((now, then, digits(data)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
