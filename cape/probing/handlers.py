@@ -7,6 +7,7 @@ the call attached to the autograd graph, where the fallback finds it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +32,12 @@ from cape.probing.uses import (
 
 def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
-    values = dict(zip(names.split(), args, strict=False))
-    return [{**defaults, **values, **kwargs}.get(name) for name in names.split()]
+    order = _split(names)
+    values = {**defaults, **dict(zip(order, args, strict=False)), **kwargs}
+    return [values.get(name) for name in order]
+
+
+_split = functools.cache(str.split)
 
 
 # ---- linear maps ---------------------------------------------------------------------------------------------------

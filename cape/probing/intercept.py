@@ -93,7 +93,7 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             (g,), rewrap = physical(*grads)
             pulled = ctx.sink(g)
             if not ctx.needs_input_grad[1]:
@@ -207,6 +207,8 @@ class Interceptor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in operators.PASSIVE:
+            return func(*args, **kwargs)
         found = tensors_in(args[:1]) if func in operators.TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
         data = any(self.is_data(t) for t in found)
         written = written_by(func, args, kwargs)

@@ -34,6 +34,14 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+# Functions that read what a tensor is, but no value, and switches: they return no tensor.
+PASSIVE = {
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
+    Tensor.requires_grad.__get__, Tensor.__len__, torch._C._set_grad_enabled,
+}  # fmt: skip
+
+
 # Functions through which data can decide which rows go where: indexing by data, and reading values into Python.
 INDEXING = {
     getattr(owner, name)
