@@ -239,10 +239,10 @@ class _Engine:
         self.kept.rewind()
         with mode:
             out = call(self.model, mode.inputs(x))
-        losses, cotangents = self._cotangents(out, y)
         moving = mode.out_of_order()
-        if self.seen.once and (moving or mode.mismatch or mode.unsettled):
+        if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
             raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")
+        losses, cotangents = self._cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
         self._check_interaction(x, out.detach(), places, puzzling)
@@ -253,6 +253,11 @@ class _Engine:
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
         return self._norms(losses, total, tuple(self.names[p] for p in leaked))
+
+    def _same_outputs(self, out: Any) -> bool:
+        """Whether the model gives each sample the outputs that it gave each of two."""
+        seen = self.seen.outputs
+        return isinstance(out, Tensor) and seen is not None and out.shape[1:] == seen.shape[1:]
 
     def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:
         """Raise where a sample's output depends on which samples it is in one batch with."""
