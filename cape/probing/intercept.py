@@ -27,7 +27,7 @@ from cape.probing.operators import core_of_copies, opened, tensors_in, written_b
 from cape.probing.uses import Use
 from cape.state import map_tensors
 
-GradSink = Callable[[Tensor], None]
+GradSink = Callable[[Tensor], object]
 Handler = Callable[["Interceptor", Any, Sequence[Any], dict[str, Any]], Any]
 
 # Operator -> what it does with its parameters; the handler modules fill it.

@@ -37,8 +37,8 @@ CONSTANTS = {
 # Functions that read what a tensor is, but no value, and switches: they return no tensor.
 PASSIVE = {
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
-    Tensor.requires_grad.__get__, Tensor.__len__, torch._C._set_grad_enabled,
+    Tensor.is_complex, Tensor.__len__, torch._C._set_grad_enabled,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")),
 }  # fmt: skip
 
 

@@ -45,8 +45,7 @@ void run(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor
   double* result = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "affine_sq_norms", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
-    const cape::AffineShape shape{rows,  channels, s,  cotangents, inv.stride(1),
-                                  inv.stride(2), scale, shift, own};
+    const cape::AffineShape shape{rows, channels, s, cotangents, inv.stride(1), inv.stride(2), scale, shift, own};
     const int64_t step = rows * channels * s;
     const scalar_t* g_data = gc.const_data_ptr<scalar_t>();
     const scalar_t* x_data = xc.const_data_ptr<scalar_t>();
@@ -80,9 +79,11 @@ Tensor affine_sq_norms(const Tensor& g, const Tensor& x, const MaybeTensor& mean
 std::tuple<Tensor, Tensor> affine_pull(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse,
                                        const MaybeTensor& weight, bool scale, bool shift, bool own) {
   check(g, x, mean, inverse);
-  TORCH_CHECK(!weight || (weight->dim() == 1 && weight->size(0) == x.size(2) && weight->scalar_type() == x.scalar_type()),
-              "affine_pull: the weight must be [C] and of x's dtype.");
-  TORCH_CHECK(!own || (mean && x.size(3) == 1), "affine_pull: rows with statistics of their own have a mean and S = 1.");
+  TORCH_CHECK(
+      !weight || (weight->dim() == 1 && weight->size(0) == x.size(2) && weight->scalar_type() == x.scalar_type()),
+      "affine_pull: the weight must be [C] and of x's dtype.");
+  TORCH_CHECK(!own || (mean && x.size(3) == 1),
+              "affine_pull: rows with statistics of their own have a mean and S = 1.");
   Tensor out = at::empty({g.size(0), x.size(0)}, g.options().dtype(at::kDouble));
   Tensor dx = at::empty(g.sizes(), g.options());
   run(g, x, mean, inverse, weight, scale, shift, own, out, dx);

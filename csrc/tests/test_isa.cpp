@@ -185,7 +185,8 @@ template <typename scalar>
 void check_own_rows(const cape::Kernels<scalar>& kernels) {
   for (const int64_t channels : {int64_t(3), int64_t(48), int64_t(131)}) {
     const int64_t rows = 18, n = rows * channels;
-    const auto x = random_numbers<scalar>(n), g = random_numbers<scalar>(2 * n), weight = random_numbers<scalar>(channels);
+    const auto x = random_numbers<scalar>(n), g = random_numbers<scalar>(2 * n),
+               weight = random_numbers<scalar>(channels);
     const auto mean = random_numbers<scalar>(rows), inverse = random_numbers<scalar>(rows);
     const cape::AffineShape shape{rows, channels, 1, 2, 1, 0, true, true, true};
     std::vector<double> sums(static_cast<size_t>(4 * channels));
@@ -203,8 +204,10 @@ void check_own_rows(const cape::Kernels<scalar>& kernels) {
       for (int64_t c = 0; c < channels; ++c) plain += grad(c), times += grad(c) * hat(c);
       for (int64_t c = 0; c < channels; ++c) {
         const double expected = (grad(c) - (plain + hat(c) * times) / double(channels)) * double(inverse[r]);
-        const double size = std::abs(double(inverse[r])) * (1.0 + std::abs(grad(c)) + std::abs(plain) + std::abs(hat(c) * times));
-        expect(double(dx[size_t(row * channels + c)]) + size, expected + size, tolerance<scalar>(), kernels.name, "own", 0);
+        const double size =
+            std::abs(double(inverse[r])) * (1.0 + std::abs(grad(c)) + std::abs(plain) + std::abs(hat(c) * times));
+        expect(double(dx[size_t(row * channels + c)]) + size, expected + size, tolerance<scalar>(), kernels.name, "own",
+               0);
       }
     }
   }

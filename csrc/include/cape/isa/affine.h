@@ -60,7 +60,8 @@ double affine_row(const AffineShape& a, const scalar* x, const scalar* g, const 
   typename T::Wide total = {};
   int64_t c = 0;
   for (; c + T::kWidth <= a.channels; c += T::kWidth) {
-    const typename T::Vector grad = T::load(g + c), inv = spread(inverse, c * a.channel_step, a.channel_step, scalar(1));
+    const typename T::Vector grad = T::load(g + c),
+                             inv = spread(inverse, c * a.channel_step, a.channel_step, scalar(1));
     const typename T::Vector hat = (T::load(x + c) - spread(mean, c * a.channel_step, a.channel_step, scalar(0))) * inv;
     total += T::widen(grad * grad * (with_shift + with_scale * hat * hat));
     if (dx) T::store(dx + c, grad * inv * spread(weight, c, 1, scalar(1)));
