@@ -244,7 +244,7 @@ def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
         return moments[0] if moments else _moments(x, range(first, x.dim()), eps)
 
     def run(w: Tensor | None, b: Tensor | None) -> Tensor:
-        if not mode.direct:  # autograd pulls back
+        if not mode.direct or not mode.plain(x, w, b):  # autograd pulls back
             return F.layer_norm(x, shape, w, b, eps)
         y, mean, inverse = torch.native_layer_norm(x, shape, w, b, eps)
         moments[:] = [(mean.detach(), inverse.detach())]

@@ -321,7 +321,7 @@ class Interceptor(TorchFunctionMode):
             self.undo(kind, data, live)
             return run(*weights)
         arrival = self.register(use) if use is not None else None
-        if back is not None and self.direct and state != "scan" and self._plain(data, *detached):
+        if back is not None and self.direct and state != "scan" and self.plain(data, *detached):
             take = _ignore if arrival is None else arrival.take
             if arrival is not None:
                 arrival.recorded.pulls = data.requires_grad
@@ -331,7 +331,7 @@ class Interceptor(TorchFunctionMode):
         return y
 
     @staticmethod
-    def _plain(*tensors: Tensor | None) -> bool:
+    def plain(*tensors: Tensor | None) -> bool:
         """Whether an operator on these is what it looks like: no autocast, no conjugates."""
         kinds = {(t.dtype, t.device.type) for t in tensors if t is not None}
         return len(kinds) == 1 and all(d.is_floating_point and not torch.is_autocast_enabled(on) for d, on in kinds)
