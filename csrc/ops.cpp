@@ -19,6 +19,11 @@ TORCH_LIBRARY(cape, m) {
   // g [K, B, R, C, S], x [B, R, C, S], statistics that broadcast to [B, R, C] -> [K, B]: sum over channels of the
   // squares of sum_{r,s} g * (x - mean) * inverse (where `scale`) and of sum_{r,s} g (where `shift`).
   m.def("affine_sq_norms(Tensor g, Tensor x, Tensor? mean, Tensor inverse, bool scale, bool shift) -> Tensor");
+  // On a CPU only. The same numbers, and g pulled back to x in the same pass: dx = g * inverse * weight [C] (absent: 1)
+  // or, where the statistics are each row's `own` (layer norm, S = 1), what those add.
+  m.def(
+      "affine_pull(Tensor g, Tensor x, Tensor? mean, Tensor inverse, Tensor? weight, bool scale, bool shift, bool own)"
+      " -> (Tensor dx, Tensor norms)");
   // A recurrent layer from its input projections pre [T, B, gates * H] on: h and what its backward pass needs.
   // Gradients are [T, K, B, ...]; the backward passes end at the gates and at the initial states.
   m.def("lstm_sequence(Tensor pre, Tensor w_hh, Tensor h0, Tensor c0) -> (Tensor h, Tensor gates, Tensor c)");

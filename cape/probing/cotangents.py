@@ -35,4 +35,5 @@ def physical(*grads: Tensor) -> tuple[list[Tensor], Rewrap]:
 def _bare(g: Tensor, level: int) -> tuple[Tensor, bool]:
     if not _functorch.is_batchedtensor(g) or _functorch.maybe_get_level(g) != level:
         return g, False
-    return _functorch.get_unwrapped(g).movedim(_functorch.maybe_get_bdim(g), 0), True
+    bare, at = _functorch.get_unwrapped(g), _functorch.maybe_get_bdim(g)
+    return (bare.movedim(at, 0) if at else bare), True

@@ -7,6 +7,7 @@ the call attached to the autograd graph, where the fallback finds it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cape.probing import ops
 from cape.probing.intercept import Handler, Interceptor, handles
 from cape.probing.layout import Layout
 from cape.probing.ops import ConvGeometry
@@ -30,8 +32,12 @@ from cape.probing.uses import (
 
 def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
-    values = dict(zip(names.split(), args, strict=False))
-    return [{**defaults, **values, **kwargs}.get(name) for name in names.split()]
+    order = _split(names)
+    values = {**defaults, **dict(zip(order, args, strict=False)), **kwargs}
+    return [values.get(name) for name in order]
+
+
+_split = functools.cache(str.split)
 
 
 # ---- linear maps ---------------------------------------------------------------------------------------------------
@@ -144,7 +150,9 @@ def _affine(
     statistics: Statistics,
     run: Callable[..., Tensor],
     back: Callable[[Tensor], Tensor] | None = None,
+    own: bool | None = None,
 ) -> Any:
+    """``back`` and ``own`` go together: see ``AffineUse``."""
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b):
         return NotImplemented
 
@@ -152,7 +160,10 @@ def _affine(
         if aligned[layout.dim] != 1:
             return None
         live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
-        return AffineUse([t for t, _ in live], [k for _, k in live], x.detach(), statistics, aligned, layout)
+        weight = None if w is None else w.detach()
+        return AffineUse(
+            [t for t, _ in live], [k for _, k in live], x.detach(), statistics, aligned, layout, weight, own
+        )
 
     return mode.meet(kind, x, (w, b), run, make, back)
 
@@ -188,7 +199,7 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
 
     return _affine(
         mode, "batch_norm", x, w, b, _per_channel(x), statistics,
-        lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps), back,
+        lambda w, b: F.batch_norm(x, mean, var, w, b, False, momentum, eps), back, False,
     )  # fmt: skip
 
 
@@ -227,10 +238,28 @@ def layer_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
     x, shape, w, b, eps = bind("input normalized_shape weight bias eps", args, kwargs, eps=1e-5)
     first = x.dim() - len(shape)
     aligned = [1] * first + list(shape)
-    return _affine(
-        mode, "layer_norm", x, w, b, aligned, lambda: _moments(x, range(first, x.dim()), eps),
-        lambda w, b: F.layer_norm(x, shape, w, b, eps),
-    )  # fmt: skip
+    moments: list[tuple[Tensor, Tensor]] = []
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        return moments[0] if moments else _moments(x, range(first, x.dim()), eps)
+
+    def run(w: Tensor | None, b: Tensor | None) -> Tensor:
+        if not mode.direct or not mode.plain(x, w, b):  # autograd pulls back
+            return F.layer_norm(x, shape, w, b, eps)
+        y, mean, inverse = torch.native_layer_norm(x, shape, w, b, eps)
+        moments[:] = [(mean.detach(), inverse.detach())]
+        return y
+
+    def back(g: Tensor) -> Tensor:
+        rows = x.shape[:first].numel()
+        mean, inverse = (t.to(x.dtype).reshape(1, rows, 1) for t in statistics())
+        grads, seen = g.reshape(g.shape[0], 1, rows, -1, 1), x.detach().reshape(1, rows, -1, 1)
+        weight = None if w is None else w.detach().reshape(-1)
+        return ops.affine_back_torch(grads, seen, mean, inverse, weight, True).view(g.shape)
+
+    # On a GPU, torch's kernel is one for each cotangent, and a formula of small operators would be slower.
+    ours = back if isinstance(x, Tensor) and not x.is_cuda else None
+    return _affine(mode, "layer_norm", x, w, b, aligned, statistics, run, ours, True)
 
 
 @handles(F.rms_norm)

@@ -22,12 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Layout, Sighting, Verdict, digits, first_row, same_rows
+from cape.probing.layout import Layout, Sighting, Verdict, digits, first_rows, same_rows
 from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
 from cape.probing.uses import Use
 from cape.state import map_tensors
 
-GradSink = Callable[[Tensor], None]
+GradSink = Callable[[Tensor], object]
 Handler = Callable[["Interceptor", Any, Sequence[Any], dict[str, Any]], Any]
 
 # Operator -> what it does with its parameters; the handler modules fill it.
@@ -46,10 +46,15 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
 
 @dataclass
 class Recorded:
-    """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape]."""
+    """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape].
+
+    ``pulled`` are those pulled back to the data, where the norms gave them too.
+    """
 
     use: Use
     gradient: Tensor | None = None
+    pulls: bool = False  # whether who hands the gradient over takes it back, pulled back to the use's data
+    pulled: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -68,18 +73,19 @@ class _Tap(torch.autograd.Function):
 
 
 Back = Callable[[Tensor], Tensor]
+PullingSink = Callable[[Tensor], Tensor | None]
 
 
 class _Watched(torch.autograd.Function):
     """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
 
     ``back`` maps gradients [K, *output shape] to those of the data, [K, *data shape]: one operator for all cotangents,
-    where a batching rule would often copy or repeat.
+    where a batching rule would often copy or repeat. A sink that has done so already returns them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: GradSink
+        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: PullingSink
     ) -> Tensor:
         ctx.back, ctx.sink = back, sink
         return run()
@@ -87,10 +93,12 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             (g,), rewrap = physical(*grads)
-            ctx.sink(g)
-            return None, rewrap(ctx.back(g)) if ctx.needs_input_grad[1] else None, None, None, None
+            pulled = ctx.sink(g)
+            if not ctx.needs_input_grad[1]:
+                return None, None, None, None, None
+            return None, rewrap(ctx.back(g) if pulled is None else pulled), None, None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -119,6 +127,7 @@ class Interceptor(TorchFunctionMode):
         uses: what a recording saw, in order.
         mismatch: a use came that the scan did not see in that place, or the model takes derivatives of its own; the
             record cannot be trusted.
+        unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
@@ -159,6 +168,7 @@ class Interceptor(TorchFunctionMode):
         self._decisions: dict[Any, bool | None] = {}
         self._unwatched: set[Any] = set()  # names of what was used without grad mode
         self._compared: list[tuple[Tensor, Tensor, float]] = []
+        self.unsettled = False
         self._next = 0
         device = parameters[0].device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -197,6 +207,8 @@ class Interceptor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in operators.PASSIVE:
+            return func(*args, **kwargs)
         found = tensors_in(args[:1]) if func in operators.TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
         data = any(self.is_data(t) for t in found)
         written = written_by(func, args, kwargs)
@@ -309,15 +321,17 @@ class Interceptor(TorchFunctionMode):
             self.undo(kind, data, live)
             return run(*weights)
         arrival = self.register(use) if use is not None else None
-        if back is not None and self.direct and state != "scan" and self._plain(data, *detached):
-            take = arrival.take if arrival is not None else _ignore
+        if back is not None and self.direct and state != "scan" and self.plain(data, *detached):
+            take = _ignore if arrival is None else arrival.take
+            if arrival is not None:
+                arrival.recorded.pulls = data.requires_grad
             return _Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
         y = run(*detached)
         self.tap(y, arrival.arrive if arrival is not None else None)
         return y
 
     @staticmethod
-    def _plain(*tensors: Tensor | None) -> bool:
+    def plain(*tensors: Tensor | None) -> bool:
         """Whether an operator on these is what it looks like: no autocast, no conjugates."""
         kinds = {(t.dtype, t.device.type) for t in tensors if t is not None}
         return len(kinds) == 1 and all(d.is_floating_point and not torch.is_autocast_enabled(on) for d, on in kinds)
@@ -343,12 +357,15 @@ class Interceptor(TorchFunctionMode):
             return "live", None
         _, layout, rows, _ = self.verdicts[index]
         if layout is None or rows is None or not layout.fits(data, self.batch_size):
+            self.unsettled = True
             return "live", None
         self._decisions[key] = self._decisions.get(key, True) or None
         self.recorded.update(p for w in live for p in self._behind(w))
         with torch._C.DisableTorchFunction():
-            for k, place in self.places.items():
-                self._compared.append((first_row(data, layout, place), rows[k], digits(data)))
+            if self.places:
+                then = rows if len(self.places) == 2 else rows[list(self.places)]
+                now = first_rows(data, layout, list(self.places.values()))
+                self._compared.append((now, then, digits(data)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
@@ -448,8 +465,14 @@ class _Arrival:
             (bare,), _ = physical(g)
             self.take(bare)
 
-    def take(self, g: Tensor) -> None:
-        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us)."""
-        if self.interceptor.in_backward:
-            self.recorded.gradient = g
-            self.interceptor.on_gradient(self.recorded)
+    def take(self, g: Tensor) -> Tensor | None:
+        """Take gradients [K, *shape]; those of a derivative inside the model are not ours (their graph may hold us).
+
+        Returns them pulled back to the use's data, where the norms' pass gave that too.
+        """
+        if not self.interceptor.in_backward:
+            return None
+        self.recorded.gradient = g
+        self.interceptor.on_gradient(self.recorded)
+        pulled, self.recorded.pulled = self.recorded.pulled, None
+        return pulled

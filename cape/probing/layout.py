@@ -2,7 +2,8 @@
 
 A model may flatten [B, T, d] to [B·T, d] or to [T·B, d]; both have the same shape. The layout is therefore
 *observed*: the forward pass runs on two samples, then again with the first sample changed, and the rows that change
-are the rows of that sample. The same two passes show whether samples influence each other.
+are the rows of that sample. The same two passes show whether samples influence each other. Where the batch is the first
+dimension everywhere, the first pass is enough: the record finds the two samples' rows again in the whole batch.
 """
 
 from __future__ import annotations
@@ -178,18 +179,18 @@ class Sighting:
 
 
 class Verdict(NamedTuple):
-    """What two scans say of one use.
+    """What scans say of one use.
 
     Attributes:
         key: which call it is.
         layout: of the data (``None``: leave the parameter attached).
-        rows: the two samples' rows of the data.
+        rows: the beginnings of the two samples' rows of the data, [2, n].
         puzzling: the data changed, but not as the rows of one sample: samples may have met.
     """
 
     key: tuple[Any, ...]
     layout: Layout | None
-    rows: tuple[Tensor, Tensor] | None
+    rows: Tensor | None
     puzzling: bool
 
 
@@ -200,32 +201,55 @@ def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     verdicts = []
     for a, b in zip(first, second, strict=True):
         layout = observe(a.data, b.data)
-        rows = None if layout is None else (first_row(a.data, layout, 0), first_row(a.data, layout, 1))
+        rows = None if layout is None else first_rows(a.data, layout, (0, 1))
         verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
     return verdicts
+
+
+def judge_one(sightings: list[Sighting]) -> list[Verdict] | None:
+    """Return the verdicts of a single scan, or ``None`` where it takes a second one.
+
+    Where the two samples are the first dimension of what met every parameter, and their rows there are plainly not
+    the same, no other layout is left, provided that the whole batch has its own size there and the two samples' rows
+    come again where they are in the batch: the record checks both.
+    """
+    if not sightings or any(s.data.dim() == 0 or s.data.shape[0] != 2 for s in sightings):
+        return None
+    layout = Layout(0)
+    rows = [first_rows(s.data, layout, (0, 1)) for s in sightings]
+    apart, scale = _largest([r[:1] for r in rows], [r[1:] for r in rows])
+    if not bool((apart > 4 * scale * scale.new_tensor([digits(s.data) for s in sightings])).all()):
+        return None
+    return [Verdict(s.key, layout, r, False) for s, r in zip(sightings, rows, strict=True)]
 
 
 _ROW = 256  # numbers of a row that are compared
 
 
-def first_row(t: Tensor, layout: Layout, sample: int) -> Tensor:
-    """Return the beginning of a sample's first row, at most 256 numbers, float64, as they are now."""
-    row = t.detach().select(layout.dim, sample * layout.inner)
-    row = torch.view_as_real(row.resolve_conj()) if row.is_complex() else row
-    return row.reshape(-1)[:_ROW].to(torch.float64, copy=True)
+def first_rows(t: Tensor, layout: Layout, samples: Sequence[int]) -> Tensor:
+    """Return the beginnings of the first rows of one or two samples, [samples, n <= 256] float64, as they are now."""
+    t = t.detach()
+    first, last = samples[0] * layout.inner, samples[-1] * layout.inner
+    picked = t[(slice(None),) * layout.dim + (slice(first, last + 1, max(1, last - first)),)]
+    picked = torch.view_as_real(picked.resolve_conj()) if picked.is_complex() else picked
+    rows = (picked.movedim(layout.dim, 0) if layout.dim else picked).reshape(len(samples), -1)
+    return rows[:, :_ROW].to(torch.float64, copy=True)
 
 
 def same_rows(now: Sequence[Tensor], then: Sequence[Tensor], limits: Sequence[float]) -> bool:
-    """Whether rows agree, as far as both go, to a share ``limits`` of their largest number each."""
-    sizes = [min(len(a), len(b)) for a, b in zip(now, then, strict=True)]
-    a = torch.cat([row[:n] for row, n in zip(now, sizes, strict=True)])
-    b = torch.cat([row[:n] for row, n in zip(then, sizes, strict=True)])
-    lengths = torch.tensor(sizes)
-    of = torch.repeat_interleave(torch.arange(len(now)), lengths).to(a.device)
-    nothing = a.new_zeros(len(now))
-    far = nothing.scatter_reduce(0, of, (a - b).abs(), "amax")
-    scale = nothing.scatter_reduce(0, of, b.abs(), "amax")
-    return not bool((far > torch.tensor(limits, dtype=a.dtype, device=a.device) * scale).any())
+    """Whether rows [samples, n] agree, as far as both go, to a share ``limits`` of their largest number each."""
+    far, scale = _largest(now, then)
+    return not bool((far > scale * scale.new_tensor(limits)).any())
+
+
+def _largest(now: Sequence[Tensor], then: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return, per sample and pair of rows, the largest difference and the largest number, [samples, pairs] each."""
+    sizes = [min(a.shape[1], b.shape[1]) for a, b in zip(now, then, strict=True)]
+    a = torch.cat([row[:, :n] for row, n in zip(now, sizes, strict=True)], 1)
+    b = torch.cat([row[:, :n] for row, n in zip(then, sizes, strict=True)], 1)
+    of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(a.device).expand(len(a), -1)
+    nothing = a.new_zeros(len(a), len(sizes))
+    return nothing.scatter_reduce(1, of, (a - b).abs(), "amax"), nothing.scatter_reduce(1, of, b.abs(), "amax")
 
 
 def digits(t: Tensor) -> float:

@@ -34,6 +34,14 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+# Functions that read what a tensor is, but no value, and switches: they return no tensor.
+PASSIVE = {
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.__len__, torch._C._set_grad_enabled,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")),
+}  # fmt: skip
+
+
 # Functions through which data can decide which rows go where: indexing by data, and reading values into Python.
 INDEXING = {
     getattr(owner, name)
@@ -78,7 +86,21 @@ def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     return written
 
 
+def _in_projection_packed(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
+) -> tuple[Tensor, ...] | list[Tensor]:
+    """torch's own, but self-attention's projection is cut into copies, not into selected parts of one copy.
+
+    The backward pass of a selection fills a tensor of the whole with zeros, and the three are then added up; that of
+    this is one concatenation.
+    """
+    if k is not v or q is not k:
+        return F._in_projection_packed(q, k, v, w, b)  # type: ignore[attr-defined]
+    return tuple(part.contiguous() for part in F.linear(q, w, b).chunk(3, -1))
+
+
 _opened_functions: dict[Any, Any] = {}
+_REWRITTEN = {"_in_projection_packed": _in_projection_packed}  # private functions of torch that opened ones call
 
 
 def opened(func: Any) -> Any | None:
@@ -92,6 +114,7 @@ def opened(func: Any) -> Any | None:
 
         scope = dict(func.__globals__)
         scope.update({n: no for n in scope if n.startswith("has_torch_function")})
+        scope.update({n: f for n, f in _REWRITTEN.items() if n in scope})
         copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
         copy.__kwdefaults__ = func.__kwdefaults__
         _opened_functions[func] = copy

@@ -89,7 +89,11 @@ def _register_fakes() -> None:
     def pairs(g: Tensor, x: Tensor) -> Tensor:
         return g.new_empty(2, *g.shape[:2], g.shape[3], dtype=torch.float64)
 
+    def affine_pull(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return g.new_empty(g.shape), g.new_empty(g.shape[:2], dtype=torch.float64)
+
     torch.library.register_fake("cape::_pair_sums", pairs)
+    torch.library.register_fake("cape::affine_pull", affine_pull)
     torch.library.register_fake("cape::lstm_sequence", lstm)
     torch.library.register_fake("cape::lstm_sequence_backward", lstm_backward)
     torch.library.register_fake("cape::gru_sequence", gru)
@@ -178,6 +182,43 @@ def affine_sq_norms_torch(
     if shift:
         total += g.sum((2, 4), dtype=torch.float64).square().sum(2)
     return total
+
+
+def affine_pull(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    inverse: Tensor,
+    weight: Tensor | None,
+    *,
+    own: bool,
+    scale: bool = True,
+    shift: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return G pulled back to the layer's input, [K, B, R, C, S], and ``affine_sq_norms``: one pass on a CPU.
+
+    Args:
+        g, x, mean, inverse, scale, shift: as in ``affine_sq_norms``.
+        weight: the layer's scale [C]; ``None`` is one.
+        own: the statistics are those of each row over its channels (layer norm; S is 1), not given ones.
+    """
+    if native(g, x) and g.device.type == "cpu":
+        dx, norms = torch.ops.cape.affine_pull(g, x, mean, inverse, weight, scale, shift, own)
+        return dx, norms
+    norms = affine_sq_norms(g, x, mean, inverse, scale=scale, shift=shift)
+    return affine_back_torch(g, x, mean, inverse, weight, own), norms
+
+
+def affine_back_torch(
+    g: Tensor, x: Tensor, mean: Tensor | None, inverse: Tensor, weight: Tensor | None, own: bool
+) -> Tensor:
+    """Pure-torch twin of ``affine_pull``'s first result: dx = w·G/σ, for ``own`` rows less what the statistics add."""
+    inverse = inverse.unsqueeze(-1)
+    scaled = g if weight is None else g * weight.view(-1, 1)
+    if own:
+        hat = (x if mean is None else x - mean.unsqueeze(-1)) * inverse
+        scaled = scaled - scaled.mean(3, keepdim=True) - hat * (scaled * hat).mean(3, keepdim=True)
+    return scaled * inverse
 
 
 def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto") -> Tensor:

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded, leaves_behind
-from cape.probing.layout import Verdict, interacts, judge, middle_samples, moved, two_samples
+from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import opened
+from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
 from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
@@ -40,15 +42,7 @@ _grad = opened(torch.autograd.grad) or torch.autograd.grad
 
 TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
-_WEIGHT_KINDS = ("convolution", "grouped convolution", "linear", "product", "contract")
-INTERACTING = (
-    "The model's samples influence each other (changing one sample changes another's output), so there is no"
-    " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
-    " normalization."
-)
 _COTANGENTS = 16  # of a full Jacobian, in one backward pass
-_CONVOLUTION_CHUNK = 16  # samples of a network of dense convolutions
-_TOKEN_CHUNK = 64  # samples of a network of token-wise products
 
 
 @dataclass(frozen=True)
@@ -142,15 +136,23 @@ def all_norms(
         kept_memory(y.device),
     ):
         model.eval()
-        verdicts, seen = _scan(model, x, batch_size, list(params.values()), kept)
-        pieces = _pieces(batch_size, micro_batch or _automatic_chunk(verdicts, y.device, batch_size))
-        engine = _Engine(model, params, criterion, tau, probes, verdicts, kept, seen)
-        parts = []
-        for piece in pieces:
-            places = {
-                k: s - piece.start for k, s in enumerate(middle_samples(batch_size)) if piece.start <= s < piece.stop
-            }
-            parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], places))
+        look = partial(scan, model, x, batch_size, list(params.values()), kept)
+
+        def run(seen: Scan) -> list[Norms]:
+            engine = _Engine(model, params, criterion, tau, probes, seen, kept)
+            step = micro_batch or automatic_chunk(seen.verdicts, y.device, batch_size)
+            parts = []
+            for piece in pieces_of(batch_size, step):
+                inside = [s if piece.start <= s < piece.stop else None for s in middle_samples(batch_size)]
+                places = {k: s - piece.start for k, s in enumerate(inside) if s is not None}
+                parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], places))
+            return parts
+
+        try:
+            parts = run(look(once=True))
+        except _UnsettledError as error:
+            _log.debug("one scan was not enough: %s", error)
+            parts = run(look())
     full = [p.tau_full for p in parts if p.tau_full is not None]
     return Norms(
         torch.cat([p.g2 for p in parts]),
@@ -165,67 +167,6 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
     """Run compiled modules as they were written: compiled code shows no operator."""
     compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it would take seconds
     return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
-
-
-def _pieces(batch_size: int, step: int) -> list[slice]:
-    """Cut a batch into pieces of about ``step`` samples, never of one."""
-    count = max(1, min(-(-batch_size // max(step, 1)), batch_size // 2))
-    bounds = [batch_size * i // count for i in range(count + 1)]
-    return [slice(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
-
-
-def _automatic_chunk(verdicts: list[Verdict] | None, device: torch.device, batch_size: int) -> int:
-    """Return how many samples run at a time: on a CPU, transients must stay in cache, or in the allocator."""
-    keys = [v.key for v in verdicts or () if v.key[0] in _WEIGHT_KINDS]
-    kinds = [key[0] for key in keys]
-    if device.type != "cpu" or not kinds:
-        return batch_size
-    if 2 * kinds.count("convolution") >= len(kinds) and "grouped convolution" not in kinds:
-        return min(batch_size, _CONVOLUTION_CHUNK)
-    tokens = 2 * sum(key[0] == "linear" and key[2] > 2 for key in keys) > len(keys)
-    return min(batch_size, _TOKEN_CHUNK) if tokens else batch_size
-
-
-def _scan(
-    model: nn.Module, x: Inputs, batch_size: int, params: list[nn.Parameter], kept: Kept
-) -> tuple[list[Verdict] | None, Tensor | None]:
-    """Return the layout of every use, in order, and the outputs of two samples.
-
-    ``None`` where the inputs of two samples cannot be told apart; an empty list where the uses cannot be matched.
-    """
-
-    def look(inputs: Inputs) -> tuple[Interceptor, Any]:
-        kept.rewind()
-        torch.random.default_generator.manual_seed(0)
-        mode = Interceptor(params, 2, None, kept.parameter)
-        with mode:
-            out = call(model, mode.inputs(inputs))
-        return mode, out.detach() if isinstance(out, Tensor) else out
-
-    first = None
-    for kinds in ("fib", "f", "i"):  # lengths and masks can decide what happens: then they must stay as they are
-        pair = two_samples(x, batch_size, kinds)
-        if pair is None:
-            continue
-        try:
-            first = first or look(pair[0])
-            changed, out = look(pair[1])
-        except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
-            if kinds == "fib":
-                _log.debug("a scan of two samples failed: %s", error)
-            continue
-        outputs = [first[1], out]
-        if all(isinstance(o, Tensor) and o.dim() > 0 and o.shape[0] == 2 for o in outputs):
-            if batch_size == 2:  # no other sample will tell whether the second one moves the first
-                turned = [look(slice_inputs(p, torch.tensor([1, 0]), 2))[1].flip(0) for p in pair]
-            if interacts(*outputs) or (batch_size == 2 and interacts(*turned)):
-                raise ModelError(INTERACTING)
-        verdicts = judge(first[0].sightings, changed.sightings)
-        if first[0].mismatch or changed.mismatch:  # derivatives inside the model
-            return [], first[1]
-        if verdicts:
-            return verdicts, first[1]
-    return (None, None) if first is None else ([], first[1])
 
 
 def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool) -> None:
@@ -245,6 +186,10 @@ def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool
         torch.func.vmap(pull)(v)
 
 
+class _UnsettledError(Exception):
+    """The record does not see what a single scan saw."""
+
+
 class _Engine:
     """Runs one piece of the batch: a forward pass, and a backward pass for all cotangents or for a few at a time."""
 
@@ -255,9 +200,8 @@ class _Engine:
         criterion: Loss,
         tau: str,
         probes: int,
-        verdicts: list[Verdict] | None,
+        seen: Scan,
         kept: Kept,
-        seen: Tensor | None,
     ) -> None:
         self.model = model
         self.kept = kept
@@ -267,7 +211,7 @@ class _Engine:
         self.criterion = criterion
         self.tau = tau
         self.probes = probes
-        self.verdicts = verdicts
+        self.verdicts = seen.verdicts or []
         self.together = True
 
     def run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
@@ -275,7 +219,7 @@ class _Engine:
         if self.together:
             try:
                 return self._run(x, y, places)
-            except ModelError:
+            except (ModelError, _UnsettledError):
                 raise
             except (RuntimeError, ValueError, TypeError) as error:  # no batching rule, or a derivative of a derivative
                 _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
@@ -284,7 +228,7 @@ class _Engine:
 
     def _run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
-        mode = Interceptor(list(self.params.values()), size, self.verdicts or [], self.kept.parameter, places)
+        mode = Interceptor(list(self.params.values()), size, self.verdicts, self.kept.parameter, places)
         mode.direct = self.together
         try:
             return self._norms_of(mode, x, y, size, places)
@@ -295,10 +239,12 @@ class _Engine:
         self.kept.rewind()
         with mode:
             out = call(self.model, mode.inputs(x))
-        losses, cotangents = self._cotangents(out, y)
         moving = mode.out_of_order()
+        if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
+            raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")
+        losses, cotangents = self._cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
-        puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts or ()))
+        puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
         self._check_interaction(x, out.detach(), places, puzzling)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
@@ -307,6 +253,11 @@ class _Engine:
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
         return self._norms(losses, total, tuple(self.names[p] for p in leaked))
+
+    def _same_outputs(self, out: Any) -> bool:
+        """Whether the model gives each sample the outputs that it gave each of two."""
+        seen = self.seen.outputs
+        return isinstance(out, Tensor) and seen is not None and out.shape[1:] == seen.shape[1:]
 
     def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:
         """Raise where a sample's output depends on which samples it is in one batch with."""
@@ -319,7 +270,9 @@ class _Engine:
                 return call(self.model, inputs)
 
         for k, place in places.items():
-            if self.seen is not None and not suspect and not moved(out[place], self.seen[k], 0.5):
+            # A second scan has changed the other sample already.
+            share = 0.7 if self.seen.once else 0.5
+            if self.seen.outputs is not None and not suspect and not moved(out[place], self.seen.outputs[k], share):
                 continue  # the same as beside one other sample
             others = torch.full((size,), (place + 1) % size, device=out.device)  # not another order of the same
             others[others[0]] = place - 1
@@ -349,7 +302,9 @@ class _Engine:
         def consume(recorded: Recorded) -> None:
             wanted = work.alone.get(id(recorded))
             if wanted is not None and recorded.gradient is not None:
-                rows.add_(recorded.use.norms(recorded.gradient, wanted))
+                both = recorded.use.pull(recorded.gradient, wanted) if recorded.pulls else None
+                recorded.pulled, norms = both or (None, recorded.use.norms(recorded.gradient, wanted))
+                rows.add_(norms)
             if id(recorded) not in work.waits:
                 recorded.gradient = None
 

@@ -24,7 +24,7 @@ from cape.probing.layout import Layout
 from cape.probing.raw import meet_raw
 from cape.probing.uses import LinearUse, Part
 
-Sink = Callable[[Tensor], None]
+Sink = Callable[[Tensor], object]
 _CELLS: dict[Any, recurrent_ops.Cell] = {
     torch.lstm: recurrent_ops.LSTM(),
     torch.gru: recurrent_ops.GRU(),

@@ -36,6 +36,10 @@ class Use(ABC):
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
         """Return Σ over the wanted targets of the squared per-sample gradient norms, [K, B] float64."""
 
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor] | None:
+        """Return G pulled back to the operator's data, [K, *data shape], and ``norms``, where one pass gives both."""
+        return None
+
     @abstractmethod
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         """Return, for one gradient G, that of ``targets[target]`` for a slice of samples, [b, *target.shape]."""
@@ -157,7 +161,8 @@ class AffineUse(Use):
     """Scale and shift of a normalization layer: y = x̂·weight + bias with x̂ = (x - mean)·inverse.
 
     ``aligned`` is the shape of weight and bias, aligned to x, with size 1 where they broadcast; ``statistics`` gives
-    mean (or ``None``) and inverse deviation, both of the rank of x, with size 1 where they do not vary.
+    mean (or ``None``) and inverse deviation, both of the rank of x, with size 1 where they do not vary. ``own`` says
+    whether they are those of x's rows over the channels, or given ones; ``None``: neither, there is no ``pull``.
     """
 
     def __init__(
@@ -168,10 +173,14 @@ class AffineUse(Use):
         statistics: Callable[[], tuple[Tensor | None, Tensor]],
         aligned: Sequence[int],
         layout: Layout,
+        weight: Tensor | None = None,
+        own: bool | None = None,
     ) -> None:
         self.targets = tuple(targets)
         self.kinds = tuple(kinds)
         self.x = x
+        self.weight = weight
+        self.own = own
         self.statistics = statistics
         self.aligned = tuple(aligned)
         self.layout = layout
@@ -182,6 +191,20 @@ class AffineUse(Use):
         return ops.affine_sq_norms(
             self._shaped(wide(g), 1), x, mean, inverse, scale="weight" in chosen, shift="bias" in chosen
         )
+
+    def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor] | None:
+        plain = self.layout.dim == 0 and self.layout.outer == 1 and g.dtype in (torch.float32, torch.float64)
+        if self.own is None or not plain or g.device.type != "cpu":
+            return None
+        chosen = [kind for kind, want in zip(self.kinds, wanted, strict=True) if want]
+        x, mean, inverse = self._parts()
+        if self.own and x.shape[3] != 1:
+            return None
+        dx, norms = ops.affine_pull(
+            self._shaped(g, 1), x, mean, inverse, None if self.weight is None else self.weight.reshape(-1),
+            own=self.own, scale="weight" in chosen, shift="bias" in chosen,
+        )  # fmt: skip
+        return dx.view(g.shape), norms
 
     def grads(self, g: Tensor, target: int, samples: slice) -> Tensor:
         grad = self._shaped(wide(g))[samples]

@@ -1,4 +1,5 @@
-// CPU kernel of cape::affine_sq_norms: threads over samples; x^ is formed on the way, no sum leaves the thread.
+// CPU kernels of cape::affine_sq_norms and cape::affine_pull: threads over samples; x^ is formed on the way, no sum
+// leaves the thread.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -8,51 +9,90 @@
 #include <cape/kernels.h>
 
 #include <optional>
+#include <tuple>
 
 namespace {
 
 using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
-Tensor affine_sq_norms(const Tensor& g, const Tensor& x, const std::optional<Tensor>& mean, const Tensor& inverse,
-                       bool scale, bool shift) {
+void check(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse) {
   TORCH_CHECK(g.dim() == 5 && x.dim() == 4 && g.sizes().slice(1) == x.sizes(),
               "affine_sq_norms: g must be [K, B, R, C, S] and x [B, R, C, S]; got ", g.sizes(), " and ", x.sizes(),
               ".");
   TORCH_CHECK(g.scalar_type() == x.scalar_type() && inverse.scalar_type() == x.scalar_type() &&
                   (!mean || mean->scalar_type() == x.scalar_type()),
               "affine_sq_norms: g, x and the statistics must share one dtype.");
+}
+
+// Norms into out [K, B]; gradients pulled back into dx, [K, B, R, C, S] contiguous, unless it is not defined.
+void run(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse, const MaybeTensor& weight,
+         bool scale, bool shift, bool own, const Tensor& out, const Tensor& dx) {
   const int64_t cotangents = g.size(0), batch = x.size(0), rows = x.size(1), channels = x.size(2), s = x.size(3);
-  Tensor out = at::empty({cotangents, batch}, g.options().dtype(at::kDouble));
-  if (rows == 0 || channels == 0 || s == 0) return out.zero_();
+  if (rows == 0 || channels == 0 || s == 0) {
+    out.zero_();
+    return;
+  }
   const Tensor gc = g.contiguous(), xc = x.contiguous();
-  // [B, R, C] views with stride 0 where the statistics do not vary.
-  const Tensor inv = inverse.expand({batch, rows, channels});
-  const Tensor mu = mean ? mean->expand({batch, rows, channels}) : inv;
+  // [B, R, C] views with stride 0 where the statistics do not vary; channels side by side where they do.
+  const auto spread = [&](const Tensor& t) {
+    const Tensor wide = t.expand({batch, rows, channels});
+    return wide.stride(2) > 1 ? wide.contiguous() : wide;
+  };
+  const Tensor inv = spread(inverse), mu = mean ? spread(*mean) : inv;
+  const Tensor w = weight ? weight->contiguous() : inv;
   TORCH_CHECK(mu.strides() == inv.strides(), "affine_sq_norms: mean and inverse must vary alike.");
   double* result = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "affine_sq_norms", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
-    const cape::AffineShape shape{rows, channels, s, cotangents, inv.stride(1), inv.stride(2), scale, shift};
+    const cape::AffineShape shape{rows, channels, s, cotangents, inv.stride(1), inv.stride(2), scale, shift, own};
     const int64_t step = rows * channels * s;
     const scalar_t* g_data = gc.const_data_ptr<scalar_t>();
     const scalar_t* x_data = xc.const_data_ptr<scalar_t>();
     const scalar_t* inv_data = inv.const_data_ptr<scalar_t>();
     const scalar_t* mean_data = mean ? mu.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* w_data = weight ? w.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* dx_data = dx.defined() ? dx.mutable_data_ptr<scalar_t>() : nullptr;
     const int64_t grain = std::max<int64_t>(1, 16384 / step);
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-      std::vector<double> sums(static_cast<size_t>(2 * channels + cotangents));
-      double* total = sums.data() + 2 * channels;
+      std::vector<double> sums(static_cast<size_t>((2 * channels + 1) * cotangents));
+      std::vector<scalar_t> runs(static_cast<size_t>(2 * channels));
+      double* total = sums.data() + 2 * channels * cotangents;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t at = b * inv.stride(0);
         kernels.affine(shape, x_data + b * step, g_data + b * step, batch * step, mean_data ? mean_data + at : nullptr,
-                       inv_data + at, sums.data(), total);
+                       inv_data + at, w_data, sums.data(), runs.data(), total, dx_data ? dx_data + b * step : nullptr);
         for (int64_t k = 0; k < cotangents; ++k) result[k * batch + b] = total[k];
       }
     });
   });
+}
+
+Tensor affine_sq_norms(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse, bool scale,
+                       bool shift) {
+  check(g, x, mean, inverse);
+  Tensor out = at::empty({g.size(0), x.size(0)}, g.options().dtype(at::kDouble));
+  run(g, x, mean, inverse, std::nullopt, scale, shift, false, out, Tensor());
   return out;
+}
+
+std::tuple<Tensor, Tensor> affine_pull(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse,
+                                       const MaybeTensor& weight, bool scale, bool shift, bool own) {
+  check(g, x, mean, inverse);
+  TORCH_CHECK(
+      !weight || (weight->dim() == 1 && weight->size(0) == x.size(2) && weight->scalar_type() == x.scalar_type()),
+      "affine_pull: the weight must be [C] and of x's dtype.");
+  TORCH_CHECK(!own || (mean && x.size(3) == 1),
+              "affine_pull: rows with statistics of their own have a mean and S = 1.");
+  Tensor out = at::empty({g.size(0), x.size(0)}, g.options().dtype(at::kDouble));
+  Tensor dx = at::empty(g.sizes(), g.options());
+  run(g, x, mean, inverse, weight, scale, shift, own, out, dx);
+  return {dx, out};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(cape, CPU, m) { m.impl("affine_sq_norms", &affine_sq_norms); }
+TORCH_LIBRARY_IMPL(cape, CPU, m) {
+  m.impl("affine_sq_norms", &affine_sq_norms);
+  m.impl("affine_pull", &affine_pull);
+}

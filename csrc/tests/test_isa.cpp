@@ -148,9 +148,17 @@ void check_affine(const cape::Kernels<scalar>& kernels) {
     for (const int64_t row_step : {int64_t(0), int64_t(1), channels}) {
       const int64_t channel_step = row_step == 1 ? 0 : 1;  // per channel, per row, per both
       const cape::AffineShape shape{rows, channels, s, 2, row_step, channel_step, true, true};
-      std::vector<double> sums(static_cast<size_t>(2 * channels));
+      std::vector<double> sums(static_cast<size_t>(4 * channels));
+      std::vector<scalar> runs(static_cast<size_t>(2 * channels)), dx(static_cast<size_t>(2 * n));
+      const auto weight = random_numbers<scalar>(channels);
       double total[2];
-      kernels.affine(shape, x.data(), g.data(), n, mean.data(), inverse.data(), sums.data(), total);
+      kernels.affine(shape, x.data(), g.data(), n, mean.data(), inverse.data(), weight.data(), sums.data(), runs.data(),
+                     total, dx.data());
+      for (int64_t e = 0; e < 2 * n; ++e) {
+        const int64_t r = e % n / s / channels, c = e / s % channels;
+        const double factor = double(inverse[size_t(r * row_step + c * channel_step)]) * double(weight[size_t(c)]);
+        expect(double(dx[size_t(e)]), double(g[size_t(e)]) * factor, tolerance<scalar>(), kernels.name, "dx", int(s));
+      }
       for (int64_t k = 0; k < 2; ++k) {
         double expected = 0.0;
         for (int64_t c = 0; c < channels; ++c) {
@@ -236,6 +244,39 @@ void check_batch_norm(const cape::Kernels<scalar>& kernels) {
   }
 }
 
+// Layer norm's input gradient, from rows with statistics of their own.
+template <typename scalar>
+void check_own_rows(const cape::Kernels<scalar>& kernels) {
+  for (const int64_t channels : {int64_t(3), int64_t(48), int64_t(131)}) {
+    const int64_t rows = 18, n = rows * channels;
+    const auto x = random_numbers<scalar>(n), g = random_numbers<scalar>(2 * n),
+               weight = random_numbers<scalar>(channels);
+    const auto mean = random_numbers<scalar>(rows), inverse = random_numbers<scalar>(rows);
+    const cape::AffineShape shape{rows, channels, 1, 2, 1, 0, true, true, true};
+    std::vector<double> sums(static_cast<size_t>(4 * channels));
+    std::vector<scalar> runs(static_cast<size_t>(2 * channels)), dx(static_cast<size_t>(2 * n));
+    double total[2];
+    kernels.affine(shape, x.data(), g.data(), n, mean.data(), inverse.data(), weight.data(), sums.data(), runs.data(),
+                   total, dx.data());
+    for (int64_t row = 0; row < 2 * rows; ++row) {
+      const size_t r = size_t(row % rows);
+      double plain = 0.0, times = 0.0;
+      const auto hat = [&](int64_t c) {
+        return (double(x[r * size_t(channels) + size_t(c)]) - double(mean[r])) * double(inverse[r]);
+      };
+      const auto grad = [&](int64_t c) { return double(weight[size_t(c)]) * double(g[size_t(row * channels + c)]); };
+      for (int64_t c = 0; c < channels; ++c) plain += grad(c), times += grad(c) * hat(c);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double expected = (grad(c) - (plain + hat(c) * times) / double(channels)) * double(inverse[r]);
+        const double size =
+            std::abs(double(inverse[r])) * (1.0 + std::abs(grad(c)) + std::abs(plain) + std::abs(hat(c) * times));
+        expect(double(dx[size_t(row * channels + c)]) + size, expected + size, tolerance<scalar>(), kernels.name, "own",
+               0);
+      }
+    }
+  }
+}
+
 template <typename scalar>
 void check(const cape::Kernels<scalar>& kernels) {
   check_draws(kernels);
@@ -243,6 +284,7 @@ void check(const cape::Kernels<scalar>& kernels) {
   check_linear(kernels);
   check_conv(kernels);
   check_affine(kernels);
+  check_own_rows(kernels);
 }
 
 }  // namespace

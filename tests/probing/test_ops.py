@@ -236,6 +236,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.cape.sq_norms, (a[0],))
     pairs, one = torch.randn(2, 3, 4, 5, 6), torch.ones(1, 1, 5)
     torch.library.opcheck(torch.ops.cape.affine_sq_norms, (pairs, pairs[0], one, one, True, True))
+    torch.library.opcheck(torch.ops.cape.affine_pull, (pairs, pairs[0], one, one, one[0, 0], True, True, False))
     x, y = torch.randn(2, 1, 13, 9, 7), torch.randn(2, 2, 1, 33, 9, 7)
     c = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     torch.library.opcheck(torch.ops.cape.conv_sq_norms, (x, y, *c))
@@ -271,3 +272,49 @@ def test_unknown_backend() -> None:
         pass
     with pytest.raises(SpecError, match="Unknown precision"), ops.use_precision("half"):
         pass
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (2, 65, 33, 1), (2, 1, 3, 1134), (2, 1, 37, 1)], ids=str)
+def test_affine_pull_of_given_statistics(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    b, r, c, _ = shape
+    g, x = torch.randn(3, *shape, dtype=dtype), torch.randn(*shape, dtype=dtype) + 1
+    mean, weight = torch.randn(1, 1, c, dtype=dtype), torch.randn(c, dtype=dtype)
+    inverse = torch.rand(1, 1, c, dtype=dtype) + 0.5
+    strided = x.transpose(2, 3).contiguous().transpose(2, 3)
+    with ops.use_backend(backend):
+        for m, w, scale, shift in ((mean, weight, True, True), (None, None, True, False), (mean, weight, False, True)):
+            dx, norms = ops.affine_pull(g, strided, m, inverse, w, own=False, scale=scale, shift=shift)
+            factor = (inverse if w is None else inverse * w).unsqueeze(-1)
+            torch.testing.assert_close(dx, g * factor)
+            with ops.use_backend("torch"):
+                expected = ops.affine_sq_norms(g.double(), x.double(), m if m is None else m.double(),
+                                               inverse.double(), scale=scale, shift=shift)  # fmt: skip
+            tolerance = 1e-4 if dtype == torch.float32 else 1e-11  # sums of signed terms
+            torch.testing.assert_close(norms, expected, rtol=tolerance, atol=1e-5 * tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 2, 5), (2, 65, 33), (2, 1, 1134), (2, 17, 48)], ids=str)
+def test_affine_pull_of_rows_with_statistics_of_their_own(
+    shape: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    """Against autograd through a float64 layer norm, one cotangent and one sample at a time."""
+    b, r, c = shape
+    g, x = torch.randn(2, *shape, dtype=dtype), torch.randn(*shape, dtype=dtype) + 1
+    weight = torch.randn(c, dtype=dtype)
+    _, mean, inverse = torch.native_layer_norm(x, (c,), weight, None, 1e-3)
+    with ops.use_backend(backend):
+        dx, norms = ops.affine_pull(
+            g.unsqueeze(-1), x.unsqueeze(-1), mean.view(b, r, 1), inverse.view(b, r, 1), weight, own=True
+        )
+    for k in range(2):
+        for i in range(b):
+            leaves = [x[i].double().requires_grad_(), weight.double().requires_grad_(), torch.zeros(c).double()]
+            y = F.layer_norm(leaves[0], (c,), leaves[1], leaves[2].requires_grad_(), 1e-3)
+            first, *others = torch.autograd.grad(y, leaves, g[k, i].double())
+            tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
+            torch.testing.assert_close(dx[k, i, :, :, 0].double(), first, **tolerance)
+            torch.testing.assert_close(norms[k, i], sum(o.square().sum() for o in others), **tolerance)

@@ -56,6 +56,7 @@ struct ConvShape {
 struct AffineShape {
   int64_t rows, channels, s, cotangents, row_step, channel_step;
   bool scale, shift;  // which of the two are wanted
+  bool own = false;   // the statistics are each row's own, over its channels (s is 1)
 };
 
 // The exact ways to one number. `automatic` lets the cost model choose.

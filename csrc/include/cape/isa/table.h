@@ -47,7 +47,7 @@ constexpr Kernels<scalar> table(const char* name) {
           name,
           linear<scalar>,
           conv<scalar>,
-          affine_squares<scalar>,
+          affine<scalar>,
           pack_matrix<scalar>,
           multiply_rows<scalar>,
           lstm_step<scalar>,

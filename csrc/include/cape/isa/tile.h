@@ -23,6 +23,31 @@ struct Tile {
   static CAPE_INLINE Vector load(const scalar* p) { return *reinterpret_cast<const Vector*>(p); }
   static CAPE_INLINE void store(scalar* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
+  // Float64 sums of a vector's lanes, pair by pair, and the sum of those.
+  typedef double Wide __attribute__((vector_size(CAPE_VECTOR_BYTES)));
+  static CAPE_INLINE Wide widen(Vector v) {
+    constexpr int kLanes = CAPE_VECTOR_BYTES / int(sizeof(double));
+    Wide sums = {};
+    if constexpr (sizeof(scalar) == sizeof(double)) {
+      __builtin_memcpy(&sums, &v, sizeof(sums));
+    } else {
+      typedef scalar Half __attribute__((vector_size(kLanes * sizeof(scalar))));
+      Half halves[kWidth / kLanes];
+      __builtin_memcpy(halves, &v, sizeof(v));
+      for (const Half& half : halves) sums += __builtin_convertvector(half, Wide);
+    }
+    return sums;
+  }
+  static CAPE_INLINE double sum(Wide v) {
+    constexpr int kLanes = CAPE_VECTOR_BYTES / int(sizeof(double));
+    double lanes[kLanes];
+    __builtin_memcpy(lanes, &v, sizeof(v));
+    for (int n = kLanes / 2; n > 0; n /= 2) {
+      for (int q = 0; q < n; ++q) lanes[q] += lanes[q + n];
+    }
+    return lanes[0];
+  }
+
   // c[i * v * kWidth + j] = sum_k a[offset[k] + i] * b[k * ldb + j] for i < r, j < v * kWidth.
   template <int r, int v>
   static void product(const scalar* a, const int64_t* offset, const scalar* b, int64_t ldb, int64_t depth, scalar* c) {
