@@ -158,15 +158,21 @@ def measure(name: str, size: int, device: str, seconds: float, slow: bool) -> di
         variants["two 16"] = lambda: two_passes(model, batch, 16, True)
     refused: dict[str, str] = {}
     if slow:
-        variants |= {"loop": lambda: loop(model, batch), "vmap": lambda: vmapped(model, batch, None)}
+        others: dict[str, Callable[[], Variant]] = {
+            "loop": lambda: lambda: loop(model, batch),
+            "vmap": lambda: lambda: vmapped(model, batch, None),
+            "BackPACK": lambda: backpack(fresh(), batch),
+            "Opacus": lambda: opacus(fresh(), batch),
+        }
         if size > 16:
-            variants["vmap 16"] = lambda: vmapped(model, batch, 16)
-        peers = {"BackPACK": backpack, "Opacus": opacus}
-        for peer, make in peers.items():
+            others["vmap 16"] = lambda: lambda: vmapped(model, batch, 16)
+        for other, make in others.items():
             try:
-                variants[peer] = make(fresh(), batch)
-            except Exception as error:  # a peer's refusal, of whatever kind, is a result of the benchmark
-                refused[peer] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                variants[other] = make()
+                variants[other]()
+            except Exception as error:  # a refusal, of whatever kind, is a result of the benchmark
+                variants.pop(other, None)
+                refused[other] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     times = interleave(variants, device, seconds)
     memory = {n: round(peak_mb(run, device), 1) for n, run in variants.items()}
     ms = {n: t["median_ms"] for n, t in times.items()}
