@@ -18,6 +18,7 @@ from cape.config import SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.evaluation import Evaluation, evaluate, report
 from cape.evaluation.methods import FULL_PRESETS
+from cape.evaluation.paper_tables import PROBES
 from cape.evaluation.table import Table, select
 from cape.evaluation.tables import build_tables
 from cape.metamodel.fit import fit_table
@@ -95,7 +96,7 @@ def test_full_tables_name_every_regressor_and_feature(tmp_path: Path) -> None:
     fourth = [r[1] for r in made.tables["table_4"].rows if r[0] == "mlp"]
     assert len(fourth) == 5 and "ridge (A.4)" in fourth
     assert [r[1] for r in made.tables["ablation"].rows[:7]] == ["none", *PAPER_FEATURES]
-    assert len(made.tables["gradient_probes"].rows) == 10
+    assert len(made.tables["gradient_probes"].rows) == 2 * len(PROBES)
 
 
 def test_costs_and_the_ntk_spectrum_come_from_trials_built_again() -> None:
