@@ -199,7 +199,7 @@ def _table(ids: list[str], spec: SweepSpec) -> pa.Table:
         elif pa.types.is_floating(field.type):
             columns[field.name] = pa.array(rng.random(n))
         elif pa.types.is_integer(field.type):
-            columns[field.name] = pa.array(rng.integers(0, 100, n)).cast(field.type)
+            columns[field.name] = pa.array(rng.integers(1, 100, n)).cast(field.type)
         elif pa.types.is_boolean(field.type):
             columns[field.name] = pa.array([True] * n)
         elif pa.types.is_list(field.type):
