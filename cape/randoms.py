@@ -54,13 +54,9 @@ def _normals_agree() -> bool:
     return True
 
 
+@lru_cache(maxsize=1)
 def ones_agree() -> bool:
     """Return whether ``OnesDraws`` draws here what ``torch.Tensor.bernoulli_`` does."""
-    return _ones_agree()
-
-
-@lru_cache(maxsize=1)
-def _ones_agree() -> bool:
     if not _built():
         return False
     draws, generator = OnesDraws(1), torch.Generator().manual_seed(1)

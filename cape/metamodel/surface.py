@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cape.metamodel.line import term_values
 from cape.metamodel.rows import Rows
 
 POINTS = 1200
@@ -68,7 +69,7 @@ class Surface:
                 a normal law, found by expectation maximization (Tanner 1983; accelerated failure time, as the trees).
         """
         bound = np.zeros(len(rows), dtype=bool) if censored is None else censored
-        x = _values(rows, features)
+        x = term_values(rows, features)
         told = [j for j in range(x.shape[1]) if np.isfinite(x[:, j]).any() and np.nanstd(x[:, j]) > 1e-9]
         x = x[:, told]
         centre, scale = np.nanmean(x, axis=0), np.nanstd(x, axis=0)
@@ -97,7 +98,7 @@ class Surface:
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return what to add to the line, in log T*, float64 [n]."""
-        z = np.nan_to_num((_values(rows, self.features) - self.centre) / self.scale)
+        z = np.nan_to_num((term_values(rows, self.features) - self.centre) / self.scale)
         parts = [_kernel(z[i : i + _CHUNK], self.points) @ self.weight for i in range(0, len(z), _CHUNK)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -157,17 +158,6 @@ def _expected_above(least: np.ndarray, mean: np.ndarray, spread: float) -> np.nd
     gap = (least - mean) / spread
     ratio = np.exp(-0.5 * gap**2 - 0.5 * np.log(2.0 * np.pi) - log_ndtr(-gap))
     return mean + spread * ratio
-
-
-def _values(rows: Rows, features: Sequence[str]) -> np.ndarray:
-    """Return float64 [n, k], NaN where a feature is missing."""
-    x = (
-        np.stack([np.asarray(rows[f], dtype=np.float64) for f in features], axis=1)
-        if features
-        else np.empty((len(rows), 0))
-    )
-    x[~np.isfinite(x)] = np.nan
-    return x
 
 
 def _kernel(z: np.ndarray, points: np.ndarray) -> np.ndarray:
