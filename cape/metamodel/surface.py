@@ -40,7 +40,8 @@ class Surface:
 
     Attributes:
         features: names [k]. centre, scale: of the features, float64 [k].
-        points: standardized features of the trials that the kernel is centred on, float64 [m, k]. weight: float64 [m].
+        points: standardized features of the trials that the kernel is centred on, float64 [m, k]; each is a float32,
+            which is how a file holds it. weight: float64 [m].
     """
 
     features: tuple[str, ...]
@@ -76,7 +77,7 @@ class Surface:
         z = np.nan_to_num((x - centre) / scale)
         # Sorted by trial id, so that the points do not depend on the order of the rows.
         first = np.unique(rows["trial_id"].astype(str), return_index=True)[1]
-        points = z[np.random.default_rng(0).permutation(first)[:POINTS]]
+        points = z[np.random.default_rng(0).permutation(first)[:POINTS]].astype(np.float32).astype(np.float64)
         share = weight / weight.mean()
         gram = NOISE * _kernel(points, points) + 1e-6 * np.eye(len(points))
         known = np.zeros(len(points))
@@ -104,8 +105,8 @@ class Surface:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
-        arrays = {name: getattr(self, name) for name in ("centre", "scale", "points", "weight")}
-        return {"features": np.array(self.features, dtype=np.str_), **arrays}
+        arrays = {name: getattr(self, name) for name in ("centre", "scale", "weight")}
+        return {"features": np.array(self.features, dtype=np.str_), "points": self.points.astype(np.float32), **arrays}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Surface:
