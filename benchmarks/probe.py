@@ -103,6 +103,11 @@ def backpack(model: nn.Module, batch: Batch) -> Variant:
 def opacus(model: nn.Module, batch: Batch) -> Variant:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping as Ghost
 
+    for module in model.train().modules():  # it records activations in train mode only: dropout off by hand
+        if isinstance(getattr(module, "dropout", None), float):  # recurrent layers, attention
+            module.dropout = 0.0  # type: ignore[assignment]
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
     ghost = Ghost(model, loss_reduction="sum", max_grad_norm=1.0, use_ghost_clipping=True)
 
     def both() -> None:
