@@ -90,7 +90,7 @@ _PRODUCT = Preset(
     select=True,
     line=LINE_TERMS,
     surface=0.5,
-    augmented=0.5,
+    augmented=0.1,
     intervals=True,
 )
 
@@ -116,7 +116,7 @@ PRESETS: dict[str, Preset] = {
             equal_families=True,
             monotone=True,
             censored="aft",
-            augmented=0.5,
+            augmented=0.1,
         ),
     )
 }

@@ -141,6 +141,11 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
         (broken / name).write_bytes((broken / name).read_bytes()[:-20])
         with pytest.raises(StoreError, match="damaged"):
             MetaModel.load(broken)
+    card = json.loads((whole / "card.json").read_text())
+    for version, match in ((card["format"] + 1, "upgrade CAPE"), (card["format"] - 1, "of an older version")):
+        (whole / "card.json").write_text(json.dumps({**card, "format": version, "surfaces": ["mlp"]}))
+        with pytest.raises(StoreError, match=match):
+            MetaModel.load(whole)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="no meta-regressor"):
