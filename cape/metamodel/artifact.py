@@ -127,7 +127,7 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            StoreError: no card, a missing or altered file, a newer format, or surfaces of an older one.
+            StoreError: no card, a missing or altered file, a newer format, or surfaces of format 3.
         """
         path = Path(directory)
         if not (path / "card.json").is_file():
@@ -136,7 +136,7 @@ class MetaModel:
             card = json.loads((path / "card.json").read_text(encoding="utf-8"))
             if card["format"] > FORMAT:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
-            if card["format"] < FORMAT and card.get("surfaces"):
+            if card["format"] == 3 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
             files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])

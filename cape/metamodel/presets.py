@@ -108,15 +108,13 @@ PRESETS: dict[str, Preset] = {
         Preset("paper_appendix", trees=500, depth=6, per_family=True),
         _PRODUCT,
         _PRODUCT.replace(name="product_trees", surface=0.0, intervals=False),
-        Preset(
-            "product_static",
+        _PRODUCT.replace(
+            name="product_static",
             features=(*STATIC_FEATURES, "log_epsilon", "family"),
-            trees=800,
-            depth=3,
-            equal_families=True,
-            monotone=True,
-            censored="aft",
-            augmented=0.1,
+            select=False,
+            line=(),
+            surface=0.0,
+            intervals=False,
         ),
     )
 }

@@ -38,7 +38,7 @@ _ROUNDS = 20  # of expectation maximization
 
 @dataclass(frozen=True)
 class Surface:
-    """log T* - line ≈ Σ_j weight_j · exp(-‖z - point_j‖² / 4k), z the standardized features, missing ones at the mean.
+    """log T* - line ≈ Σ_j weight_j · kernel(z, point_j), z the standardized features, missing ones at the mean.
 
     Attributes:
         features: names [k]. centre, scale: of the features, float64 [k].
@@ -164,6 +164,7 @@ def _expected_above(least: np.ndarray, mean: np.ndarray, spread: float) -> np.nd
 
 
 def _kernel(z: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return ½·exp(-d²/4k) + ½·exp(-9·d²/4k) for the distances d of k features, [n, m]."""
     squares = (z**2).sum(axis=1)[:, None] + (points**2).sum(axis=1)[None, :] - 2.0 * (z @ points.T)
     exponent = -0.25 / max(1, z.shape[1]) * np.maximum(squares, 0.0)
     return 0.5 * (np.exp(exponent) + np.exp(_NARROW**2 * exponent))
