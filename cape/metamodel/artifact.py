@@ -32,7 +32,7 @@ from cape.metamodel.surface import Surface
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 4  # 1 had no lines, 2 no surfaces, 3 surfaces of one length scale
+FORMAT = 5  # 1 had no lines, 2 no surfaces, 3 and 4 surfaces of another kernel
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -127,7 +127,7 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            StoreError: no card, a missing or altered file, a newer format, or surfaces of format 3.
+            StoreError: no card, a missing or altered file, a newer format, or surfaces of format 3 or 4.
         """
         path = Path(directory)
         if not (path / "card.json").is_file():
@@ -136,7 +136,7 @@ class MetaModel:
             card = json.loads((path / "card.json").read_text(encoding="utf-8"))
             if card["format"] > FORMAT:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
-            if card["format"] == 3 and card.get("surfaces"):
+            if card["format"] in (3, 4) and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
             files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])

@@ -17,13 +17,14 @@ from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
 from cape.metamodel.regressors import design, log_steps, predict_log, train_boosters
 from cape.metamodel.rows import Rows
-from cape.metamodel.surface import mix
+from cape.metamodel.surface import mix, smooth
 
 FOLDS = 10
 ENOUGH = 500
 """Calibration trials of a family from which further folds are not run: coverage is then within about 1.3 points."""
 
 SELECTION_FOLDS = 3
+DATASET_FOLDS = 4
 STRUCTURE_ROWS = 4_000
 SIZE_ROWS = 12_000
 """Plain rows, and as many augmented ones, on which structures and sizes are compared: the best size grows with the rows
@@ -54,6 +55,12 @@ def assign_folds(rows: Rows, folds: int, seed: int = 0) -> np.ndarray:
     return out
 
 
+def assign_datasets(rows: Rows) -> np.ndarray:
+    """Return int [n]: the fold of each row's dataset, augmented rows' too; at most ``DATASET_FOLDS`` folds."""
+    index = np.unique(rows["dataset"].astype(str), return_inverse=True)[1]
+    return np.random.default_rng(0).permutation(int(index.max()) + 1)[index] % DATASET_FOLDS
+
+
 def folds_needed(rows: Rows, assigned: np.ndarray) -> int:
     """Return how many folds give every family ``ENOUGH`` calibration trials; all of them where none do."""
     count = int(assigned.max()) + 1
@@ -76,15 +83,19 @@ def fold_prediction(
     return out
 
 
-def fold_surface(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
-    """Return log T* [n] of the rows of one fold by the surfaces of the others alone; NaN where there is none."""
-    data = design(rows.take(assigned != fold), preset.replace(surface=1.0, shares={}), families)
-    out = np.full(len(rows), np.nan)
+def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
+    """Return log T* [2, n] of the rows of one fold, fitted on the others: the trees' and the surface's.
+
+    NaN for all other rows, and where there is no surface.
+    """
+    data = design(rows.take(assigned != fold), preset, families)
+    out = np.full((2, len(rows)), np.nan)
     left = np.flatnonzero(assigned == fold)
     unseen = rows.take(left)
-    nothing = np.full(len(left), np.nan)
-    line = margins(data.lines, unseen)
-    out[left] = mix(nothing, line, data.surfaces, unseen, lambda _: 1.0)
+    if len(unseen):
+        boosters = train_boosters(data, preset, needed=unseen.families)
+        out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
+        out[1, left] = smooth(margins(data.lines, unseen), data.surfaces, unseen)
     return out
 
 
@@ -99,63 +110,74 @@ def out_of_fold(
 def select(
     rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = map_here
 ) -> tuple[Preset, list[dict[str, Any]]]:
-    """Choose structure, then size, then how much of the surface, by 3-fold cross-validation over trials.
+    """Choose structure, then size, then family by family the surface's share, by cross-validation.
+
+    Structure and size are judged over trials, a share over trials and over datasets that were left out: a model is used
+    on both, and what is best on the one is not always on the other.
 
     Returns:
-        The preset with the smallest mean over families of the mean |Δ log T*| (the surface's share: with the smallest
-        of each family), and the score of each candidate.
+        The preset with the smallest mean over families of the mean |Δ log T*| (a share: with the smallest geometric
+        mean of the family's two errors), and the score of each candidate.
     """
     reached = rows.take(rows.reached & ~rows.augmented)
     if len(set(reached["trial_id"])) < 2 * SELECTION_FOLDS:
         return base.replace(select=False), []
     trees = base.replace(surface=0.0)
     structures = [trees.replace(**STRUCTURE_SIZE, **s) for s in STRUCTURES if len(families) > 1 or not s["per_family"]]
-    best, _, scores = _best(_sample(rows, STRUCTURE_ROWS), structures, families, mapper)
+    best, scores = _best(_sample(rows, STRUCTURE_ROWS), structures, families, mapper)
     sample = _sample(rows, SIZE_ROWS)
-    best, log_hat, more = _best(sample, [best.replace(**size) for size in SIZES], families, mapper)
-    scores = [*scores, *more]
+    best, more = _best(sample, [best.replace(**size) for size in SIZES], families, mapper)
+    scores += more
     if base.surface and best.line:
-        best, more = _shares(sample, best.replace(surface=base.surface), log_hat, families, mapper)
+        best, more = _shares(sample, best.replace(surface=base.surface), families, mapper)
         scores += more
     return best.replace(select=False), scores
 
 
-def _shares(
-    rows: Rows, base: Preset, log_hat: np.ndarray, families: Sequence[str], mapper: Mapper
-) -> tuple[Preset, list[dict[str, Any]]]:
-    """Choose each family's share of the surface beside trees whose out-of-fold log T* is known, ``log_hat`` [n]."""
-    assigned = assign_folds(rows, SELECTION_FOLDS)
-    made = mapper(fold_surface, [(rows, assigned, base, tuple(families), k) for k in range(SELECTION_FOLDS)])
-    smooth = _joined(made)
-    chosen, scores = {}, []
+def _shares(rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper) -> tuple[Preset, list[dict[str, Any]]]:
+    """Choose each family's share of the surface beside the trees."""
+    deals = {"log_error": assign_folds(rows, SELECTION_FOLDS), "log_error_unseen_dataset": assign_datasets(rows)}
+    # A fold without which nothing would be left to fit on cannot be left out.
+    deals = {name: dealt for name, dealt in deals.items() if all(rows.reached[dealt != k].any() for k in set(dealt))}
+    counts = {name: int(dealt.max()) + 1 for name, dealt in deals.items()}
+    jobs = [(rows, dealt, base, tuple(families), k) for name, dealt in deals.items() for k in range(counts[name])]
+    made = iter(mapper(fold_parts, jobs))
+    parts = {name: _joined([next(made) for _ in range(count)]) for name, count in counts.items()}
+    shares, scores = {}, []
     for family in families:
-        mine = rows.take(rows["family"] == family)
-        trees, surface = (values[rows["family"] == family] for values in (log_hat, smooth))
-        surface = np.where(np.isfinite(surface), surface, trees)
-        errors = [_log_error(mine, trees + share * (surface - trees), (family,)) for share in SHARES]
-        if np.isfinite(errors).all():
-            chosen[family] = SHARES[int(np.argmin(errors))]
-            scores += [{"log_error": e, "family": family, "surface": s} for e, s in zip(errors, SHARES, strict=True)]
-    return base.replace(shares=chosen), scores
+        mine = rows["family"] == family
+        judged = [name for name, dealt in deals.items() if len(set(dealt[mine & ~rows.augmented])) > 1]
+        found: list[dict[str, Any]] = []
+        for share in SHARES:
+            errors = {}
+            for name in judged:
+                trees, surface = parts[name][0, mine], parts[name][1, mine]
+                mixed = mix(trees, surface, np.full(len(trees), share))
+                errors[name] = _log_error(rows.take(mine), mixed, (family,))
+            found.append({**errors, "family": family, "surface": share})
+        overall = [sum(float(np.log(f[name])) for name in judged) for f in found]
+        if judged and np.isfinite(overall).all():
+            shares[family] = SHARES[int(np.argmin(overall))]
+            scores += found
+    return base.replace(shares=shares), scores
 
 
 def _best(
     rows: Rows, options: Sequence[Preset], families: Sequence[str], mapper: Mapper
-) -> tuple[Preset, np.ndarray, list[dict[str, Any]]]:
-    """Return the option with the smallest cross-validated error, its out-of-fold log T* [n], and the score of each."""
+) -> tuple[Preset, list[dict[str, Any]]]:
+    """Return the option with the smallest cross-validated error, and the score of each."""
     assigned = assign_folds(rows, SELECTION_FOLDS)
     jobs = [(rows, assigned, option, tuple(families), k) for option in options for k in range(SELECTION_FOLDS)]
     made = mapper(fold_prediction, jobs)
     found = [_joined(made[i : i + SELECTION_FOLDS]) for i in range(0, len(made), SELECTION_FOLDS)]
     errors = [_log_error(rows, log_hat, families) for log_hat in found]
     scores = [{"log_error": e, **_describe(option)} for e, option in zip(errors, options, strict=True)]
-    best = int(np.argmin(errors))
-    return options[best], found[best], scores
+    return options[int(np.argmin(errors))], scores
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return what the folds predicted, each its own rows, as one array [n]; NaN where none did."""
-    out = np.full(len(parts[0]), np.nan)
+    """Return what the folds predicted, each its own rows, as one array [..., n]; NaN where none did."""
+    out = np.full(parts[0].shape, np.nan)
     for values in parts:
         out = np.where(np.isfinite(values), values, out)
     return out

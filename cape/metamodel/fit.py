@@ -1,8 +1,8 @@
 """Fit a meta-regressor: Ray Train + XGBoost for ``cape fit``, the same functions in-process for everything else.
 
-Steps, whoever does them: choose the preset's structure and size by 3-fold cross-validation over trials; predict every
-trial by boosters that never saw it (``crossfit``); calibrate intervals, domain thresholds and p_reach on those
-predictions; fit the boosters that are kept on every trial.
+Steps, whoever does them: choose the preset's structure, size and what differs by family by cross-validation; predict
+every trial by boosters and surfaces that never saw it (``crossfit``); calibrate intervals, domain thresholds and
+p_reach on those predictions; fit what is kept on every trial.
 """
 
 from __future__ import annotations

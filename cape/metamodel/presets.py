@@ -30,11 +30,12 @@ class Preset(JsonConfig):
         monotone: apply ``regressors.MONOTONE``.
         censored: ``"cap"`` regresses uncrossed rows as 5,000; ``"aft"`` as lower bounds of T*, by XGBoost's accelerated
             failure time; ``"exclude"`` leaves them to p_reach.
-        select: choose among ``STRUCTURES``, then ``SIZES``, by 3-fold cross-validation over trials.
+        select: choose among ``STRUCTURES``, then ``SIZES``, then by family, by cross-validation (``crossfit.select``).
         line: terms of a ridge regression per family whose residuals the trees fit; none where empty.
         surface: share of the smooth surface in a prediction, beside the trees'; 0 fits none. It stands on the line.
-        shares: the same by family, where selection has chosen it.
-        augmented: weight of the rows of augmented trials; 0 leaves them out.
+        augmented: weight of the rows of augmented trials, which the surface ignores: it learns their noise; 0 leaves
+            them out.
+        shares: ``surface`` by family, where selection has chosen it.
         intervals: whether an evaluation scores its intervals, too (they take cross-fitting).
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
             is then fitted again on every row with as many); 0 fits all ``trees``.
@@ -58,8 +59,8 @@ class Preset(JsonConfig):
     select: bool = False
     line: tuple[str, ...] = ()
     surface: float = 0.0
-    shares: Mapping[str, float] = field(default_factory=dict)
     augmented: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     early_stopping: int = 0
     intervals: bool = False
 
@@ -131,10 +132,9 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"trees": 800, "depth": 3, "learning_rate": 0.05},
     {"trees": 800, "depth": 5, "learning_rate": 0.03},
 )
-SHARES = (0.0, 0.25, 0.5, 0.75)
-"""What selection compares: every structure at ``STRUCTURE_SIZE``, every size of the best structure, then, family by
-family, how much of the surface (never all: on a dataset that was left out the mean of both is better than either).
-Structures and sizes are those of the trees alone."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""What selection compares: every structure at ``STRUCTURE_SIZE``, every size of the best structure (both of the trees
+alone), then, family by family, how much of the surface."""
 
 
 def preset_named(name: str | Preset) -> Preset:

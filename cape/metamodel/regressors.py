@@ -17,7 +17,7 @@ from cape.errors import DataError, DependencyError
 from cape.metamodel.line import POOLED, Line, fit_lines, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.rows import Rows, as_rows, family_codes
-from cape.metamodel.surface import Surface, fit_surfaces, mix
+from cape.metamodel.surface import Surface, fit_surfaces, mix, smooth
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -93,8 +93,8 @@ def design(rows: Rows | Any, preset: Preset, families: Sequence[str]) -> Design:
     margin = margins(lines, rows)
     surfaces: dict[str, Surface] = {}
     if lines:
-        smooth = [f for f in families if preset.share(f)]
-        surfaces = fit_surfaces(rows, y - margin, preset.features, weight, smooth, censored, AFT_SCALE)
+        having = [f for f in families if preset.share(f)]
+        surfaces = fit_surfaces(rows, y - margin, preset.features, having, censored, AFT_SCALE)
     x = rows.matrix(preset.features, families)
     return Design(x, y, weight, codes, rows.trials, censored, margin, tuple(families), lines, surfaces)
 
@@ -261,4 +261,5 @@ def predict_log(
         matrix = dmatrix(x[index], preset.features, margin=margin[index] if lines else None)
         # The margin is log T* under both objectives; the output of accelerated failure time would be its exponential.
         out[index] = boosters[name].predict(matrix, output_margin=True)
-    return mix(out, margin, surfaces, rows, preset.share)
+    share = np.array([preset.share(n) for n in names], dtype=np.float64)
+    return mix(out, smooth(margin, surfaces, rows), share)

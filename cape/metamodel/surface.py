@@ -1,56 +1,62 @@
-"""The smooth half of the product: kernel ridge regression of what the line leaves, averaged with the trees.
+"""The smooth half of the product: a Gaussian process on what the line leaves, averaged with the trees.
 
 T* changes smoothly with the features, and trees answer in steps: they need many trials to follow what a smooth surface
 follows with few (``docs/evidence.md`` has the measurements). Far from every trial the surface is zero, which leaves the
 line. It has one value for a trial, whatever ε: the line and the trees say how log T* falls with ε, and neither rises.
 
-Kernel ridge regression on inducing points (Smola & Schölkopf 2000; "subset of regressors"). The kernel is the mean of
-two Gaussians: one whose length scale is √(2k) standard deviations for k features (points one deviation apart in every
-feature have exp(-1/4)), and one of a third of that. Augmented trials spread wider than plain ones: the wide one
-reaches what was never seen, the narrow one tells plain trials apart.
+``cape.metamodel.process`` says what the process learns, and how. The answer is that of inducing points ("subset of
+regressors"; Smola & Schölkopf 2000): exact where there are no more trials than points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cape.metamodel import process
 from cape.metamodel.line import term_values
 from cape.metamodel.rows import Rows
 
-POINTS = 1200
-"""Trials that the kernel is centred on, at most; a prediction costs as many kernel values."""
+POINTS = (800, 400)
+"""Plain and augmented trials that the kernel is centred on, at most; a prediction costs as many kernel values."""
 
-NOISE = 0.02
-"""Variance of a row around the surface over the surface's own: T* of a configuration varies by some 7 % over its seeds,
-and lies some 50 % from the line."""
+LEARNED_FROM = (400, 200)
+"""Plain and augmented trials that the length scales are learned from, at most: more cost their cube."""
 
 FEWEST_TRIALS = 20
 """Trials from which a family has a surface."""
 
 _NOT_SMOOTH = ("family", "log_epsilon")
-_CHUNK = 8192  # rows whose kernel values are held at once
-_NARROW = 3.0  # times shorter, the second Gaussian's length scale
+_CHUNK = 8192  # trials whose kernel values are held at once
 _ROUNDS = 20  # of expectation maximization
 
 
 @dataclass(frozen=True)
 class Surface:
-    """log T* - line ≈ Σ_j weight_j · kernel(z, point_j), z the standardized features, missing ones at the mean.
+    """log T* - line ≈ Σ_c Σ_j weight_cj · kernel(z / length_c, point_j / length_c), z the standardized features.
+
+    The common function (c = 0) is centred on all points, the plain trials' deviation from it (c = 1) on the first ones.
+    A missing feature counts as the mean.
 
     Attributes:
         features: names [k]. centre, scale: of the features, float64 [k].
-        points: standardized features of the trials that the kernel is centred on, float64 [m, k]; each is a float32,
-            which is how a file holds it. weight: float64 [m].
+        points: standardized features of the trials that the kernels are centred on, float64 [m, k], plain ones first;
+            each is a float32, which is how a file holds it.
+        lengths: float64 [1 or 2, k]. weight: float64 [m + the points of the deviation].
+        noise: learned standard deviation of a trial's log T* around the surface. extra: what an augmented trial's has
+            beside it.
     """
 
     features: tuple[str, ...]
     centre: np.ndarray
     scale: np.ndarray
     points: np.ndarray
+    lengths: np.ndarray
     weight: np.ndarray
+    noise: float
+    extra: float
 
     @classmethod
     def fit(
@@ -58,70 +64,121 @@ class Surface:
         rows: Rows,
         residual: np.ndarray,
         features: Sequence[str],
-        weight: np.ndarray,
         censored: np.ndarray | None = None,
         spread: float = 0.0,
     ) -> Surface:
-        """Fit to what the line leaves of log T*.
+        """Fit to what the line leaves of log T*, a trial's rows as their mean.
 
         Features that are never there or never vary say nothing of distance and are left out.
 
         Args:
-            residual: float64 [n], where ``censored`` (bool [n]) a lower bound. weight: of the rows, [n].
+            residual: float64 [n], where ``censored`` (bool [n]) a lower bound; one row at least is none.
             spread: standard deviation of log T* around the surface. A bound counts as what is expected above it under
                 a normal law, found by expectation maximization (Tanner 1983; accelerated failure time, as the trees).
         """
         bound = np.zeros(len(rows), dtype=bool) if censored is None else censored
-        x = term_values(rows, features)
+        # Sorted by trial id, so that nothing depends on the order of the rows.
+        first, trial = np.unique(rows["trial_id"].astype(str), return_index=True, return_inverse=True)[1:]
+        x, augmented = term_values(rows.take(first), features), rows.augmented[first]
         told = [j for j in range(x.shape[1]) if np.isfinite(x[:, j]).any() and np.nanstd(x[:, j]) > 1e-9]
-        x = x[:, told]
+        names, x = tuple(features[j] for j in told), x[:, told]
         centre, scale = np.nanmean(x, axis=0), np.nanstd(x, axis=0)
         z = np.nan_to_num((x - centre) / scale)
-        # Sorted by trial id, so that the points do not depend on the order of the rows.
-        first = np.unique(rows["trial_id"].astype(str), return_index=True)[1]
-        points = z[np.random.default_rng(0).permutation(first)[:POINTS]].astype(np.float32).astype(np.float64)
-        share = weight / weight.mean()
-        gram = NOISE * _kernel(points, points) + 1e-6 * np.eye(len(points))
-        known = np.zeros(len(points))
-        crossed = np.flatnonzero(~bound)
-        for i in range(0, len(crossed), _CHUNK):
-            some = crossed[i : i + _CHUNK]
-            k = _kernel(z[some], points)
-            weighted = k.T * share[some]
-            gram += weighted @ k
-            known += weighted @ residual[some]
-        found = np.linalg.solve(gram, known)
+        size, crossed = np.bincount(trial).astype(np.float64), np.bincount(trial, ~bound)
+        known = np.bincount(trial, np.where(bound, 0.0, residual))
+
+        order = np.random.default_rng(0).permutation(len(first))
+        able = order[crossed[order] > 0]
+        some = _first(able, augmented, LEARNED_FROM)
+        learned = process.learn(z[some], known[some] / crossed[some], augmented[some])
+        chosen = _first(order, augmented, POINTS)
+        points = z[chosen].astype(np.float32).astype(np.float64)
+        deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
+        weight = np.zeros(len(points) + deviating)
+        made = cls(names, centre, scale, points, learned.lengths, weight, learned.noise, learned.extra)
+
+        precision = 1.0 / (learned.noise**2 + learned.extra**2 * augmented)
+        basis = made._basis(learned.amplitudes)
+        gram, right = made._normal(basis, z[able], augmented[able], precision[able], known[able] / crossed[able])
+        gram += np.eye(len(gram))
+        found = np.linalg.solve(gram, right)
         if bound.any():  # from what the other rows say of these
-            k, least = _kernel(z[bound], points), residual[bound]
-            weighted = k.T * share[bound]  # [m, censored]
-            start, pull = np.hsplit(np.linalg.solve(gram + weighted @ k, np.column_stack([known, weighted])), [1])
+            cut = np.unique(trial[bound])
+            silent = cut[crossed[cut] == 0]
+            gram += made._normal(basis, z[silent], augmented[silent], precision[silent], known[silent])[0]
+            k = made._kernels(z[cut], augmented[cut]) @ basis
+            right += k.T @ (precision[cut] * (known / size - known / np.maximum(1, crossed))[cut])
+            solved = np.linalg.solve(gram, np.column_stack([right, k.T * (precision / size)[cut]]))
+            start, pull = solved[:, 0], solved[:, 1:]
+            place, least = np.searchsorted(cut, trial[bound]), residual[bound]
             for _ in range(_ROUNDS):
-                found = start[:, 0] + pull @ _expected_above(least, k @ found, spread)
-        return cls(tuple(features[j] for j in told), centre, scale, points, found)
+                expected = _expected_above(least, (k @ found)[place], spread)
+                found = start + pull @ np.bincount(place, expected, len(cut))
+        weight = basis @ found
+        return replace(made, weight=weight)
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Return what to add to the line, in log T*, float64 [n]."""
+        """Return what to add to the line of plain trials, in log T*, float64 [n]."""
         z = np.nan_to_num((term_values(rows, self.features) - self.centre) / self.scale)
-        parts = [_kernel(z[i : i + _CHUNK], self.points) @ self.weight for i in range(0, len(z), _CHUNK)]
+        parts = [self._kernels(z[i : i + _CHUNK]) @ self.weight for i in range(0, len(z), _CHUNK)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
-        arrays = {name: getattr(self, name) for name in ("centre", "scale", "weight")}
-        return {"features": np.array(self.features, dtype=np.str_), "points": self.points.astype(np.float32), **arrays}
+        arrays = {name: getattr(self, name) for name in ("centre", "scale", "lengths", "weight")}
+        noises = np.array([self.noise, self.extra])
+        points = self.points.astype(np.float32)
+        return {"features": np.array(self.features, dtype=np.str_), "points": points, "noises": noises, **arrays}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Surface:
         """Read what ``to_arrays`` made."""
-        numbers = {n: np.asarray(arrays[n], dtype=np.float64) for n in ("centre", "scale", "points", "weight")}
-        return cls(tuple(str(f) for f in arrays["features"]), **numbers)
+        names = ("centre", "scale", "points", "lengths", "weight")
+        numbers = {n: np.asarray(arrays[n], dtype=np.float64) for n in names}
+        noise, extra = (float(v) for v in arrays["noises"])
+        return cls(tuple(str(f) for f in arrays["features"]), **numbers, noise=noise, extra=extra)
+
+    def _centres(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the length scales of each function and the points that it is centred on, in them."""
+        parts = [self.points, self.points[: len(self.weight) - len(self.points)]]
+        return [(length, part / length) for length, part in zip(self.lengths, parts, strict=False)]
+
+    def _kernels(self, z: np.ndarray, augmented: np.ndarray | None = None) -> np.ndarray:
+        """Return what each weight counts by in each trial [n, weights]; the deviation is none of augmented ones."""
+        parts = [process.matern(z / length, points) for length, points in self._centres()]
+        if augmented is not None and len(parts) > 1:
+            parts[1] *= ~augmented[:, None]
+        return np.hstack(parts)
+
+    def _basis(self, amplitudes: np.ndarray) -> np.ndarray:
+        """Return [weights, weights] that makes weights of independent standard normal ones (which are well scaled)."""
+        out = np.zeros((len(self.weight), len(self.weight)))
+        start = 0
+        for amplitude, (_, points) in zip(amplitudes, self._centres(), strict=True):
+            part = slice(start, start + len(points))
+            prior = np.linalg.cholesky(process.matern(points, points) + 1e-6 * np.eye(len(points)))
+            out[part, part] = amplitude * np.linalg.inv(prior).T
+            start += len(points)
+        return out
+
+    def _normal(
+        self, basis: np.ndarray, z: np.ndarray, augmented: np.ndarray, precision: np.ndarray, y: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weighted normal equations of a basis over trials [n, k]: [weights, weights] and [weights]."""
+        gram, right = np.zeros(basis.shape), np.zeros(len(basis))
+        for i in range(0, len(z), _CHUNK):
+            some = slice(i, i + _CHUNK)
+            k = self._kernels(z[some], augmented[some]) @ basis
+            weighted = k.T * precision[some]
+            gram += weighted @ k
+            right += weighted @ y[some]
+        return gram, right
 
 
 def fit_surfaces(
     rows: Rows,
     residual: np.ndarray,
     features: Sequence[str],
-    weight: np.ndarray,
     families: Sequence[str],
     censored: np.ndarray,
     spread: float,
@@ -132,26 +189,23 @@ def fit_surfaces(
     for family in families:
         mine = rows["family"] == family
         if len(set(rows["trial_id"][mine & ~censored])) >= FEWEST_TRIALS:
-            out[family] = Surface.fit(rows.take(mine), residual[mine], smooth, weight[mine], censored[mine], spread)
+            out[family] = Surface.fit(rows.take(mine), residual[mine], smooth, censored[mine], spread)
     return out
 
 
-def mix(
-    log_hat: np.ndarray,
-    line: np.ndarray,
-    surfaces: Mapping[str, Surface],
-    rows: Rows,
-    share: Callable[[str], float],
-) -> np.ndarray:
-    """Return log T* [n]: trees on the line (``log_hat``) and, in families that have one, a share of the surface."""
-    out = log_hat.copy()
+def smooth(line: np.ndarray, surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
+    """Return log T* [n] by line and surface alone; NaN in families that have no surface."""
+    out = np.full(len(rows), np.nan)
     for family, surface in surfaces.items():
         mine = rows["family"] == family
         if mine.any():
-            smooth = line[mine] + surface.predict(rows.take(mine))
-            part = share(family)
-            out[mine] = smooth if part == 1.0 else log_hat[mine] + part * (smooth - log_hat[mine])
+            out[mine] = line[mine] + surface.predict(rows.take(mine))
     return out
+
+
+def mix(trees: np.ndarray, surface: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return log T* [n]: the trees' and, where there is a surface (else NaN), a share of it; all arguments [n]."""
+    return np.where(np.isfinite(surface), trees + share * (surface - trees), trees)
 
 
 def _expected_above(least: np.ndarray, mean: np.ndarray, spread: float) -> np.ndarray:
@@ -163,8 +217,6 @@ def _expected_above(least: np.ndarray, mean: np.ndarray, spread: float) -> np.nd
     return mean + spread * ratio
 
 
-def _kernel(z: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return ½·exp(-d²/4k) + ½·exp(-9·d²/4k) for the distances d of k features, [n, m]."""
-    squares = (z**2).sum(axis=1)[:, None] + (points**2).sum(axis=1)[None, :] - 2.0 * (z @ points.T)
-    exponent = -0.25 / max(1, z.shape[1]) * np.maximum(squares, 0.0)
-    return 0.5 * (np.exp(exponent) + np.exp(_NARROW**2 * exponent))
+def _first(order: np.ndarray, augmented: np.ndarray, most: tuple[int, int]) -> np.ndarray:
+    """Return the first plain and the first augmented trials of an order, so many at most."""
+    return np.concatenate([order[augmented[order] == mark][:n] for mark, n in enumerate(most)])

@@ -115,7 +115,11 @@ class Location:
     def list(self, relative: str = "", *, recursive: bool = False) -> list[str]:
         """Return the files below a folder, in a stable order, hidden ones too; none where it does not exist."""
         base = self.path(relative)
-        found = self.filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=recursive))
+        selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
+        try:
+            found = self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # pyarrow forgives a folder that is not there unless it appears just then
+            found = self.filesystem.get_file_info(selector)
         prefix = f"{relative}/" if relative else ""
         return sorted(prefix + i.path[len(base) :].lstrip("/") for i in found if i.type == pafs.FileType.File)
 

@@ -1,0 +1,57 @@
+"""The Gaussian process's hyperparameters: the kernel, the gradient, and what is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+from scipy.special import gamma, kv
+
+from cape.metamodel.process import learn, matern
+
+
+def test_the_kernel_is_materns_of_five_halves() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(7, 3))
+    distance = np.sqrt(5.0) * np.linalg.norm(a[:, None] - b[None], axis=2)
+    wanted = 2.0**-1.5 / gamma(2.5) * distance**2.5 * kv(2.5, distance)
+    np.testing.assert_allclose(matern(a, b), wanted, rtol=1e-12)
+    np.testing.assert_allclose(np.diag(matern(a, a)), 1.0, atol=1e-6)
+    assert matern(a[:0], b).shape == (0, 7)
+
+
+@pytest.mark.parametrize("augmented", [0.0, 0.4, 1.0])
+def test_the_gradient_is_exact(augmented: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    seen: dict[str, Any] = {}
+    minimize = scipy.optimize.minimize
+
+    def spy(loss: Any, start: np.ndarray, **options: Any) -> Any:
+        seen.update(loss=loss, start=start)
+        return minimize(loss, start, **options)
+
+    monkeypatch.setattr(scipy.optimize, "minimize", spy)
+    z = rng.normal(size=(30, 3))
+    learn(z, np.sin(z[:, 0]) + 0.1 * rng.normal(size=30), rng.random(30) < augmented)
+    theta = seen["start"] + 0.3 * rng.normal(size=len(seen["start"]))
+    step = 1e-5 * np.eye(len(theta))
+    slopes = [(seen["loss"](theta + e)[0] - seen["loss"](theta - e)[0]) / 2e-5 for e in step]
+    np.testing.assert_allclose(seen["loss"](theta)[1], slopes, rtol=1e-6, atol=1e-6)
+
+
+def test_it_learns_what_matters_and_the_noise() -> None:
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(300, 3))
+    y = np.sin(2.0 * z[:, 0]) + 0.1 * rng.normal(size=300)
+    learned = learn(z, y, np.zeros(300, dtype=bool))
+    lengths = learned.lengths[0]
+    assert lengths[0] < 2.0 and min(lengths[1:]) > 5.0 * lengths[0]
+    assert learned.noise == pytest.approx(0.1, rel=0.2)
+    assert learned.extra == 0.0 and learned.lengths.shape == (1, 3)
+
+
+def test_trials_of_a_single_configuration_leave_the_lengths_as_they_were() -> None:
+    learned = learn(np.zeros((10, 2)), np.zeros(10), np.zeros(10, dtype=bool))
+    np.testing.assert_allclose(learned.lengths, 2.0, rtol=1e-6)  # √(2k)
