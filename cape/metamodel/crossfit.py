@@ -17,7 +17,7 @@ from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
 from cape.metamodel.regressors import design, log_steps, predict_log, train_boosters
 from cape.metamodel.rows import Rows
-from cape.metamodel.surface import mix, smooth
+from cape.metamodel.surface import mix, smooth, spreads
 
 FOLDS = 10
 ENOUGH = 500
@@ -69,42 +69,30 @@ def folds_needed(rows: Rows, assigned: np.ndarray) -> int:
     return min(count, max(1, -(-ENOUGH * count // max(1, smallest))))
 
 
-def fold_prediction(
-    rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int
-) -> np.ndarray:
-    """Return log T* [n] of the rows of one fold by boosters fitted on the others; NaN for all other rows."""
-    data = design(rows.take(assigned != fold), preset, families)
-    out = np.full(len(rows), np.nan)
-    left = np.flatnonzero(assigned == fold)
-    unseen = rows.take(left)
-    if len(unseen):
-        boosters = train_boosters(data, preset, needed=unseen.families)
-        out[left] = predict_log(boosters, data.lines, data.surfaces, unseen, preset, families)
-    return out
-
-
 def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
-    """Return log T* [2, n] of the rows of one fold, fitted on the others: the trees' and the surface's.
+    """Return [3, n] of the rows of one fold, fitted on the others: the trees' log T*, the surface's, and its spread.
 
-    NaN for all other rows, and where there is no surface.
+    NaN for all other rows; where there is no surface its log T* is NaN and the spread 1.
     """
     data = design(rows.take(assigned != fold), preset, families)
-    out = np.full((2, len(rows)), np.nan)
+    out = np.full((3, len(rows)), np.nan)
     left = np.flatnonzero(assigned == fold)
     unseen = rows.take(left)
     if len(unseen):
         boosters = train_boosters(data, preset, needed=unseen.families)
         out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
         out[1, left] = smooth(margins(data.lines, unseen), data.surfaces, unseen)
+        out[2, left] = spreads(data.surfaces, unseen)
     return out
 
 
 def out_of_fold(
     rows: Rows, assigned: np.ndarray, preset: Preset, families: Sequence[str], mapper: Mapper = map_here
-) -> np.ndarray:
-    """Return out-of-fold log T* [n]; NaN for augmented rows and for folds that are not needed."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return out-of-fold log T* [n] and its spread [n]; NaN for augmented rows and for folds that are not needed."""
     count = folds_needed(rows, assigned)
-    return _joined(mapper(fold_prediction, [(rows, assigned, preset, tuple(families), k) for k in range(count)]))
+    made = _joined(mapper(fold_parts, [(rows, assigned, preset, tuple(families), k) for k in range(count)]))
+    return mix(made[0], made[1], np.array([preset.share(f) for f in rows["family"]])), made[2]
 
 
 def select(
@@ -168,8 +156,8 @@ def _best(
     """Return the option with the smallest cross-validated error, and the score of each."""
     assigned = assign_folds(rows, SELECTION_FOLDS)
     jobs = [(rows, assigned, option, tuple(families), k) for option in options for k in range(SELECTION_FOLDS)]
-    made = mapper(fold_prediction, jobs)
-    found = [_joined(made[i : i + SELECTION_FOLDS]) for i in range(0, len(made), SELECTION_FOLDS)]
+    made = mapper(fold_parts, jobs)
+    found = [_joined(made[i : i + SELECTION_FOLDS])[0] for i in range(0, len(made), SELECTION_FOLDS)]
     errors = [_log_error(rows, log_hat, families) for log_hat in found]
     scores = [{"log_error": e, **_describe(option)} for e, option in zip(errors, options, strict=True)]
     return options[int(np.argmin(errors))], scores

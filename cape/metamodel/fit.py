@@ -76,10 +76,11 @@ def fit_table(
     if calibrate:
         used = rows if chosen.augmented else rows.take(~rows.augmented)
         assigned = assign_folds(used, min(FOLDS, trials), seed)
-        log_hat = out_of_fold(used, assigned, chosen, families, mapper)
+        log_hat, spread = out_of_fold(used, assigned, chosen, families, mapper)
         index = np.isfinite(log_hat) & used.reached
-        known, log_hat = used.take(index), log_hat[index]
-        conformal = Conformal.calibrate(log_steps(known["t_star"]), log_hat, known["family"], known.trials)
+        known, log_hat, spread = used.take(index), log_hat[index], spread[index]
+        errors = np.abs(log_steps(known["t_star"]) - log_hat) / spread
+        conformal = Conformal.calibrate(errors, known["family"], known.trials)
         metrics, calibrated = _metrics(known, np.exp(log_hat), families), len(set(known["trial_id"]))
         domain = Domain.fit(used, assigned, chosen.features)
         reach = Reach.fit(used, assigned, chosen.features, families, chosen.seed)

@@ -1,6 +1,8 @@
 """Conformal intervals for T*, one calibration per family (Mondrian), in log space.
 
-Scores are |log T* - log prediction| on trials that the boosters behind the prediction had not seen. The rows of one
+Scores are |log T* - log prediction| on trials that the fit behind the prediction had not seen, over the spread that the
+family's surface expects there (normalized conformal prediction: Papadopoulos et al. 2008): an interval is wider away
+from the training trials, and still holds at its level. The rows of one
 trial (one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of them,
 level 1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
 """
@@ -62,11 +64,8 @@ class Conformal:
     trials: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def calibrate(
-        cls, log_true: np.ndarray, log_predicted: np.ndarray, families: np.ndarray, trials: np.ndarray
-    ) -> Conformal:
-        """Build from rows that were not fitted on: arrays of one length; families and trials name each row's."""
-        errors = np.abs(log_true - log_predicted)
+    def calibrate(cls, errors: np.ndarray, families: np.ndarray, trials: np.ndarray) -> Conformal:
+        """Build from errors |Δ log T*| / spread of rows that were not fitted on, and each row's family and trial."""
         scores, counts = {}, {}
         for name in ("pooled", *sorted({str(f) for f in families})):
             index = np.ones(len(errors), dtype=bool) if name == "pooled" else families == name
@@ -76,7 +75,7 @@ class Conformal:
         return cls(scores, counts)
 
     def half_width(self, family: str | None, level: float) -> tuple[float, str]:
-        """Return (half-width in log T*, where it came from: the family, ``"pooled"`` or ``"none"``).
+        """Return (half-width in log T* where the spread is 1, its source: the family, ``"pooled"`` or ``"none"``).
 
         A family with fewer than ten trials, or too few for the level, is served by the pooled scores; where
         those too are too few the half-width is infinite.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -24,6 +25,9 @@ POINTS = (800, 400)
 
 LEARNED_FROM = (400, 200)
 """Plain and augmented trials that the length scales are learned from, at most: more cost their cube."""
+
+WITNESSES = (300, 100)
+"""Plain and augmented points that the spread is judged by, at most."""
 
 FEWEST_TRIALS = 20
 """Trials from which a family has a surface."""
@@ -44,7 +48,7 @@ class Surface:
         features: names [k]. centre, scale: of the features, float64 [k].
         points: standardized features of the trials that the kernels are centred on, float64 [m, k], plain ones first;
             each is a float32, which is how a file holds it.
-        lengths: float64 [1 or 2, k]. weight: float64 [m + the points of the deviation].
+        lengths: float64 [1 or 2, k]. amplitudes: float64 [1 or 2]. weight: float64 [m + the deviation's points].
         noise: learned standard deviation of a trial's log T* around the surface. extra: what an augmented trial's has
             beside it.
     """
@@ -54,6 +58,7 @@ class Surface:
     scale: np.ndarray
     points: np.ndarray
     lengths: np.ndarray
+    amplitudes: np.ndarray
     weight: np.ndarray
     noise: float
     extra: float
@@ -65,7 +70,7 @@ class Surface:
         residual: np.ndarray,
         features: Sequence[str],
         censored: np.ndarray | None = None,
-        spread: float = 0.0,
+        sigma: float = 0.0,
     ) -> Surface:
         """Fit to what the line leaves of log T*, a trial's rows as their mean.
 
@@ -73,7 +78,7 @@ class Surface:
 
         Args:
             residual: float64 [n], where ``censored`` (bool [n]) a lower bound; one row at least is none.
-            spread: standard deviation of log T* around the surface. A bound counts as what is expected above it under
+            sigma: standard deviation of log T* around the surface. A bound counts as what is expected above it under
                 a normal law, found by expectation maximization (Tanner 1983; accelerated failure time, as the trees).
         """
         bound = np.zeros(len(rows), dtype=bool) if censored is None else censored
@@ -95,10 +100,12 @@ class Surface:
         points = z[chosen].astype(np.float32).astype(np.float64)
         deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
         weight = np.zeros(len(points) + deviating)
-        made = cls(names, centre, scale, points, learned.lengths, weight, learned.noise, learned.extra)
+        made = cls(
+            names, centre, scale, points, learned.lengths, learned.amplitudes, weight, learned.noise, learned.extra
+        )
 
         precision = 1.0 / (learned.noise**2 + learned.extra**2 * augmented)
-        basis = made._basis(learned.amplitudes)
+        basis = made._basis()
         gram, right = made._normal(basis, z[able], augmented[able], precision[able], known[able] / crossed[able])
         gram += np.eye(len(gram))
         found = np.linalg.solve(gram, right)
@@ -112,7 +119,7 @@ class Surface:
             start, pull = solved[:, 0], solved[:, 1:]
             place, least = np.searchsorted(cut, trial[bound]), residual[bound]
             for _ in range(_ROUNDS):
-                expected = _expected_above(least, (k @ found)[place], spread)
+                expected = _expected_above(least, (k @ found)[place], sigma)
                 found = start + pull @ np.bincount(place, expected, len(cut))
         weight = basis @ found
         return replace(made, weight=weight)
@@ -123,9 +130,47 @@ class Surface:
         parts = [self._kernels(z[i : i + _CHUNK]) @ self.weight for i in range(0, len(z), _CHUNK)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
+    def spread(self, rows: Rows) -> np.ndarray:
+        """Return how uncertain a trial's log T* is, float64 [n]: about 1 among the points, more away from them.
+
+        It is the posterior standard deviation (with the noise) given some of the points alone, over its median at the
+        plain ones when each is left out.
+        """
+        z = np.nan_to_num((term_values(rows, self.features) - self.centre) / self.scale)
+        parts = [self._deviation(z[i : i + _CHUNK]) for i in range(0, len(z), _CHUNK)]
+        return np.concatenate(parts) / self._typical if parts else np.zeros(0)
+
+    @cached_property
+    def _witnesses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return points [q, k], which of them are plain [q], and the inverse of their covariance with noise [q, q]."""
+        plain = len(self.weight) - len(self.points) if len(self.lengths) > 1 else len(self.points)
+        chosen = _first(np.arange(len(self.points)), np.arange(len(self.points)) >= plain, WITNESSES)
+        points, known = self.points[chosen], chosen < plain
+        covariance = self._covariance(points, points, known, known)
+        covariance.flat[:: len(points) + 1] += self.noise**2 + self.extra**2 * ~known + 1e-6
+        return points, known, np.linalg.inv(covariance)
+
+    @cached_property
+    def _typical(self) -> float:
+        _, known, inverse = self._witnesses
+        left_out = 1.0 / np.sqrt(np.diag(inverse))  # Rasmussen & Williams 2006, eq. 5.12
+        return float(np.median(left_out[known] if known.any() else left_out))
+
+    def _deviation(self, z: np.ndarray) -> np.ndarray:
+        """Return the posterior standard deviation of plain trials [n], with noise."""
+        points, known, inverse = self._witnesses
+        k = self._covariance(z, points, np.ones(len(z), dtype=bool), known)
+        explained = ((k @ inverse) * k).sum(axis=1)
+        return np.sqrt(np.maximum(np.sum(self.amplitudes**2) - explained, 0.0) + self.noise**2)
+
+    def _covariance(self, a: np.ndarray, b: np.ndarray, plain_a: np.ndarray, plain_b: np.ndarray) -> np.ndarray:
+        """Return the covariance of the function at trials [n, k] and [m, k], some of them plain: [n, m]."""
+        parts = [v * process.matern(a / s, b / s) for v, s in zip(self.amplitudes**2, self.lengths, strict=True)]
+        return parts[0] + parts[1] * np.outer(plain_a, plain_b) if len(parts) > 1 else parts[0]
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
-        arrays = {name: getattr(self, name) for name in ("centre", "scale", "lengths", "weight")}
+        arrays = {name: getattr(self, name) for name in ("centre", "scale", "lengths", "amplitudes", "weight")}
         noises = np.array([self.noise, self.extra])
         points = self.points.astype(np.float32)
         return {"features": np.array(self.features, dtype=np.str_), "points": points, "noises": noises, **arrays}
@@ -133,7 +178,7 @@ class Surface:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Surface:
         """Read what ``to_arrays`` made."""
-        names = ("centre", "scale", "points", "lengths", "weight")
+        names = ("centre", "scale", "points", "lengths", "amplitudes", "weight")
         numbers = {n: np.asarray(arrays[n], dtype=np.float64) for n in names}
         noise, extra = (float(v) for v in arrays["noises"])
         return cls(tuple(str(f) for f in arrays["features"]), **numbers, noise=noise, extra=extra)
@@ -150,11 +195,11 @@ class Surface:
             parts[1] *= ~augmented[:, None]
         return np.hstack(parts)
 
-    def _basis(self, amplitudes: np.ndarray) -> np.ndarray:
+    def _basis(self) -> np.ndarray:
         """Return [weights, weights] that makes weights of independent standard normal ones (which are well scaled)."""
         out = np.zeros((len(self.weight), len(self.weight)))
         start = 0
-        for amplitude, (_, points) in zip(amplitudes, self._centres(), strict=True):
+        for amplitude, (_, points) in zip(self.amplitudes, self._centres(), strict=True):
             part = slice(start, start + len(points))
             prior = np.linalg.cholesky(process.matern(points, points) + 1e-6 * np.eye(len(points)))
             out[part, part] = amplitude * np.linalg.inv(prior).T
@@ -181,7 +226,7 @@ def fit_surfaces(
     features: Sequence[str],
     families: Sequence[str],
     censored: np.ndarray,
-    spread: float,
+    sigma: float,
 ) -> dict[str, Surface]:
     """Return a surface for each family in which ``FEWEST_TRIALS`` or more reached ε; see ``Surface.fit``."""
     smooth = [f for f in features if f not in _NOT_SMOOTH]
@@ -189,7 +234,7 @@ def fit_surfaces(
     for family in families:
         mine = rows["family"] == family
         if len(set(rows["trial_id"][mine & ~censored])) >= FEWEST_TRIALS:
-            out[family] = Surface.fit(rows.take(mine), residual[mine], smooth, censored[mine], spread)
+            out[family] = Surface.fit(rows.take(mine), residual[mine], smooth, censored[mine], sigma)
     return out
 
 
@@ -203,18 +248,28 @@ def smooth(line: np.ndarray, surfaces: Mapping[str, Surface], rows: Rows) -> np.
     return out
 
 
+def spreads(surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
+    """Return ``Surface.spread`` of each row by its family's surface, [n]; 1 where there is none."""
+    out = np.ones(len(rows))
+    for family, surface in surfaces.items():
+        mine = rows["family"] == family
+        if mine.any():
+            out[mine] = surface.spread(rows.take(mine))
+    return out
+
+
 def mix(trees: np.ndarray, surface: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Return log T* [n]: the trees' and, where there is a surface (else NaN), a share of it; all arguments [n]."""
     return np.where(np.isfinite(surface), trees + share * (surface - trees), trees)
 
 
-def _expected_above(least: np.ndarray, mean: np.ndarray, spread: float) -> np.ndarray:
+def _expected_above(least: np.ndarray, mean: np.ndarray, sigma: float) -> np.ndarray:
     """Return E[y | y > least] of a normal y with these means, [n]."""
     from scipy.special import log_ndtr
 
-    gap = (least - mean) / spread
+    gap = (least - mean) / sigma
     ratio = np.exp(-0.5 * gap**2 - 0.5 * np.log(2.0 * np.pi) - log_ndtr(-gap))
-    return mean + spread * ratio
+    return mean + sigma * ratio
 
 
 def _first(order: np.ndarray, augmented: np.ndarray, most: tuple[int, int]) -> np.ndarray:

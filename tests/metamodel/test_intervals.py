@@ -45,7 +45,7 @@ def test_mondrian_calibration_keeps_families_apart() -> None:
     rng = np.random.default_rng(0)
     families = np.repeat(np.array(["mlp", "rnn"], dtype=object), 200)
     errors = np.where(families == "mlp", 0.1, 1.0) * rng.random(400)
-    conformal = Conformal.calibrate(errors, np.zeros(400), families, np.arange(400))
+    conformal = Conformal.calibrate(errors, families, np.arange(400))
     narrow, wide = (conformal.half_width(f, 0.9)[0] for f in ("mlp", "rnn"))
     assert narrow < 0.1 < 0.8 < wide
     assert conformal.half_width("unknown", 0.9)[1] == "pooled"
@@ -53,7 +53,7 @@ def test_mondrian_calibration_keeps_families_apart() -> None:
 
 def test_a_family_with_few_trials_is_served_by_all() -> None:
     families = np.array(["mlp"] * 44 + ["cnn"] * 9, dtype=object)
-    conformal = Conformal.calibrate(np.linspace(0, 1, 53), np.zeros(53), families, np.arange(53))
+    conformal = Conformal.calibrate(np.linspace(0, 1, 53), families, np.arange(53))
     assert conformal.half_width("cnn", 0.5)[1] == "pooled"
     assert conformal.half_width("mlp", 0.999) == (math.inf, "none")
 
@@ -61,7 +61,7 @@ def test_a_family_with_few_trials_is_served_by_all() -> None:
 def test_thinned_scores_never_narrow_an_interval_and_survive_json() -> None:
     errors = np.random.default_rng(1).random(10 * KEPT_SCORES + 7)
     families = np.full(len(errors), "mlp", dtype=object)
-    conformal = Conformal.calibrate(errors, np.zeros(len(errors)), families, np.arange(len(errors)))
+    conformal = Conformal.calibrate(errors, families, np.arange(len(errors)))
     assert len(conformal.scores["mlp"]) == KEPT_SCORES
     again = Conformal.from_dict(conformal.to_dict())
     for level in (0.5, 0.9, 0.99):

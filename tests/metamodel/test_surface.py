@@ -56,6 +56,24 @@ def test_far_away_it_leaves_the_line_alone() -> None:
     assert np.abs(surface.predict(far)).max() < 1e-6
 
 
+@pytest.mark.parametrize("with_augmented", [False, True])
+def test_the_spread_is_one_among_the_trials_grows_away_from_them_and_never_passes_what_nothing_is_known_of(
+    with_augmented: bool,
+) -> None:
+    train, test = trials(200), trials(200, seed=1)
+    y = truth(train) + np.random.default_rng(2).normal(scale=0.1, size=200)
+    if with_augmented:
+        train, y = train.join(augment(trials(150, seed=3))), np.concatenate([y, truth(trials(150, seed=3)) + 0.3])
+    surface = Surface.fit(train, y, FEATURES)
+    assert np.median(surface.spread(test)) == pytest.approx(1.0, abs=0.15)
+    away = [np.median(surface.spread(Rows({**test.columns, "log_lr": test["log_lr"] + d}))) for d in (2.0, 4.0, 300.0)]
+    assert 1.1 < away[0] < away[1] < away[2]
+    most = np.sqrt(np.sum(surface.amplitudes**2) + surface.noise**2)
+    assert away[2] * surface._typical == pytest.approx(most, rel=1e-3)
+    assert surface.spread(test.take(np.zeros(200, dtype=bool))).shape == (0,)
+    assert Surface.from_arrays(surface.to_arrays()).spread(test).tolist() == surface.spread(test).tolist()
+
+
 def test_it_does_not_depend_on_the_order_of_the_rows_and_survives_a_file() -> None:
     train, test = trials(300), trials(50, seed=1)
     order = np.random.default_rng(3).permutation(300)
