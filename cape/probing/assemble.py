@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cape.probing import ops
-from cape.probing.intercept import Recorded, parameters_behind
+from cape.probing.intercept import Recorded
+from cape.probing.taps import parameters_behind
 from cape.probing.uses import LinearUse, wide
 
 

@@ -11,23 +11,22 @@ The mode runs in two phases: ``scan`` (two samples, twice: learns the batch layo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
 from cape.probing.layout import Layout, Sighting, Verdict, digits, first_rows, same_rows
 from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
+from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
 from cape.probing.uses import Use
 from cape.state import map_tensors
 
-GradSink = Callable[[Tensor], object]
 Handler = Callable[["Interceptor", Any, Sequence[Any], dict[str, Any]], Any]
 
 # Operator -> what it does with its parameters; the handler modules fill it.
@@ -57,68 +56,6 @@ class Recorded:
     pulled: Tensor | None = None
 
 
-class _Tap(torch.autograd.Function):
-    """Identity that reads the gradient of a tensor which autograd would otherwise not visit."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, sink: GradSink) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.sink = sink
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.sink(grads[0])
-        return None, None, None
-
-
-Back = Callable[[Tensor], Tensor]
-PullingSink = Callable[[Tensor], Tensor | None]
-
-
-class _Watched(torch.autograd.Function):
-    """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
-
-    ``back`` maps gradients [K, *output shape] to those of the data, [K, *data shape]: one operator for all cotangents,
-    where a batching rule would often copy or repeat. A sink that has done so already returns them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: PullingSink
-    ) -> Tensor:
-        ctx.back, ctx.sink = back, sink
-        return run()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        with torch._C.DisableTorchFunction():
-            (g,), rewrap = physical(*grads)
-            pulled = ctx.sink(g)
-            if not ctx.needs_input_grad[1]:
-                return None, None, None, None, None
-            return None, rewrap(ctx.back(g) if pulled is None else pulled), None, None, None
-
-
-class _Expand(torch.autograd.Function):
-    """A parameter expanded to the shape in which it meets the data; reads the gradient there."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, anchor: Tensor, shape: torch.Size, sink: GradSink) -> Tensor:
-        ctx.sink = sink
-        return p.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        ctx.sink(grads[0])
-        return None, None, None, None
-
-
-def _ignore(gradient: Any) -> None:
-    """Take a gradient that nobody needs."""
-
-
 class Interceptor(TorchFunctionMode):
     """The mode. ``verdicts`` is ``None`` while scanning, else one verdict per use.
 
@@ -139,7 +76,7 @@ class Interceptor(TorchFunctionMode):
         parameters: Sequence[nn.Parameter],
         batch_size: int,
         verdicts: list[Verdict] | None,
-        keep: Callable[[Tensor], None] = _ignore,
+        keep: Callable[[Tensor], None] = ignore,
         places: Mapping[int, int] | None = None,
     ) -> None:
         """Args: ``keep`` is told of a parameter before it is written into; ``places``: see ``out_of_order``."""
@@ -159,7 +96,7 @@ class Interceptor(TorchFunctionMode):
         self.in_backward = False
         self.level = 0  # of the backward pass's own vmap layer
         self.direct = False  # whether operators may pull gradients back themselves
-        self.on_gradient: Callable[[Recorded], None] = _ignore
+        self.on_gradient: Callable[[Recorded], None] = ignore
         self._derived: dict[int, Tensor] = {}
         self._filled: dict[int, Tensor] = {}  # tensors that data was written into
         self._cores: dict[int, tuple[Tensor, int]] = {}
@@ -322,10 +259,10 @@ class Interceptor(TorchFunctionMode):
             return run(*weights)
         arrival = self.register(use) if use is not None else None
         if back is not None and self.direct and state != "scan" and self.plain(data, *detached):
-            take = _ignore if arrival is None else arrival.take
+            take = ignore if arrival is None else arrival.take
             if arrival is not None:
                 arrival.recorded.pulls = data.requires_grad
-            return _Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
+            return Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
         y = run(*detached)
         self.tap(y, arrival.arrive if arrival is not None else None)
         return y
@@ -389,7 +326,7 @@ class Interceptor(TorchFunctionMode):
 
     def release(self) -> None:
         """Let go of every tensor: nodes of the graph hold the interceptor, and what it holds must not hold them."""
-        self.on_gradient = _ignore
+        self.on_gradient = ignore
         for held in (self.uses, self._compared, self._derived, self._filled, self._cores):
             held.clear()
 
@@ -405,13 +342,13 @@ class Interceptor(TorchFunctionMode):
         Without a sink (while scanning, or recomputing) ``y`` still requires a gradient, as it does while recording.
         """
         if not y.requires_grad:
-            _Tap.apply(y, self.anchor, sink or _ignore)
+            Tap.apply(y, self.anchor, sink or ignore)
         elif sink is not None:
             y.register_hook(sink)
 
     def expand(self, p: Tensor, shape: Sequence[int], sink: GradSink | None) -> Tensor:
         """Return a detached parameter expanded to ``shape``; ``sink`` receives the gradient there."""
-        return _Expand.apply(p.detach(), self.anchor, torch.Size(shape), sink or _ignore)
+        return Expand.apply(p.detach(), self.anchor, torch.Size(shape), sink or ignore)
 
     def _name(self, w: Tensor | None) -> Any:
         """Name a parameter, or a tensor derived from parameters, alike in every pass."""
@@ -426,30 +363,6 @@ class Interceptor(TorchFunctionMode):
         if w is None or id(w) in self.parameters:
             return set() if w is None else {id(w)}
         return {id(p) for p in parameters_behind([w], self.parameters)}
-
-
-def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
-    """Return the leaves that the autograd graph behind some tensors reaches."""
-    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
-    stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return list(found.values())
-
-
-def parameters_behind(roots: Iterable[Tensor | None], among: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that some tensors are, or that the autograd graph behind them still reaches."""
-    roots = [t for t in roots if t is not None]
-    reached = [*roots, *leaves_behind(roots)]
-    return list({id(t): among[id(t)] for t in reached if id(t) in among}.values())
 
 
 class _Arrival:

@@ -27,10 +27,11 @@ from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.fallback import fallback_norms
-from cape.probing.intercept import Interceptor, Recorded, leaves_behind
+from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import opened
 from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
+from cape.probing.taps import leaves_behind
 from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 

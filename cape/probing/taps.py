@@ -1,0 +1,98 @@
+"""Reading gradients off the autograd graph: functions that a gradient passes through, and what a graph reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from cape.probing.cotangents import physical
+
+GradSink = Callable[[Tensor], object]
+PullingSink = Callable[[Tensor], Tensor | None]
+Back = Callable[[Tensor], Tensor]
+
+
+class Tap(torch.autograd.Function):
+    """Identity that reads the gradient of a tensor which autograd would otherwise not visit."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, sink: GradSink) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.sink = sink
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.sink(grads[0])
+        return None, None, None
+
+
+class Watched(torch.autograd.Function):
+    """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
+
+    ``back`` maps gradients [K, *output shape] to those of the data, [K, *data shape]: one operator for all cotangents,
+    where a batching rule would often copy or repeat. A sink that has done so already returns them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: PullingSink
+    ) -> Tensor:
+        ctx.back, ctx.sink = back, sink
+        return run()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
+        with torch._C.DisableTorchFunction():
+            (g,), rewrap = physical(*grads)
+            pulled = ctx.sink(g)
+            if not ctx.needs_input_grad[1]:
+                return None, None, None, None, None
+            return None, rewrap(ctx.back(g) if pulled is None else pulled), None, None, None
+
+
+class Expand(torch.autograd.Function):
+    """A parameter expanded to the shape in which it meets the data; reads the gradient there."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, anchor: Tensor, shape: torch.Size, sink: GradSink) -> Tensor:
+        ctx.sink = sink
+        return p.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        ctx.sink(grads[0])
+        return None, None, None, None
+
+
+def ignore(gradient: Any) -> None:
+    """Take a gradient that nobody needs."""
+
+
+def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the leaves that the autograd graph behind some tensors reaches."""
+    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
+    stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return list(found.values())
+
+
+def parameters_behind(roots: Iterable[Tensor | None], among: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that some tensors are, or that the autograd graph behind them still reaches."""
+    roots = [t for t in roots if t is not None]
+    reached = [*roots, *leaves_behind(roots)]
+    return list({id(t): among[id(t)] for t in reached if id(t) in among}.values())
