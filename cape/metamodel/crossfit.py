@@ -61,12 +61,14 @@ def assign_datasets(rows: Rows) -> np.ndarray:
     return np.random.default_rng(0).permutation(int(index.max()) + 1)[index] % DATASET_FOLDS
 
 
-def folds_needed(rows: Rows, assigned: np.ndarray) -> int:
-    """Return how many folds give every family ``ENOUGH`` calibration trials; all of them where none do."""
-    count = int(assigned.max()) + 1
-    plain = ~rows.augmented
-    smallest = min((len(set(rows["trial_id"][plain & (rows["family"] == f)])) for f in rows.families), default=0)
-    return min(count, max(1, -(-ENOUGH * count // max(1, smallest))))
+def enough(rows: Rows, assigned: np.ndarray) -> np.ndarray:
+    """Return the folds [n] with those that a family of ``ENOUGH`` calibration trials has no need of as -1."""
+    out, count, plain = assigned.copy(), int(assigned.max()) + 1, ~rows.augmented
+    for family in rows.families:
+        mine = rows["family"] == family
+        trials = len(set(rows["trial_id"][mine & plain]))
+        out[mine & (assigned >= -(-ENOUGH * count // max(1, trials)))] = -1
+    return out
 
 
 def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
@@ -74,11 +76,11 @@ def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple
 
     NaN for all other rows; where there is no surface its log T* is NaN and the spread 1.
     """
-    data = design(rows.take(assigned != fold), preset, families)
     out = np.full((3, len(rows)), np.nan)
     left = np.flatnonzero(assigned == fold)
     unseen = rows.take(left)
     if len(unseen):
+        data = design(rows.take(assigned != fold), preset, families, needed=unseen.families)
         boosters = train_boosters(data, preset, needed=unseen.families)
         out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
         out[1, left] = smooth(margins(data.lines, unseen), data.surfaces, unseen)
@@ -89,9 +91,10 @@ def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple
 def out_of_fold(
     rows: Rows, assigned: np.ndarray, preset: Preset, families: Sequence[str], mapper: Mapper = map_here
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return out-of-fold log T* [n] and its spread [n]; NaN for augmented rows and for folds that are not needed."""
-    count = folds_needed(rows, assigned)
-    made = _joined(mapper(fold_parts, [(rows, assigned, preset, tuple(families), k) for k in range(count)]))
+    """Return out-of-fold log T* [n] and its spread [n]; NaN for rows of no fold."""
+    made = _joined(
+        mapper(fold_parts, [(rows, assigned, preset, tuple(families), k) for k in range(assigned.max() + 1)])
+    )
     return mix(made[0], made[1], np.array([preset.share(f) for f in rows["family"]])), made[2]
 
 

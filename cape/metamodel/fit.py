@@ -16,7 +16,7 @@ import numpy as np
 import cape
 from cape.errors import DataError, SpecError
 from cape.metamodel.artifact import MetaModel, check_out
-from cape.metamodel.crossfit import FOLDS, Mapper, assign_folds, map_here, out_of_fold, select
+from cape.metamodel.crossfit import FOLDS, Mapper, assign_folds, enough, map_here, out_of_fold, select
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal
 from cape.metamodel.presets import Preset, preset_named
@@ -76,7 +76,7 @@ def fit_table(
     if calibrate:
         used = rows if chosen.augmented else rows.take(~rows.augmented)
         assigned = assign_folds(used, min(FOLDS, trials), seed)
-        log_hat, spread = out_of_fold(used, assigned, chosen, families, mapper)
+        log_hat, spread = out_of_fold(used, enough(used, assigned), chosen, families, mapper)
         index = np.isfinite(log_hat) & used.reached
         known, log_hat, spread = used.take(index), log_hat[index], spread[index]
         errors = np.abs(log_steps(known["t_star"]) - log_hat) / spread

@@ -44,7 +44,8 @@ class Learned:
 
 def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return Matérn's correlation (ν = 5/2) of points [n, k] and [m, k] that are in length scales, float64 [n, m]."""
-    return _matern(_squares(a, b))[0]
+    squares = _squares(a, b)
+    return _matern(squares, *_distance_and_decay(squares))
 
 
 def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
@@ -55,9 +56,9 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
     from scipy.optimize import minimize
 
     count, k = z.shape
-    plain = 1.0 - augmented
-    parts = 2 if augmented.any() else 1
-    masks = [np.ones((count, count)), np.outer(plain, plain)][:parts]
+    plain = np.flatnonzero(~augmented)
+    who = [np.arange(count), plain][: 2 if augmented.any() else 1]  # the trials that each function counts in
+    parts = len(who)
     usual = 0.5 * np.log(2.0 * max(1, k))
     levels = np.log([AMPLITUDE, DEVIATION][:parts] + [NOISE, EXTRA][:parts])
     medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels])
@@ -72,22 +73,28 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         """Return -log p(y | θ) - log p(θ), less constants, and its gradient."""
         lengths, amplitudes, noises = split(theta)
-        scaled = [z / length for length in lengths]
-        kernels = [_matern(_squares(x, x)) for x in scaled]
-        masked = [variance * mask for variance, mask in zip(amplitudes**2, masks, strict=True)]
-        covariances = [m * value for m, (value, _) in zip(masked, kernels, strict=True)]
-        total = sum(covariances[1:], start=covariances[0].copy())
+        total = np.zeros((count, count))
+        functions = []
+        for index, length, amplitude in zip(who, lengths, amplitudes, strict=True):
+            x = z[index] / length
+            squares = _squares(x, x)
+            distance, decay = _distance_and_decay(squares)
+            covariance = _matern(squares, distance, decay)
+            covariance *= amplitude**2
+            total[np.ix_(index, index)] += covariance
+            functions.append((index, x, covariance, amplitude**2 * _slope(distance, decay)))
         variances = noises[:, None] ** 2 * noisy
         total.flat[:: count + 1] += variances.sum(axis=0) + _JITTER
         fitted, inverse, half_log_determinant = _solve(total, y)
         far = theta - medians
         value = 0.5 * float(y @ fitted) + half_log_determinant + 0.5 * float(far @ far)
         pull = np.outer(fitted, fitted) - inverse  # the gradient by θ is -½ tr(pull · dK/dθ)
-        by_length = []
-        for x, m, (_, slope) in zip(scaled, masked, kernels, strict=True):
-            along = pull * m * slope
-            by_length.append((x * (along @ x)).sum(axis=0) - along.sum(axis=1) @ x**2)
-        by_amplitude = [-np.sum(pull * covariance) for covariance in covariances]
+        by_length, by_amplitude = [], []
+        for index, x, covariance, slope in functions:
+            mine = pull[np.ix_(index, index)]
+            by_amplitude.append(-np.vdot(mine, covariance))
+            slope *= mine
+            by_length.append((x * (slope @ x)).sum(axis=0) - slope.sum(axis=1) @ x**2)
         gradient = np.concatenate([*by_length, by_amplitude, -variances @ np.diag(pull)])
         return value, gradient + far
 
@@ -100,11 +107,11 @@ def _solve(covariance: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Return K⁻¹y, K⁻¹ and ½·log|K| of a positive definite K."""
     from scipy.linalg import lapack
 
-    factor, failed = lapack.dpotrf(covariance, lower=1)
+    factor, failed = lapack.dpotrf(covariance, lower=1, clean=1)
     if failed:
         raise np.linalg.LinAlgError("The covariance of the trials is not positive definite.")
     inverse, _ = lapack.dpotri(factor, lower=1)
-    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    inverse += np.tril(inverse, -1).T  # dpotri leaves the upper triangle of dpotrf, which is zero
     return inverse @ y, inverse, float(np.log(np.diag(factor)).sum())
 
 
@@ -112,8 +119,24 @@ def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2.0 * (a @ b.T), 0.0)
 
 
-def _matern(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the correlation at squared distances, and -2 times its derivative by them."""
+def _distance_and_decay(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return √5·d and exp(-√5·d) for squared distances d²."""
     distance = np.sqrt(5.0 * squares)
-    decay = np.exp(-distance)
-    return (1.0 + distance + distance**2 / 3.0) * decay, 5.0 / 3.0 * (1.0 + distance) * decay
+    return distance, np.exp(-distance)
+
+
+def _matern(squares: np.ndarray, distance: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """Return (1 + √5·d + 5d²/3)·exp(-√5·d)."""
+    out = 5.0 / 3.0 * squares
+    out += distance
+    out += 1.0
+    out *= decay
+    return out
+
+
+def _slope(distance: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """Return -2 times the derivative of the correlation by d²; overwrites both arguments."""
+    distance += 1.0
+    decay *= 5.0 / 3.0
+    decay *= distance
+    return decay

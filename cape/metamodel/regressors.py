@@ -72,8 +72,12 @@ class Design:
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
-def design(rows: Rows | Any, preset: Preset, families: Sequence[str]) -> Design:
-    """Return the design of the rows that a preset fits on; raises ``DataError`` where there are none."""
+def design(rows: Rows | Any, preset: Preset, families: Sequence[str], needed: Collection[str] | None = None) -> Design:
+    """Return the design of the rows that a preset fits on, with surfaces of the ``needed`` families only, or of all.
+
+    Raises:
+        DataError: no row has a T*.
+    """
     rows = as_rows(rows)
     if not preset.augmented:
         rows = rows.take(~rows.augmented)
@@ -93,7 +97,7 @@ def design(rows: Rows | Any, preset: Preset, families: Sequence[str]) -> Design:
     margin = margins(lines, rows)
     surfaces: dict[str, Surface] = {}
     if lines:
-        having = [f for f in families if preset.share(f)]
+        having = [f for f in families if preset.share(f) and (needed is None or f in needed)]
         surfaces = fit_surfaces(rows, y - margin, preset.features, having, censored, AFT_SCALE)
     x = rows.matrix(preset.features, families)
     return Design(x, y, weight, codes, rows.trials, censored, margin, tuple(families), lines, surfaces)

@@ -15,7 +15,7 @@ from authors import FAMILIES, reference, rows
 
 from cape.errors import DataError, SpecError, StoreError
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
-from cape.metamodel.crossfit import assign_folds, folds_needed, select
+from cape.metamodel.crossfit import assign_folds, enough, select
 from cape.metamodel.fit import fit, fit_table
 from cape.metamodel.line import POOLED
 from cape.metamodel.presets import PRESETS, SHARES, SIZES, STRUCTURES
@@ -59,9 +59,14 @@ def test_folds_leave_out_whole_plain_trials_of_each_family(sample: Rows) -> None
 
 
 def test_many_trials_need_few_folds(sample: Rows) -> None:
-    assert folds_needed(sample, assign_folds(sample, 10)) == 5  # 1,080 MLP trials: 108 a fold
+    assigned = assign_folds(sample, 10)
+    needed = enough(sample, assigned)
+    for family, folds in (("mlp", 5), ("rnn", 3)):  # 1,080 and 1,800 trials: 108 and 180 a fold
+        mine = sample["family"] == family
+        assert set(needed[mine]) == {-1, *range(folds)}
+        assert (needed[mine] == np.where(assigned[mine] < folds, assigned[mine], -1)).all()
     few = sample.take(np.arange(len(sample)) % 8 == 0)
-    assert folds_needed(few, assign_folds(few, 10)) == 10
+    assert (enough(few, assign_folds(few, 10)) == assign_folds(few, 10)).all()
 
 
 def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, model: MetaModel) -> None:
