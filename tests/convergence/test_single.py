@@ -56,7 +56,7 @@ def test_equals_the_plain_loop(digits: Batch, dropout: float, lr: float) -> None
     expected = plain_loop(model, digits, lr, result.stopped_at, seed=11)
     np.testing.assert_allclose(result.losses, expected, rtol=1e-4)
     assert result.stop_reason == "reached"
-    assert result.l0 == expected[0]
+    assert result.l0 == pytest.approx(expected[0], rel=1e-6)  # to rounding: on some CPUs the last bit differs
     for epsilon in (0.1, 0.15, 0.2):
         assert result.t_star[epsilon] == next(t for t, v in enumerate(expected) if v <= epsilon * expected[0])
         assert result.reached(epsilon)
