@@ -5,9 +5,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cape/conv_arguments.h>
 #include <cape/kernels.h>
 
+#include "../conv_arguments.h"
 #include "form.h"
 #include "scratch.h"
 

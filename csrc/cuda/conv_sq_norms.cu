@@ -7,9 +7,9 @@
 
 #include <string>
 
-#include <cape/conv_arguments.h>
 #include <cape/conv_sq_norms.cuh>
 
+#include "../conv_arguments.h"
 #include "launch.h"
 
 namespace {
