@@ -10,7 +10,7 @@ regressors"; Smola & Schölkopf 2000): exact where there are no more trials than
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -126,9 +126,7 @@ class Surface:
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return what to add to the line of plain trials, in log T*, float64 [n]."""
-        z = np.nan_to_num((term_values(rows, self.features) - self.centre) / self.scale)
-        parts = [self._kernels(z[i : i + _CHUNK]) @ self.weight for i in range(0, len(z), _CHUNK)]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        return self._by_chunk(rows, lambda z: self._kernels(z) @ self.weight)
 
     def spread(self, rows: Rows) -> np.ndarray:
         """Return how uncertain a trial's log T* is, float64 [n]: about 1 among the points, more away from them.
@@ -136,9 +134,12 @@ class Surface:
         It is the posterior standard deviation (with the noise) given some of the points alone, over its median at the
         plain ones when each is left out.
         """
+        return self._by_chunk(rows, self._deviation) / self._typical
+
+    def _by_chunk(self, rows: Rows, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Return a function of the standardized features [m, k] over all rows, a part at a time: float64 [n]."""
         z = np.nan_to_num((term_values(rows, self.features) - self.centre) / self.scale)
-        parts = [self._deviation(z[i : i + _CHUNK]) for i in range(0, len(z), _CHUNK)]
-        return np.concatenate(parts) / self._typical if parts else np.zeros(0)
+        return np.concatenate([np.zeros(0), *(function(z[i : i + _CHUNK]) for i in range(0, len(z), _CHUNK))])
 
     @cached_property
     def _witnesses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
