@@ -29,7 +29,7 @@ def test_the_gradient_is_exact(augmented: float, monkeypatch: pytest.MonkeyPatch
     minimize = scipy.optimize.minimize
 
     def spy(loss: Any, start: np.ndarray, **options: Any) -> Any:
-        seen.update(loss=loss, start=start)
+        seen.update(loss=lambda theta: loss(theta, *options["args"]), start=start)
         return minimize(loss, start, **options)
 
     monkeypatch.setattr(scipy.optimize, "minimize", spy)
