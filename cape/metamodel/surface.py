@@ -20,14 +20,14 @@ from cape.metamodel import process
 from cape.metamodel.line import term_values
 from cape.metamodel.rows import Rows
 
-POINTS = (600, 300)
-"""Plain and augmented trials that the kernel is centred on, at most; a prediction costs as many kernel values."""
+POINTS = (600, 900)
+"""Plain trials, and trials of both kinds, that the kernel is centred on, at most; a prediction costs as many values."""
 
-LEARNED_FROM = (400, 200)
-"""Plain and augmented trials that the length scales are learned from, at most: more cost their cube."""
+LEARNED_FROM = (400, 600)
+"""Plain trials, and trials of both kinds, that the length scales are learned from, at most: more cost their cube."""
 
-WITNESSES = (300, 100)
-"""Plain and augmented points that the spread is judged by, at most."""
+WITNESSES = (300, 400)
+"""Plain points, and points of both kinds, that the spread is judged by, at most."""
 
 FEWEST_TRIALS = 20
 """Trials from which a family has a surface."""
@@ -47,7 +47,7 @@ class Surface:
     Attributes:
         features: names [k]. centre, scale: of the features, float64 [k].
         points: standardized features of the trials that the kernels are centred on, float64 [m, k], plain ones first;
-            each is a float32, which is how a file holds it.
+            each is a float16, which is how a file holds it: a centre is as good a little beside its trial.
         lengths: float64 [1 or 2, k]. amplitudes: float64 [1 or 2]. weight: float64 [m + the deviation's points].
         noise: learned standard deviation of a trial's log T* around the surface. extra: what an augmented trial's has
             beside it.
@@ -97,7 +97,7 @@ class Surface:
         some = _first(able, augmented, LEARNED_FROM)
         learned = process.learn(z[some], known[some] / crossed[some], augmented[some])
         chosen = _first(order, augmented, POINTS)
-        points = z[chosen].astype(np.float32).astype(np.float64)
+        points = z[chosen].astype(np.float16).astype(np.float64)
         deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
         weight = np.zeros(len(points) + deviating)
         made = cls(
@@ -173,7 +173,7 @@ class Surface:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
         arrays = {name: getattr(self, name) for name in ("centre", "scale", "lengths", "amplitudes", "weight")}
         noises = np.array([self.noise, self.extra])
-        points = self.points.astype(np.float32)
+        points = self.points.astype(np.float16)
         return {"features": np.array(self.features, dtype=np.str_), "points": points, "noises": noises, **arrays}
 
     @classmethod
@@ -279,5 +279,6 @@ def _expected_above(least: np.ndarray, mean: np.ndarray, sigma: float) -> np.nda
 
 
 def _first(order: np.ndarray, augmented: np.ndarray, most: tuple[int, int]) -> np.ndarray:
-    """Return the first plain and the first augmented trials of an order, so many at most."""
-    return np.concatenate([order[augmented[order] == mark][:n] for mark, n in enumerate(most)])
+    """Return the first plain trials of an order, ``most[0]`` at most, and augmented ones up to ``most[1]`` in all."""
+    plain = order[~augmented[order]][: most[0]]
+    return np.concatenate([plain, order[augmented[order]][: most[1] - len(plain)]])
