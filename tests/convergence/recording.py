@@ -1,8 +1,8 @@
 """CUDA graphs emulated on a CPU: operators are recorded with the tensors they had, and run again on the same tensors.
 
 As with a real graph, a capture changes nothing, a replay reads and writes the memory of the capture whatever Python has
-done since, numbers that Python computed are fixed, and no value may reach the host. Unlike there, memory that a step
-frees is never used for another tensor.
+done since, numbers that Python computed are fixed, and no value may reach the host. A graph's own memory is used again
+for other tensors, so that nothing in it lasts from one replay to the next: here it is spoilt before each.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 _TO_HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
+_aten = torch.ops.aten
+_NO_LAUNCH = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
+
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Recorder(TorchDispatchMode):
@@ -27,6 +34,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._refused = refused
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self.own: list[Tensor] = []  # memory that the captured work has asked for
         self.before: list[tuple[Tensor, Tensor]] = []  # what an operator has written over, and its values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,6 +48,8 @@ class _Recorder(TorchDispatchMode):
                 self.before += [(tensor, tensor.detach().clone()) for tensor in _tensors(value)]
         result = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, _tensors(result)))
+        given = {_memory(tensor) for tensor in _tensors([args, kwargs])}
+        self.own += [tensor for tensor in _tensors(result) if _memory(tensor) not in given]
         return result
 
     @staticmethod
@@ -80,7 +90,11 @@ class RecordedGraph:
     def replay(self) -> None:
         self.replays += 1
         with torch.inference_mode(False), torch._C._AutoDispatchBelowAutograd():
+            for tensor in self._recorder.own:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 101)
             for func, args, kwargs, results in self._recorder.operations:
+                if func.overloadpacket in _NO_LAUNCH:
+                    continue
                 for held, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
                     if held.data_ptr() != new.data_ptr():
                         held.copy_(new)
