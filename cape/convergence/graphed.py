@@ -30,10 +30,10 @@ from cape.state import has_hooks
 
 _LOG = logging.getLogger(__name__)
 
-# Looks of the host (each one step or more) before the same step is captured. A capture costs about three steps: one
-# that launches into the graph, its instantiation, and memory that is asked for anew. Nobody knows how many steps are
-# ahead; who pays once as much has been spent without it never spends more than twice what hindsight would have. These
-# steps are also the warm-up that a capture needs.
+# Looks of the host (each one step or more) before the same step is captured. A capture is reckoned (not measured) at
+# about three steps: launches into the graph, its instantiation, and memory that is asked for anew. Nobody knows
+# how many steps are ahead; who pays once as much has been spent without it never spends more than twice what hindsight
+# would have. These steps are also the warm-up that a capture needs.
 LOOKS_BEFORE_CAPTURE = 4
 
 _enabled: ContextVar[bool] = ContextVar("cape_graphs", default=True)

@@ -114,7 +114,7 @@ def measure(
         torch.enable_grad(),
         handed_over(side_stream(device)),
     ):
-        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision)
+        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision, read_every or 32)
         seconds, step_seconds = _follow(run, scan, read_every)
     return trajectory_of(scan, seconds, step_seconds)
 
@@ -165,6 +165,7 @@ class _Run:
         parameters: list[nn.Parameter],
         lr: float,
         precision: str,
+        most: int,
     ) -> None:
         self.model, self.x, self.y, self.criterion = model.train(), x, y, criterion
         self.device = parameters[0].device
@@ -174,8 +175,10 @@ class _Run:
         # Measured on CPU, MLPs of width 128 to 1024, B = 32: fused 1.3-1.6 times as fast a step as foreach.
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused)
-        self._no_graph = _no_graph(criterion, parameters, fused)
         self.loss = self._forward(check=True)
+        # float64 holds every loss exactly, whatever the model's dtype.
+        self._losses = torch.empty(most, dtype=torch.float64, device=self.device)
+        self._no_graph = _no_graph(criterion, parameters, fused)
 
     def _forward(self, check: bool = False) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
@@ -186,41 +189,54 @@ class _Run:
             self.criterion.check(outputs.detach().nan_to_num() if isinstance(outputs, Tensor) else outputs, self.y)
         return self.criterion.mean(outputs, self.y)
 
-    def update(self) -> Tensor:
-        """Make one update and return the loss after it, detached, on the device."""
-        self.back()
+    def repeated(self) -> RepeatedStep | None:
+        """Return steps that a graph may replay, or None on a device that has none.
+
+        The caller holds them: the run itself would close a circle, and a graph's memory would wait for the collector.
+        """
+        maker = graph_maker(self.device)
+        if maker is None:
+            return None
+        return RepeatedStep(
+            self._step, maker, name=type(self.model).__name__, rows=len(self._losses), columns=1, device=self.device,
+            model=self.model, unless=self._no_graph,
+        )  # fmt: skip
+
+    def updates(self, count: int, repeated: RepeatedStep | None) -> Tensor:
+        """Make some updates and return the loss after each, float64 [count], on the device."""
+        if repeated is None:
+            for i in range(count):
+                self._losses[i] = self._update()
+            return self._losses[:count]
+        if self.loss.requires_grad:  # L_0 is at hand; from here on a step begins with its forward pass
+            self._back()
+            self.loss = self.loss.detach()
+        return repeated.run(count)[:, 0]
+
+    def _update(self) -> Tensor:
+        """Make one update and return the loss after it, detached."""
+        self._back()
         self.loss = self._forward()
         return self.loss.detach()
 
-    def back(self) -> None:
+    def _step(self, for_capture: bool = False) -> Tensor:
+        """Return the next loss, detached, and make the update after it: ``_update`` cut at another place.
+
+        From forward to update a step needs nothing that another has left, so that a graph can replay it.
+        """
+        self._optimizer.zero_grad(set_to_none=True)  # a capture that broke off would leave some
+        self.loss = self._forward()
+        self._back()
+        self.loss = self.loss.detach()
+        return self.loss
+
+    def _back(self) -> None:
         """Go back through the loss at hand and update the parameters."""
         self.loss.backward()
         if self.device.type == "cuda":  # AdamW wants the flag in a capture, and complains of it elsewhere
             self._optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-
-    def step(self, for_capture: bool = False) -> Tensor:
-        """Return the loss at hand's successor, detached, and go back through it: ``update`` cut at another place.
-
-        A step from forward to update needs nothing that another has left, so that a graph can replay it.
-        """
-        self._optimizer.zero_grad(set_to_none=True)  # a capture that broke off would leave some
-        self.loss = self._forward()
-        loss = self.loss.detach()
-        self.back()
-        self.loss = loss
-        return loss
-
-    def repeated(self, rows: int) -> RepeatedStep | None:
-        """Return ``step`` as one that a graph may replay, or None where no device would be faster so."""
-        maker = graph_maker(self.device)
-        if maker is None:
-            return None
-        return RepeatedStep(
-            self.step, maker, name=type(self.model).__name__, rows=rows, columns=1, device=self.device,
-            model=self.model, unless=self._no_graph,
-        )  # fmt: skip
 
 
 def _no_graph(criterion: Loss, parameters: list[nn.Parameter], fused: bool) -> str | None:
@@ -244,23 +260,13 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     updates = 0
     timed: list[float] = []
     seconds = time.perf_counter() - began
-    rows = read_every or 32
-    # float64 holds every loss exactly, whatever the model's dtype.
-    buffer = torch.empty(rows, dtype=torch.float64, device=run.device)
-    repeated = run.repeated(rows)
-    if repeated is not None:
-        run.back()  # from here on a step begins with its forward pass
+    repeated = run.repeated()
     while not ended or (scan.stop_reason != "diverged" and len(timed) < _TIMED_UPDATES):
         chunk = read_every or (1 if run.device.type == "cpu" else min(32, max(4, updates // 4)))
         start = time.perf_counter()
-        if repeated is not None:
-            buffer = repeated.run(chunk)[:, 0]
-        else:
-            for i in range(chunk):
-                buffer[i] = run.update()
-        losses = buffer[:chunk].cpu().numpy()  # the one synchronization
+        losses = run.updates(chunk, repeated).cpu().numpy()  # the one synchronization
         stop = time.perf_counter()
-        if updates >= _WARMUP_UPDATES and not (repeated is not None and repeated.captured):
+        if updates >= _WARMUP_UPDATES and not (repeated and repeated.captured):
             timed += [(stop - start) / chunk] * chunk
         updates += chunk
         if not ended:

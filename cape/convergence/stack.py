@@ -96,8 +96,8 @@ class StackedAdamW:
     def step_each(self, parameters: Sequence[StackedParameter]) -> None:
         """Do what ``step`` does, bit for bit, by one call for each trial: which one has which learning rate is data.
 
-        A graph of these calls is right for any trials that come into the slots later. Replayed, a trial's call costs
-        the device some 2 microseconds.
+        A graph of these calls is right for any trials that come into the slots later; it has a launch for each trial
+        where ``step`` has one for some dozen tensors.
         """
         for slot in range(self._width):
             lists = _no_rows()

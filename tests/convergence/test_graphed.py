@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -301,17 +303,33 @@ def test_a_step_finds_its_row_and_a_new_width_a_new_graph(graphs: list[RecordedG
     assert asked == 2 * ([False] * sum(warm[:-1]) + [True] * warm[-1] + [True])
 
 
-def test_a_graph_and_its_memory_go_with_the_width(graphs: list[RecordedGraph]) -> None:
-    import weakref
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
-    repeated = RepeatedStep(
-        lambda _: torch.zeros(3), RecordedGraph, name="x", rows=1, columns=3, device=torch.device("cpu")
-    )
+
+def test_no_graph_outlives_what_it_trains(graphs: list[RecordedGraph], no_collector: None) -> None:
+    """Its memory is that of a whole step, and must not wait for Python's collector."""
+    follow(model())
+    together(uneven("mlp"), width=3)
+    together(uneven("resnet"), width=3)
+    held = [weakref.ref(graph) for graph in graphs]
+    assert len(held) >= 5
+    graphs.clear()
+    assert not [graph for graph in held if graph() is not None]
+
+
+def test_a_graph_goes_with_its_width(graphs: list[RecordedGraph], no_collector: None) -> None:
+    losses = torch.zeros(3)
+    repeated = RepeatedStep(lambda _: losses * 1.0, RecordedGraph, name="x", rows=1, columns=3, device=losses.device)
     for _ in range(LOOKS_BEFORE_CAPTURE + 1):
         repeated.run(1, 3)
     held = weakref.ref(graphs.pop())
     assert held() is not None and repeated.captured
-    repeated._step = lambda _: torch.zeros(2)
+    losses = losses[:2]
     repeated.run(1, 2)
     assert held() is None and not repeated.captured
 
