@@ -61,6 +61,7 @@ class StackedAdamW:
         self._rates = torch.zeros(capacity, dtype=dtype, device=device)
         self._steps = torch.zeros(capacity, dtype=torch.float32, device=device)
         self._lists: dict[int, list[tuple[int, _Rows]]] = {}
+        self._each: dict[int, list[_Rows]] = {}  # by slot: the same rows whoever is in it
         self._width = 0
 
     def load(self, slot: int, lr: float) -> None:
@@ -99,10 +100,12 @@ class StackedAdamW:
         A graph of these calls is right for any trials that come into the slots later; it has a launch for each trial
         where ``step`` has one for some dozen tensors.
         """
+        rows = self._each.setdefault(id(parameters[0]), [])
+        for slot in range(len(rows), self._width):
+            rows.append(_no_rows())
+            self._add_rows(rows[slot], parameters, slot)
         for slot in range(self._width):
-            lists = _no_rows()
-            self._add_rows(lists, parameters, slot)
-            _fused(lists, self._rates[slot])
+            _fused(rows[slot], self._rates[slot])
 
     def _rows(self, parameters: Sequence[StackedParameter]) -> list[tuple[int, _Rows]]:
         """Return the rows of all trials by learning rate, with a slot that has it."""

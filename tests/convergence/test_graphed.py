@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import random
 import weakref
@@ -368,6 +369,18 @@ def test_the_emulation_lets_nothing_last_in_a_graphs_own_memory(graphs: list[Rec
     first = LOOKS_BEFORE_CAPTURE + 1.0
     assert found(follows)[-2:] == [first, first]
     assert all(np.isnan(found(lambda _: torch.empty(1))[-2:]))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_torch_has_what_a_graph_asks_of_it() -> None:
+    """Some of it is private to torch and used only where a capture fails: it must not be missing then."""
+    graph = inspect.signature(torch.cuda.graph.__init__)
+    graph.bind(None, None, pool=(0, 1), stream=None, capture_error_mode="thread_local")
+    assert all(callable(getattr(torch._C, f"_cuda_{name}Pool")) for name in ("endAllocateTo", "release"))
+    generator = torch.Generator
+    assert callable(generator.clone_state) and callable(generator.graphsafe_set_state)
+    for form in ("default", "tensor_lr"):
+        assert form in torch.ops.aten._fused_adamw_.overloads()
 
 
 def on_gpu(trials: list[Subject]) -> list[Subject]:
