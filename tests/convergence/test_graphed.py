@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import random
 import weakref
@@ -22,7 +21,7 @@ from cape.convergence import stack as stack_module
 from cape.convergence import training as training_module
 from cape.convergence import vmapped as vmapped_module
 from cape.convergence.draws import CounterDraws
-from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, CudaGraph, RepeatedStep, use_graphs
+from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, use_graphs
 from cape.convergence.training import Live
 from tests.convergence.recording import RecordedGraph
 from tests.convergence.test_batched import CHAINS, RECURRENT, VMAPPED, losses, subjects, together
@@ -189,7 +188,7 @@ def test_a_short_trajectory_pays_for_no_graph(graphs: list[RecordedGraph]) -> No
     assert not graphs
 
 
-class _Reading(nn.Linear):
+class Reading(nn.Linear):
     """Looks at a value of its own while it computes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +235,7 @@ class _Noisy(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (lambda: _Reading(64, 10), "not permitted when stream is capturing"),
+        (lambda: Reading(64, 10), "not permitted when stream is capturing"),
         (lambda: _Annealed(64, 10), "changes something on the host"),
         (_Moving, "changes something on the host"),
         (lambda: _Skipping(64, 10), "changes something on the host"),
@@ -369,112 +368,3 @@ def test_the_emulation_lets_nothing_last_in_a_graphs_own_memory(graphs: list[Rec
     first = LOOKS_BEFORE_CAPTURE + 1.0
     assert found(follows)[-2:] == [first, first]
     assert all(np.isnan(found(lambda _: torch.empty(1))[-2:]))
-
-
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
-def test_torch_has_what_a_graph_asks_of_it() -> None:
-    """Some of it is private to torch and used only where a capture fails: it must not be missing then."""
-    graph = inspect.signature(torch.cuda.graph.__init__)
-    graph.bind(None, None, pool=(0, 1), stream=None, capture_error_mode="thread_local")
-    assert all(callable(getattr(torch._C, f"_cuda_{name}Pool")) for name in ("endAllocateTo", "release"))
-    generator = torch.Generator
-    assert callable(generator.clone_state) and callable(generator.graphsafe_set_state)
-    for form in ("default", "tensor_lr"):
-        assert form in torch.ops.aten._fused_adamw_.overloads()
-
-
-def on_gpu(trials: list[Subject]) -> list[Subject]:
-    return [
-        Subject(t.model.cuda(), (t.batch[0].cuda(), t.batch[1].cuda()), t.lr, t.epsilons, t.stopping, t.seed)
-        for t in trials
-    ]
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaGraph]]:
-    """The real graphs, once for each replay."""
-    seen: list[CudaGraph] = []
-    replay = CudaGraph.replay
-
-    def counted(self: CudaGraph) -> None:
-        seen.append(self)
-        replay(self)
-
-    monkeypatch.setattr(CudaGraph, "replay", counted)
-    monkeypatch.setattr(graphed_module, "_refused", set())
-    yield seen
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", list(SPECS))
-def test_cuda_graphs_make_the_same_trajectories(name: str, precision: str, replays: list[CudaGraph]) -> None:
-    if precision == "bf16" and name in RECURRENT:
-        pytest.skip("a recurrent model has no stack in bf16")
-    trials = on_gpu(uneven(name, stretch=4))
-    replayed = together(trials, width=3, precision=precision)
-    assert len(replays) > 40 and len(set(replays)) >= 2
-    with use_graphs(False):
-        plain = together(trials, width=3, precision=precision)
-    same(replayed, plain)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_measure_is_the_same_with_a_cuda_graph(precision: str, replays: list[CudaGraph]) -> None:
-    (trial,) = on_gpu(subjects(CHAINS["mlp"], 1, batch=32))
-    trained, state = model().cuda(), torch.cuda.get_rng_state()
-    before = {name: value.clone() for name, value in trained.state_dict().items()}
-
-    def run() -> Trajectory:
-        stopping = StoppingRule(max_steps=150)
-        return measure(trained, trial.batch, epsilons=(1e-6,), stopping=stopping, seed=5, precision=precision)
-
-    replayed = run()
-    assert len(replays) > 80 and np.isfinite(replayed.step_seconds)
-    assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
-    with use_graphs(False):
-        np.testing.assert_array_equal(replayed.losses, run().losses)  # dropout included: the same masks
-
-
-@pytest.mark.gpu
-def test_a_capture_that_cuda_refuses_is_said_once_and_the_steps_go_on(
-    replays: list[CudaGraph], caplog: pytest.LogCaptureFixture
-) -> None:
-    (trial,) = on_gpu(subjects(CHAINS["mlp"], 1, batch=32))
-    torch.manual_seed(0)
-    odd = nn.Sequential(nn.Dropout(0.3), _Reading(64, 10)).cuda()
-
-    def run() -> Trajectory:
-        return measure(odd, trial.batch, epsilons=(1e-6,), stopping=StoppingRule(max_steps=120), seed=5)
-
-    with caplog.at_level(logging.WARNING, logger="cape"):
-        found = run()
-        run()
-    assert not replays and len(caplog.records) == 1 and "without a CUDA graph" in caplog.text
-    with use_graphs(False):
-        np.testing.assert_array_equal(found.losses, run().losses)
-    # The allocator is as it was: what is freed can be given back, and another graph is captured.
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved()
-    block = torch.empty(2**28, device="cuda")
-    del block
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == held
-    together(on_gpu(uneven("mlp", stretch=4)), width=3)
-    assert replays
-
-
-@pytest.mark.gpu
-def test_the_memory_of_graphs_is_given_back(replays: list[CudaGraph]) -> None:
-    trials = on_gpu(uneven("resnet", batch=32, stretch=4))
-    together(trials, width=3)
-    replays.clear()
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved()
-    together(trials, width=3)
-    assert len(set(replays)) >= 2
-    replays.clear()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= held
