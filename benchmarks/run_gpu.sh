@@ -31,3 +31,5 @@ $python -m benchmarks.calibrate --json "$out/calibration_cuda.json"
 $python -m benchmarks.roofline --json "$out/roofline_cuda.json"
 $python -m benchmarks.probe --device cuda --json "$out/probe_cuda.json"
 $python -m benchmarks.truth --device cuda --json "$out/truth_cuda.json"
+# The same units without graphs, for their share in it.
+$python -m benchmarks.truth --device cuda --only compared --no-graphs --json "$out/truth_cuda_no_graphs.json"

@@ -1,7 +1,7 @@
 """What ground truth costs: rows per second of three ways, and the time to make the paper's rows again.
 
     python -m benchmarks.truth --device cpu --json results.json [--seconds 80] [--families mlp rnn] [--sizes 32]
-        [--only compared|whole] [--compare 3] [--repeat 3]
+        [--only compared|whole] [--compare 3] [--repeat 3] [--no-graphs]
     python -m benchmarks.truth --json results.json --rows META_DIR ... [--workers 2]     (from the rows of a sweep)
 
 The ways: ``naive`` (the published code's, see ``benchmarks.naive``), ``plain`` (the single engine with CAPE's probe)
@@ -38,6 +38,7 @@ from benchmarks.timing import interleave, machine, synchronize, write_json
 from cape import datasets, families
 from cape.config import ModelSpec, StoppingRule, SweepSpec, TrialSpec, canonical_json, stable_hash
 from cape.convergence import Subject, measure, measure_many
+from cape.convergence.graphed import use_graphs
 from cape.families.rnn import RecurrentNet
 from cape.sweep.plan import Plan
 from cape.trial import draw_model, run_trials
@@ -259,11 +260,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no further unit after this time")
     parser.add_argument("--rows", nargs="+", metavar="META_DIR", help="extrapolate from these rows, and nothing else")
     parser.add_argument("--workers", type=int, default=2, help="of the sweep that wrote --rows")
+    parser.add_argument("--no-graphs", action="store_true", help="steps one by one on a GPU too, to compare with")
     parser.add_argument("--peak", action="store_true", help="the share of the device's peak, of --families, alone")
     args = parser.parse_args()
+    with use_graphs(not args.no_graphs):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     args.data = datasets.data_root(args.data)
     path = Path(args.json)
-    result = json.loads(path.read_text()) if path.is_file() else {"machine": machine(args.device), "units": {}}
+    fresh = {"machine": machine(args.device), "graphs": not args.no_graphs, "units": {}}
+    result = json.loads(path.read_text()) if path.is_file() else fresh
+    if result.get("graphs", True) == args.no_graphs:
+        held = "with" if args.no_graphs else "without"
+        raise SystemExit(f"{path} holds results {held} graphs; name another file.")
     began, left = time.perf_counter(), 0
     if args.peak:
         for about in peak(args.device, args.families, result.get("peak", {})):

@@ -102,6 +102,12 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
             kept.restore()
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether code of the caller's runs within a forward or backward pass of a model."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(m, table) for m in model.modules() for table in tables)
+
+
 def call(model: nn.Module, x: Inputs) -> Any:
     """Return ``model(x)``; a tuple or list of inputs is unpacked, a mapping becomes keyword arguments."""
     if isinstance(x, Mapping):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from torch import nn
 
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec, canonical_json
-from cape.convergence import Outcome, Subject, Trajectory, measure_many
-from cape.convergence.batched import measure_singly, out_of_memory, plain_step_seconds
+from cape.convergence import Outcome, Subject, Trajectory
+from cape.convergence.batched import measure_in_lane, measure_singly, out_of_memory, plain_step_seconds
 from cape.convergence.convert import Unstackable
-from cape.convergence.engine import same_bits, single_because
+from cape.convergence.engine import lanes_for, same_bits, single_because
 from cape.convergence.stacked_probe import probe_many, probed_together
+from cape.convergence.streams import take_turns
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.memory import kept_memory
 from cape.probing import Features, probe
@@ -84,8 +85,13 @@ def run_trials(
                 # Where the choice of the model fails there is nothing to share.
                 alike = number if drawn.spec is None or engine == "single" else _key(drawn, device)
                 groups.setdefault(alike, []).append(drawn)
+            by_lanes: dict[int, list[Callable[[int], Iterator[list[Row] | None]]]] = {}
             for group in groups.values():
-                yield from _run_alike(group, device, sweep_hash, engine, begun)
+                lanes = 1 if engine == "single" else lanes_for(len(group), device)
+                run = partial(_run_alike, group, device, sweep_hash, engine, begun, lanes)
+                by_lanes.setdefault(lanes, []).append(run)
+            for lanes, runs in by_lanes.items():
+                yield from take_turns(runs, lanes)
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,17 @@ def _run_alike(
     sweep_hash: str,
     engine: str,
     begun: Callable[[TrialSpec], None] | None,
-) -> Iterator[list[Row]]:
-    """Run trials of the same model and batch size and yield their rows."""
+    lanes: int,
+    lane: int,
+) -> Iterator[list[Row] | None]:
+    """Run trials of the same model and batch size and yield their rows, and None where another lane may go on."""
     subjects = _Subjects(group, device, sweep_hash, together=engine == "auto", begun=begun)
-    for outcome in _outcomes(subjects, group, device, engine):
+    for outcome in _outcomes(subjects, group, device, engine, lanes, lane):
         while subjects.failed:
             yield subjects.failed.popleft()
+        if outcome is None:
+            yield None
+            continue
         rows = subjects.started[outcome.index]
         if outcome.error is not None:
             yield _failed(rows, outcome.error)
@@ -238,8 +249,10 @@ class _Subjects(Iterator[Subject]):
         return self.beside_a_stack and out_of_memory(error) and drawn is not self._again
 
 
-def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str) -> Iterator[Outcome]:
-    """Choose the engine and run it."""
+def _outcomes(
+    subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str, lanes: int, lane: int
+) -> Iterator[Outcome | None]:
+    """Choose the engine and run it; None where another lane may go on."""
     first = next(subjects, None)
     if first is None:
         return
@@ -267,11 +280,12 @@ def _outcomes(subjects: _Subjects, group: list[_Drawn], device: torch.device, en
             _step_seconds[key] = seconds
     known = _step_seconds.get(key, float("nan"))
     subjects.beside_a_stack = True
-    stacked = measure_many(
-        everyone, loss=loss, precision=precision, step_seconds=known, count=max(1, len(group) - apart)
-    )
-    for outcome in stacked:
-        yield replace(outcome, index=outcome.index + apart)
+    stacked = measure_in_lane(
+        everyone, loss=loss, precision=precision, step_seconds=known, count=max(1, len(group) - apart),
+        lanes=lanes, lane=lane,
+    )  # fmt: skip
+    for found in stacked:
+        yield None if found is None else replace(found, index=found.index + apart)
 
 
 @lru_cache(maxsize=256)

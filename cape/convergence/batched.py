@@ -9,50 +9,23 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from cape.config import StoppingRule
 from cape.convergence.convert import Unstackable
-from cape.convergence.engine import make_stack, width_for
-from cape.convergence.single import Trajectory, fixed_precision, measure, not_above_zero, trajectory_of
-from cape.convergence.stack import Stack, Subject
-from cape.convergence.stopping import TrajectoryScan
+from cape.convergence.engine import width_for
+from cape.convergence.single import measure
+from cape.convergence.stack import Subject
+from cape.convergence.training import Live, Outcome, Training, shape_of
 from cape.errors import ModelError
 from cape.tasks import Loss, LossLike
 
 _LOG = logging.getLogger(__name__)
 _said: set[str] = set()  # reasons for running singly: each is logged once
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one trial.
-
-    Attributes:
-        index: its place among the trials given.
-        trajectory: None where it failed.
-        error: why it failed; None where it did not.
-    """
-
-    index: int
-    trajectory: Trajectory | None
-    error: Exception | None = None
-
-
-@dataclass
-class _Live:
-    """A trial in a slot."""
-
-    index: int
-    subject: Subject
-    scan: TrajectoryScan
-    seconds: float = 0.0
 
 
 def measure_many(
@@ -87,19 +60,44 @@ def measure_many(
     Raises:
         RuntimeError: the device itself failed (``torch.AcceleratorError``).
     """
+    found = measure_in_lane(
+        subjects, loss=loss, precision=precision, width=width, step_seconds=step_seconds, count=count
+    )
+    return (outcome for outcome in found if outcome is not None)
+
+
+def measure_in_lane(
+    subjects: Iterable[Subject],
+    *,
+    loss: LossLike | Loss,
+    precision: str = "float32",
+    width: int | None = None,
+    step_seconds: float | None = None,
+    count: int | None = None,
+    lane: int = 0,
+    lanes: int = 1,
+) -> Iterator[Outcome | None]:
+    """Do what ``measure_many`` does, and yield None whenever the device has been given work and the host would wait.
+
+    Args:
+        lane: whose stream the stack runs on, beside those of the other lanes.
+        lanes: stacks that share the device, and its memory.
+
+    The other arguments, the outcomes and the errors are those of ``measure_many``.
+    """
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
     queue = _Queue(subjects)
     while (head := queue.peek()) is not None:
-        running: list[_Live] = []
+        running: list[Live] = []
         singly: Iterable[tuple[int, Subject]] = ()
+        training: Training | None = None
         try:
             if width is None:
-                width = min(width_for(head, criterion, precision), count or sys.maxsize)
+                width = min(width_for(head, criterion, precision, lanes), count or sys.maxsize)
             if step_seconds is None:
                 step_seconds = plain_step_seconds(head, criterion, precision)
-            stack: Stack | None = make_stack(head, criterion, width, precision)
-            assert stack is not None
-            yield from _run(stack, queue, running, criterion, precision, step_seconds)
+            training = Training(head, running, criterion, precision, width, step_seconds, lane)
+            yield from _run(training, queue)
         except Unstackable as why:
             _say_once(f"{type(head.model).__name__} runs singly: {why}.")
             queue.put_back(running)
@@ -117,7 +115,7 @@ def measure_many(
                 singly = [queue.pop() for _ in range(max(1, len(running)))]
             queue.error = None
         finally:
-            stack = None  # its memory is needed
+            training = None  # its memory is needed
         yield from measure_singly(singly, loss=criterion, precision=precision)
 
 
@@ -126,6 +124,8 @@ def measure_singly(
 ) -> Iterator[Outcome]:
     """Yield what ``measure`` says of each numbered trial, one after the other."""
     for index, subject in subjects:
+        if subject.batch[1].is_cuda:  # steps are timed: what other lanes have begun must not run beside them
+            torch.cuda.synchronize(subject.batch[1].device)
         try:
             trajectory = measure(
                 subject.model, subject.batch, loss=loss, lr=subject.lr, epsilons=subject.epsilons,
@@ -178,115 +178,33 @@ class _Queue:
                 self._front.append(item)
         return self._front[0][1] if self._front else None
 
-    def put_back(self, running: Iterable[_Live]) -> None:
+    def put_back(self, running: Iterable[Live]) -> None:
         for one in sorted(running, key=lambda one: one.index, reverse=True):
             self._front.appendleft((one.index, one.subject))
 
 
-def _run(
-    stack: Stack,
-    queue: _Queue,
-    running: list[_Live],
-    criterion: Loss,
-    precision: str,
-    step_seconds: float,
-) -> Iterator[Outcome]:
-    """Run the queue to its end; ``running`` holds, at any time, the trials in the stack's slots.
+def _run(training: Training, queue: _Queue) -> Iterator[Outcome | None]:
+    """Run the queue to its end.
 
-    No context is held while a trial is handed out or asked for: both run the caller's code.
+    No context is held while a trial is handed out or asked for, or another lane has its turn: these run other code.
     """
-    like = _shape(queue.peek())
+    running = training.running
     while True:
-        while len(running) < stack.capacity and (subject := queue.peek()) is not None:
+        while len(running) < training.stack.capacity and (subject := queue.peek()) is not None:
             index, _ = queue.pop()
-            if _shape(subject) != like:
-                yield from measure_singly([(index, subject)], loss=criterion, precision=precision)
+            if shape_of(subject) != training.like:
+                yield from measure_singly([(index, subject)], loss=training.criterion, precision=training.precision)
                 continue
-            running.append(_Live(index, subject, TrajectoryScan(subject.stopping, subject.epsilons)))
-            with torch.no_grad():
-                stack.load(subject)
+            training.load(index, subject)
         if not running:
             return
-        device = running[0].subject.batch[1].device
-        with fixed_precision(precision, device), torch.inference_mode(False), torch.no_grad():
-            outcomes = _advance(stack, running, criterion, step_seconds)
-        yield from outcomes
-
-
-def _advance(stack: Stack, running: list[_Live], criterion: Loss, step_seconds: float) -> list[Outcome]:
-    """Make some steps of all trials in the stack, take out those that have ended and return what became of them."""
-    began = time.perf_counter()
-    steps = _steps(running)
-    outcomes: list[Outcome] = []
-    history: Tensor | None = None
-    for step in range(steps):
-        outputs = stack.forward()
-        if step == 0:
-            outcomes = _take_out_misfits(stack, running, criterion, outputs)
-            if not running:
-                return outcomes
-            history = torch.empty(steps, len(running), dtype=torch.float64, device=outputs.device)
-        assert history is not None
-        history[step] = stack.losses()
-        if step < steps - 1:
-            stack.update()
-    assert history is not None
-    losses = history.cpu().numpy()  # the one synchronization
-    width = len(running)
-    for slot in range(width - 1, -1, -1):
-        one = running[slot]
-        begins = not len(one.scan)
-        if begins and losses[0, slot] <= 0.0:
-            outcomes.append(Outcome(one.index, None, ModelError(not_above_zero(losses[0, slot]))))
-        elif one.scan.feed(losses[:, slot]):
-            seconds = one.seconds + (time.perf_counter() - began) / width
-            outcomes.append(Outcome(one.index, trajectory_of(one.scan, seconds, step_seconds)))
-        else:
+        if not training.waits:
+            yield from training.look()
             continue
-        _take_out(stack, running, slot)
-    if running:
-        stack.update()
-    for one in running:
-        one.seconds += (time.perf_counter() - began) / width
-    return outcomes
-
-
-def _steps(running: list[_Live]) -> int:
-    """Steps until the host looks: every one on a CPU; on a device more, the longer all trials have run."""
-    shortest = min(len(one.scan) for one in running)
-    on_cpu = running[0].subject.batch[1].device.type == "cpu"
-    return 1 if on_cpu else min(16, max(1, shortest // 4))
-
-
-def _take_out_misfits(stack: Stack, running: list[_Live], criterion: Loss, outputs: Tensor) -> list[Outcome]:
-    """Take out the new trials whose outputs and targets cannot belong together."""
-    failed = []
-    for slot in range(len(running) - 1, -1, -1):
-        if len(running[slot].scan):
-            continue
-        try:
-            criterion.check(outputs[slot].nan_to_num(), running[slot].subject.batch[1])
-        except ModelError as error:
-            failed.append(Outcome(running[slot].index, None, error))
-            _take_out(stack, running, slot)
-    return failed
-
-
-def _take_out(stack: Stack, running: list[_Live], slot: int) -> None:
-    stack.drop(slot)
-    last = running.pop()
-    if slot < len(running):
-        running[slot] = last
-
-
-def _shape(subject: Subject | None) -> object:
-    """Return what all trials of a stack share."""
-    if subject is None:
-        return None
-    x, y = subject.batch
-    parameters = tuple((name, p.shape, p.dtype, p.device) for name, p in subject.model.named_parameters())
-    inputs = (x.shape, x.dtype) if isinstance(x, Tensor) else None
-    return type(subject.model), parameters, inputs, y.shape, y.dtype
+        look = training.begin()
+        if look.history is not None:
+            yield None
+        yield from training.end(look)
 
 
 def _say_once(reason: str) -> None:

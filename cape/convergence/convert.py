@@ -12,6 +12,7 @@ from torch import nn
 from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Layer, Linear
 from cape.convergence.recurrent import Embedding, Recurrent
 from cape.families.rnn import RecurrentNet
+from cape.state import has_hooks
 
 _aten = torch.ops.aten
 
@@ -78,6 +79,5 @@ def refuse_special(model: nn.Module) -> None:
     """Raise ``Unstackable`` for what no stack reproduces: frozen parameters and hooks."""
     if any(not p.requires_grad for p in model.parameters()):
         raise Unstackable("it has frozen parameters")
-    for m in model.modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            raise Unstackable("it has hooks")
+    if has_hooks(model):
+        raise Unstackable("it has hooks")

@@ -40,6 +40,8 @@ _CPU_WIDEST_RECURRENT = 8
 # The share of a device's free memory that a stack may take, and a width beyond which a launch costs nothing any more.
 _DEVICE_SHARE = 0.7
 _DEVICE_WIDEST = 256
+# Stacks that train side by side, each on a stream of its own, where all of them together are no wider than one may be.
+_LANES = 4
 
 
 def single_because(subject: Subject, precision: str, count: int) -> str | None:
@@ -81,8 +83,11 @@ def make_stack(subject: Subject, criterion: Loss, capacity: int, precision: str)
     return VmapStack(subject, criterion, capacity, precision)
 
 
-def width_for(subject: Subject, criterion: Loss, precision: str) -> int:
+def width_for(subject: Subject, criterion: Loss, precision: str, lanes: int = 1) -> int:
     """Return how many trials like this one a stack should hold: what memory allows, up to what makes it faster.
+
+    Args:
+        lanes: stacks that share a device's memory.
 
     Raises:
         Unstackable: as ``make_stack``.
@@ -94,7 +99,17 @@ def width_for(subject: Subject, criterion: Loss, precision: str) -> int:
         recurrent = isinstance(subject.model, RecurrentNet)
         return max(2, min(_CPU_WIDEST_RECURRENT if recurrent else _CPU_WIDEST, _CPU_BYTES // needed))
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(_DEVICE_WIDEST, int(free * _DEVICE_SHARE) // needed))
+    return max(1, min(_DEVICE_WIDEST // lanes, int(free * _DEVICE_SHARE) // lanes // needed))
+
+
+def lanes_for(count: int, device: torch.device) -> int:
+    """Return how many groups of ``count`` trials, each of a model of its own, should train side by side.
+
+    More than one where the trials of a group are too few to fill a GPU: while the host builds, probes or looks at the
+    trials of one stack, the device makes the steps of the others. A group that may be as wide as a stack gets the
+    device alone: split in two it would only take twice the launches.
+    """
+    return _LANES if device.type == "cuda" and count <= _DEVICE_WIDEST // _LANES else 1
 
 
 def _refuse(subject: Subject, criterion: Loss) -> None:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cape.config import PRECISIONS, StoppingRule, check_epsilon, check_epsilons, check_lr
+from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_maker
 from cape.convergence.stopping import TrajectoryScan
+from cape.convergence.streams import handed_over, side_stream
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
@@ -26,6 +28,7 @@ BETAS = (0.9, 0.999)
 # that ends sooner is continued (the model is put back anyway) until there is something to take a median of.
 _WARMUP_UPDATES = 2
 _TIMED_UPDATES = 2
+assert LOOKS_BEFORE_CAPTURE >= _WARMUP_UPDATES + _TIMED_UPDATES  # replayed steps are no plain ones, and not timed
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def measure(
         fixed_precision(precision, device),
         torch.inference_mode(False),
         torch.enable_grad(),
+        handed_over(side_stream(device)),
     ):
-        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision)
+        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision, read_every or 32)
         seconds, step_seconds = _follow(run, scan, read_every)
     return trajectory_of(scan, seconds, step_seconds)
 
@@ -161,6 +165,7 @@ class _Run:
         parameters: list[nn.Parameter],
         lr: float,
         precision: str,
+        most: int,
     ) -> None:
         self.model, self.x, self.y, self.criterion = model.train(), x, y, criterion
         self.device = parameters[0].device
@@ -171,6 +176,9 @@ class _Run:
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused)
         self.loss = self._forward(check=True)
+        # float64 holds every loss exactly, whatever the model's dtype.
+        self._losses = torch.empty(most, dtype=torch.float64, device=self.device)
+        self._no_graph = _no_graph(criterion, parameters, fused)
 
     def _forward(self, check: bool = False) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
@@ -181,13 +189,65 @@ class _Run:
             self.criterion.check(outputs.detach().nan_to_num() if isinstance(outputs, Tensor) else outputs, self.y)
         return self.criterion.mean(outputs, self.y)
 
-    def update(self) -> Tensor:
-        """Make one update and return the loss after it, detached, on the device."""
-        self.loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    def repeated(self) -> RepeatedStep | None:
+        """Return steps that a graph may replay, or None on a device that has none.
+
+        The caller holds them: the run itself would close a circle, and a graph's memory would wait for the collector.
+        """
+        maker = graph_maker(self.device)
+        if maker is None:
+            return None
+        return RepeatedStep(
+            self._step, maker, name=type(self.model).__name__, rows=len(self._losses), columns=1, device=self.device,
+            model=self.model, unless=self._no_graph,
+        )  # fmt: skip
+
+    def updates(self, count: int, repeated: RepeatedStep | None) -> Tensor:
+        """Make some updates and return the loss after each, float64 [count], on the device."""
+        if repeated is None:
+            for i in range(count):
+                self._losses[i] = self._update()
+            return self._losses[:count]
+        if self.loss.requires_grad:  # L_0 is at hand; from here on a step begins with its forward pass
+            self._back()
+            self.loss = self.loss.detach()
+        return repeated.run(count)[:, 0]
+
+    def _update(self) -> Tensor:
+        """Make one update and return the loss after it, detached."""
+        self._back()
         self.loss = self._forward()
         return self.loss.detach()
+
+    def _step(self, for_capture: bool = False) -> Tensor:
+        """Return the next loss, detached, and make the update after it: ``_update`` cut at another place.
+
+        From forward to update a step needs nothing that another has left, so that a graph can replay it.
+        """
+        self._optimizer.zero_grad(set_to_none=True)  # a capture that broke off would leave some
+        self.loss = self._forward()
+        self._back()
+        self.loss = self.loss.detach()
+        return self.loss
+
+    def _back(self) -> None:
+        """Go back through the loss at hand and update the parameters."""
+        self.loss.backward()
+        if self.device.type == "cuda":  # AdamW wants the flag in a capture, and complains of it elsewhere
+            self._optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _no_graph(criterion: Loss, parameters: list[nn.Parameter], fused: bool) -> str | None:
+    """Return why no graph can hold a step, or None."""
+    if not criterion.is_named:
+        return f"what the loss '{criterion.name}' does on the host is not known"
+    if len({p.device for p in parameters}) > 1:
+        return "its parameters lie on several devices"
+    if any(p._backward_hooks for p in parameters):
+        return "its parameters have hooks, which a replay would not call"
+    return None if fused else "there is no fused AdamW for its parameters"
 
 
 def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[float, float]:
@@ -200,16 +260,13 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     updates = 0
     timed: list[float] = []
     seconds = time.perf_counter() - began
-    # float64 holds every loss exactly, whatever the model's dtype.
-    buffer = torch.empty(read_every or 32, dtype=torch.float64, device=run.device)
+    repeated = run.repeated()
     while not ended or (scan.stop_reason != "diverged" and len(timed) < _TIMED_UPDATES):
         chunk = read_every or (1 if run.device.type == "cpu" else min(32, max(4, updates // 4)))
         start = time.perf_counter()
-        for i in range(chunk):
-            buffer[i] = run.update()
-        losses = buffer[:chunk].cpu().numpy()  # the one synchronization
+        losses = run.updates(chunk, repeated).cpu().numpy()  # the one synchronization
         stop = time.perf_counter()
-        if updates >= _WARMUP_UPDATES:
+        if updates >= _WARMUP_UPDATES and not (repeated and repeated.captured):
             timed += [(stop - start) / chunk] * chunk
         updates += chunk
         if not ended:

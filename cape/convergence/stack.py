@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ class Subject:
     seed: int = 0
 
 
+# Rows of stacked values, gradients, first and second moments, and numbers of updates: what the fused kernel takes.
+_Rows: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
 class StackedAdamW:
     """AdamW of the trials in a stack's slots, each with its own learning rate and number of updates.
 
@@ -50,19 +55,26 @@ class StackedAdamW:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._lrs = [0.0] * capacity
+        # The same on the device, where a replayed graph finds them. CUDA's kernel wants float32, into which it rounds
+        # any learning rate of a float32 parameter.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = torch.zeros(capacity, dtype=dtype, device=device)
         self._steps = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self._lists: dict[int, list[tuple[float, tuple[list[Tensor], ...]]]] = {}
+        self._lists: dict[int, list[tuple[int, _Rows]]] = {}
+        self._each: dict[int, list[_Rows]] = {}  # by slot: the same rows whoever is in it
         self._width = 0
 
     def load(self, slot: int, lr: float) -> None:
         """Begin a trial in a slot."""
         self._lrs[slot] = lr
+        self._rates[slot] = lr
         self._steps[slot] = 0.0
         self._lists.clear()
 
     def move(self, source: int, target: int) -> None:
         """Let the trial of one slot go on in another."""
         self._lrs[target] = self._lrs[source]
+        self._rates[target] = self._rates[source]
         self._steps[target] = self._steps[source]
         self._lists.clear()
 
@@ -78,24 +90,57 @@ class StackedAdamW:
         key = id(parameters[0])
         if key not in self._lists:
             self._lists[key] = self._rows(parameters)
-        for lr, (values, grads, exp_avgs, exp_avg_sqs, steps) in self._lists[key]:
-            torch._fused_adamw_(
-                values, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=BETAS[0], beta2=BETAS[1],
-                weight_decay=WEIGHT_DECAY, eps=1e-8, amsgrad=False, maximize=False,
-            )  # fmt: skip
+        for slot, lists in self._lists[key]:
+            # A number where no graph is made: on a CPU the kernel would have to read the tensor first.
+            _fused(lists, self._rates[slot] if self._rates.is_cuda else self._lrs[slot])
 
-    def _rows(self, parameters: Sequence[StackedParameter]) -> list[tuple[float, tuple[list[Tensor], ...]]]:
-        by_lr: dict[float, tuple[list[Tensor], ...]] = {}
+    def step_each(self, parameters: Sequence[StackedParameter]) -> None:
+        """Do what ``step`` does, bit for bit, by one call for each trial: which one has which learning rate is data.
+
+        A graph of these calls is right for any trials that come into the slots later; it has a launch for each trial
+        where ``step`` has one for some dozen tensors.
+        """
+        rows = self._each.setdefault(id(parameters[0]), [])
+        for slot in range(len(rows), self._width):
+            rows.append(_no_rows())
+            self._add_rows(rows[slot], parameters, slot)
         for slot in range(self._width):
-            lists = by_lr.setdefault(self._lrs[slot], ([], [], [], [], []))
-            for p in parameters:
-                for held, tensor in zip(lists, (p.value, p.grad, p.exp_avg, p.exp_avg_sq, self._steps), strict=True):
-                    held.append(tensor[slot])
-        return list(by_lr.items())
+            _fused(rows[slot], self._rates[slot])
+
+    def _rows(self, parameters: Sequence[StackedParameter]) -> list[tuple[int, _Rows]]:
+        """Return the rows of all trials by learning rate, with a slot that has it."""
+        by_lr: dict[float, tuple[int, _Rows]] = {}
+        for slot in range(self._width):
+            _, lists = by_lr.setdefault(self._lrs[slot], (slot, _no_rows()))
+            self._add_rows(lists, parameters, slot)
+        return list(by_lr.values())
+
+    def _add_rows(self, lists: _Rows, parameters: Sequence[StackedParameter], slot: int) -> None:
+        for p in parameters:
+            for held, tensor in zip(lists, (p.value, p.grad, p.exp_avg, p.exp_avg_sq, self._steps), strict=True):
+                held.append(tensor[slot])
+
+
+def _no_rows() -> _Rows:
+    return [], [], [], [], []
+
+
+def _fused(rows: _Rows, lr: float | Tensor) -> None:
+    values, grads, exp_avgs, exp_avg_sqs, steps = rows
+    torch._fused_adamw_(
+        values, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=BETAS[0], beta2=BETAS[1],
+        weight_decay=WEIGHT_DECAY, eps=1e-8, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 class Stack(ABC):
-    """Trials of one architecture in slots 0..width-1 of ``capacity``; one ``forward`` and one ``update`` at a time."""
+    """Trials of one architecture in slots 0..width-1 of ``capacity``; one ``forward`` and one ``update`` at a time.
+
+    Attributes:
+        model: the module whose own forward the stack runs; None where it runs none.
+    """
+
+    model: nn.Module | None = None
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -118,8 +163,24 @@ class Stack(ABC):
         """Remove a trial, between ``losses`` and ``update`` or before ``forward``; the last one takes its slot."""
 
     @abstractmethod
-    def update(self) -> None:
-        """Go back through the last ``forward`` and make one update of each trial."""
+    def update(self, for_capture: bool = False) -> None:
+        """Go back through the last ``forward`` and make one update of each trial.
+
+        Args:
+            for_capture: let nothing that differs between trials, learning rates included, be fixed by the calls. The
+                bits are the same.
+        """
+
+    def step(self, for_capture: bool = False) -> Tensor:
+        """Make one whole step of all trials: return their losses [width] before the update.
+
+        What it reads of a trial is data in the stack's own memory, so that a captured step serves all trials that will
+        ever be in the slots, as long as there are ``width`` of them.
+        """
+        self.forward()
+        losses = self.losses()
+        self.update(for_capture)
+        return losses
 
 
 def stacked_losses(criterion: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -187,10 +248,13 @@ class LayerStack(Stack):
         self._outputs, self._grad = self._outputs[:last], self._grad[:last]
         self.width = last
 
-    def update(self) -> None:
+    def update(self, for_capture: bool = False) -> None:
         self._optimizer.count(self.width)
         for layer in backwards(self._layers, self._grad):
-            self._optimizer.step(layer.parameters)
+            if not for_capture:
+                self._optimizer.step(layer.parameters)
+        if for_capture:
+            self._optimizer.step_each([p for layer in self._layers for p in layer.parameters])
 
 
 def backwards(layers: Sequence[Layer], grad: Tensor) -> Iterator[Layer]:

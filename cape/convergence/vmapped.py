@@ -73,6 +73,7 @@ class VmapStack(Stack):
         self._criterion = criterion
         self._autocast = precision == "bf16"
         self._template, self._dropouts = _template(subject.model, x)
+        self.model = self._template
         self._names = [name for name, _ in self._template.named_parameters()]
         self._parameters = [StackedParameter(p.detach(), capacity) for p in self._template.parameters()]
         masks = {f"{name}.mask" for name, _ in self._dropouts}
@@ -156,9 +157,9 @@ class VmapStack(Stack):
             self._optimizer.move(last, slot)
         self.width = last
 
-    def update(self) -> None:
+    def update(self, for_capture: bool = False) -> None:
         self._optimizer.count(self.width)
-        self._optimizer.step(self._parameters)
+        (self._optimizer.step_each if for_capture else self._optimizer.step)(self._parameters)
         self._fresh = False
 
 
