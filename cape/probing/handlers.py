@@ -188,10 +188,9 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
         return NotImplemented
 
     def statistics() -> tuple[Tensor, Tensor]:
-        shape = _per_channel(x)
-        return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(
-            shape
-        )
+        shape, kind = _per_channel(x), torch.promote_types(x.dtype, torch.float32)
+        inverse = (wide(var.detach()) + eps).rsqrt()
+        return mean.detach().to(kind).view(shape), inverse.to(kind).view(shape)
 
     def back(g: Tensor) -> Tensor:
         _, inverse = statistics()

@@ -28,6 +28,11 @@ class Layout:
     outer: int = 1
     inner: int = 1
 
+    @property
+    def leads(self) -> bool:
+        """Whether the tensor is one block of rows for each sample already."""
+        return self.dim == 0 and self.outer == 1
+
     def fits(self, tensor: Tensor, batch_size: int) -> bool:
         """Whether a tensor can have this layout for ``batch_size`` samples."""
         return tensor.dim() > self.dim and tensor.shape[self.dim] == self.outer * batch_size * self.inner
@@ -45,7 +50,7 @@ class Layout:
     def rows(self, tensor: Tensor, features: int = 1, leading: int = 0) -> Tensor:
         """Return the tensor as [B, T, *features]: every dimension but the last ``features`` counts as T."""
         front, shape = tensor.shape[:leading], tensor.shape[leading:]
-        if self.dim == 0 and self.outer == 1 and len(shape) > features:  # already one block of rows for each sample
+        if self.leads and len(shape) > features:
             batch = shape[0] // self.inner
             return tensor.reshape(*front, batch, -1 if tensor.numel() else 0, *shape[len(shape) - features :])
         first = self.batch_first(tensor, leading)
