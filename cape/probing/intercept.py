@@ -301,7 +301,7 @@ class Interceptor(TorchFunctionMode):
             if self.places:
                 then = rows if len(self.places) == 2 else rows[list(self.places)]
                 now = first_rows(data, layout, list(self.places.values()))
-                self._compared.append((now, then, digits(data)))
+                self._compared.append((now, then, digits(data.dtype)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
