@@ -33,8 +33,7 @@ from cape.probing.uses import (
 def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
     order = _split(names)
-    values = {**defaults, **dict(zip(order, args, strict=False)), **kwargs}
-    return [values.get(name) for name in order]
+    return [*args[: len(order)], *(kwargs.get(name, defaults.get(name)) for name in order[len(args) :])]
 
 
 _split = functools.cache(str.split)
