@@ -78,7 +78,8 @@ class Kept:
         for table, held in self._hooks:
             table.update(held)
         for module, training in self._modes:
-            module.training = training
+            if module.training is not training:  # a module looks long at what it is given
+                module.training = training
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
