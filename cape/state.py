@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,16 +22,19 @@ class Kept:
         modules = list(model.modules())
         plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]  # whose state lies in Python
         self._modes = [(m, m.training) for m in modules]
-        self._attributes = [(vars(m), {k: v for k, v in vars(m).items() if k != "training"}) for m in plain]
+        self._attributes = [(vars(m), dict(vars(m))) for m in plain]
+        for _, held in self._attributes:
+            held.pop("training", None)
         tables: list[dict[str, Any]] = [t for m in plain for t in (m._parameters, m._buffers, m._modules)]
         self._tables = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
         self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
-        self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in model.buffers()]
+        buffers = list(model.buffers())
+        self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         if parameters:
             self._values = {id(p): (p, p.detach().clone()) for p in self._params}
-        self.devices = sorted({t.device.index for t in [*self._params, *model.buffers()] if t.device.type == "cuda"})
+        self.devices = sorted({t.device.index for t in [*self._params, *buffers] if t.device.type == "cuda"})
         # A backward pass inside the block adds to no gradient and steps no optimizer. What hooks make of a gradient is
         # part of training, but not of the gradient.
         hooks: list[Any] = [p._post_accumulate_grad_hooks for p in self._params]
@@ -51,13 +55,14 @@ class Kept:
         for p, value in self._values.values():
             p.copy_(value)
         for table, held in self._tables:  # a forward may have rebound a buffer to a new tensor
-            if any(table.get(name) is not value for name, value in held.items()) or len(table) != len(held):
+            if list(table) != list(held) or not all(map(operator.is_, table.values(), held.values())):
                 table.clear()
                 table.update(held)
         for now, held in self._attributes:
-            for name in [n for n in now if n not in held and n != "training"]:
-                del now[name]
             now.update(held)
+            if len(now) > len(held) + ("training" in now):
+                for name in now.keys() - held.keys() - {"training"}:
+                    del now[name]
         for b, value, marks in self._buffers:
             if not _same(b, value):
                 b.copy_(value)
@@ -73,7 +78,8 @@ class Kept:
         for table, held in self._hooks:
             table.update(held)
         for module, training in self._modes:
-            module.training = training
+            if module.training is not training:  # a module looks long at what it is given
+                module.training = training
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

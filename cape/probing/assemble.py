@@ -44,12 +44,13 @@ class Plan:
 
 def _region(t: Tensor) -> tuple[int, int] | None:
     """Return the storage interval of a view that shows each element once, else ``None``."""
-    extent = 0
+    start, extent = int(t.storage_offset()), 0
+    if t.is_contiguous():
+        return start, start + max(t.numel(), 1) - 1
     for stride, size in sorted((int(s), int(n)) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
         if stride <= extent:
             return None
         extent += stride * (size - 1)
-    start = int(t.storage_offset())
     return start, start + extent
 
 

@@ -6,7 +6,9 @@ layers) works on the physical tensors, [K, *shape], with K in front.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,27 @@ from torch import Tensor
 _functorch: Any = torch._C._functorch
 
 Rewrap = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def hidden(v: Tensor) -> Iterator[Tensor]:
+    """Give gradients [K, *shape] as one tensor of that shape inside a block, K being hidden from the operators in it.
+
+    A block of ``torch.func.vmap``'s, without what vmap does for a function's arguments and results: for a small model
+    that takes longer than an operator.
+    """
+    _load_rules()
+    level = _functorch._vmap_increment_nesting(len(v), "error")
+    try:
+        yield _functorch._add_batch_dim(v, 0, level)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Let torch register the batching rules that it has in Python: it does so at the first use of vmap."""
+    torch.func.vmap(torch.neg)(torch.zeros(1))
 
 
 def physical(*grads: Tensor) -> tuple[list[Tensor], Rewrap]:

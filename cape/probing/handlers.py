@@ -33,8 +33,7 @@ from cape.probing.uses import (
 def bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the named arguments in order, from positions, keywords or defaults."""
     order = _split(names)
-    values = {**defaults, **dict(zip(order, args, strict=False)), **kwargs}
-    return [values.get(name) for name in order]
+    return [*args[: len(order)], *(kwargs.get(name, defaults.get(name)) for name in order[len(args) :])]
 
 
 _split = functools.cache(str.split)
@@ -188,10 +187,9 @@ def batch_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[s
         return NotImplemented
 
     def statistics() -> tuple[Tensor, Tensor]:
-        shape = _per_channel(x)
-        return mean.detach().to(wide(x).dtype).view(shape), (wide(var.detach()) + eps).rsqrt().to(wide(x).dtype).view(
-            shape
-        )
+        shape, kind = _per_channel(x), torch.promote_types(x.dtype, torch.float32)
+        inverse = (wide(var.detach()) + eps).rsqrt()
+        return mean.detach().to(kind).view(shape), inverse.to(kind).view(shape)
 
     def back(g: Tensor) -> Tensor:
         _, inverse = statistics()

@@ -100,15 +100,14 @@ class Interceptor(TorchFunctionMode):
         self._derived: dict[int, Tensor] = {}
         self._filled: dict[int, Tensor] = {}  # tensors that data was written into
         self._cores: dict[int, tuple[Tensor, int]] = {}
-        self._storages = {p.untyped_storage().data_ptr(): p for p in parameters}
+        self._storages: dict[int, nn.Parameter] = {}  # parameters by storage, from the first write on
         self._names: dict[int, Any] = {}
         self._decisions: dict[Any, bool | None] = {}
         self._unwatched: set[Any] = set()  # names of what was used without grad mode
         self._compared: list[tuple[Tensor, Tensor, float]] = []
         self.unsettled = False
         self._next = 0
-        device = parameters[0].device
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
 
     # ---- what a tensor is ----------------------------------------------------------------------------------------
 
@@ -147,18 +146,16 @@ class Interceptor(TorchFunctionMode):
         if func in operators.PASSIVE:
             return func(*args, **kwargs)
         found = tensors_in(args[:1]) if func in operators.TEMPLATES else tensors_in((args, kwargs) if kwargs else args)
-        data = any(self.is_data(t) for t in found)
-        written = written_by(func, args, kwargs)
-        if written:
+        data = any(map(self.is_data, found))
+        if written := written_by(func, args, kwargs):
             self._write(written, data)
         if func in operators.DERIVATIVES and not self._transforming():
             self._differentiate(func)
         if data and (
-            func in operators.READING
-            or (func in operators.INDEXING and any(self.is_data(t) for t in tensors_in(args[1:])))
+            func in operators.READING or (func in operators.INDEXING and any(map(self.is_data, tensors_in(args[1:]))))
         ):
             self.steered = True
-        if not any(self.of_parameters(t) for t in found):
+        if not any(map(self.of_parameters, found)):
             result = func(*args, **kwargs)
             return self.mark_data(result) if data and func not in operators.CONSTANTS else result
         if self._transforming():
@@ -190,6 +187,8 @@ class Interceptor(TorchFunctionMode):
 
     def _write(self, written: Sequence[Tensor], data: bool) -> None:
         """Note what a call writes into: parameters are put back later, and what data is written into is data."""
+        if not self._storages:
+            self._storages = {p.untyped_storage().data_ptr(): p for p in self.parameters.values()}
         for t in written:
             if t.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(t):
                 p = self._storages.get(t.untyped_storage().data_ptr())
@@ -279,7 +278,7 @@ class Interceptor(TorchFunctionMode):
         if self.in_backward:  # a checkpoint recomputes: do as in the forward pass, which holds what is recorded
             decision = None if self._unwatched.intersection(key[1]) else self._decisions.get(key)
             if decision is None:
-                self.late.update(p for w in live for p in self._behind(w))
+                self.late.update(*map(self._behind, live))
             return ("again" if decision else "live"), None
         if self.verdicts is None:
             if self.mismatch:
@@ -297,12 +296,12 @@ class Interceptor(TorchFunctionMode):
             self.unsettled = True
             return "live", None
         self._decisions[key] = self._decisions.get(key, True) or None
-        self.recorded.update(p for w in live for p in self._behind(w))
+        self.recorded.update(*map(self._behind, live))
         with torch._C.DisableTorchFunction():
             if self.places:
                 then = rows if len(self.places) == 2 else rows[list(self.places)]
                 now = first_rows(data, layout, list(self.places.values()))
-                self._compared.append((now, then, digits(data)))
+                self._compared.append((now, then, digits(data.dtype)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:

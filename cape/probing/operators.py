@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PLAIN = (type(None), bool, int, float, str)  # asking whether they are mappings takes longer
+
 
 def tensors_in(values: Any) -> list[Tensor]:
     """Return the tensors among arguments or results, looking into lists, tuples and mappings."""
@@ -22,7 +24,7 @@ def tensors_in(values: Any) -> list[Tensor]:
             found.append(value)
         elif isinstance(value, (list, tuple)):
             stack.extend(value)
-        elif isinstance(value, Mapping):
+        elif not isinstance(value, _PLAIN) and isinstance(value, Mapping):
             stack.extend(value.values())
     return found
 

@@ -133,12 +133,13 @@ def use_precision(precision: str) -> Iterator[None]:
 
 def native(*tensors: Tensor) -> bool:
     """Whether the native operators take these tensors."""
-    if _backend.get() == "torch" or any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
+    if _backend.get() == "torch":
         return False
+    for t in tensors:
+        if t.dtype not in (torch.float32, torch.float64) or not (t.is_cpu or t.is_cuda):
+            return False
     module = native_module()
-    if module is None or any(t.device.type not in ("cpu", "cuda") for t in tensors):
-        return False
-    return tensors[0].device.type == "cpu" or bool(module.build_info()["cuda"])
+    return module is not None and (tensors[0].is_cpu or bool(module.build_info()["cuda"]))
 
 
 def sq_norms(x: Tensor, leading: int = 1) -> Tensor:

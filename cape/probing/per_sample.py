@@ -26,6 +26,7 @@ from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
+from cape.probing.cotangents import hidden
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
@@ -176,15 +177,10 @@ def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool
     Raises:
         RuntimeError: an operator has no batching rule, or works in place on what has no batch dimension.
     """
-
-    def pull(one: Tensor) -> Tensor:
+    with warnings.catch_warnings(), hidden(v) as one:
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the operator takes turns instead
         mode.level = torch._C._functorch.peek_interpreter_stack().level()
         _grad(out, mode.anchor, one, retain_graph=retain_graph, allow_unused=True)
-        return one.new_zeros(())
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # the operator takes turns instead
-        torch.func.vmap(pull)(v)
 
 
 class _UnsettledError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,17 @@ class Tap(torch.autograd.Function):
         return None, None, None
 
 
+def once(backward: Any) -> Any:
+    """``once_differentiable``, without switching grad mode off where it is off: the function mode sees each switch."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
+
+
 class Watched(torch.autograd.Function):
     """An operator on data whose backward pass is ours: it hands on the output's gradients and pulls them back itself.
 
@@ -46,7 +58,7 @@ class Watched(torch.autograd.Function):
         return run()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         with torch._C.DisableTorchFunction():
             (g,), rewrap = physical(*grads)

@@ -184,6 +184,9 @@ class AffineUse(Use):
         self.statistics = statistics
         self.aligned = tuple(aligned)
         self.layout = layout
+        # The first channel dimension, and the number of channels.
+        self.first = next(d for d, n in enumerate(self.aligned) if n != 1) if max(self.aligned) > 1 else 1
+        self.channels = torch.Size(self.aligned).numel()
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
         chosen = [kind for kind, want in zip(self.kinds, wanted, strict=True) if want]
@@ -193,7 +196,7 @@ class AffineUse(Use):
         )
 
     def pull(self, g: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor] | None:
-        plain = self.layout.dim == 0 and self.layout.outer == 1 and g.dtype in (torch.float32, torch.float64)
+        plain = self.layout.leads and g.dtype in (torch.float32, torch.float64)
         if self.own is None or not plain or g.device.type != "cpu":
             return None
         chosen = [kind for kind, want in zip(self.kinds, wanted, strict=True) if want]
@@ -219,21 +222,18 @@ class AffineUse(Use):
         mean, inverse = self.statistics()
         return self._shaped(wide(self.x)), None if mean is None else self._small(wide(mean)), self._small(wide(inverse))
 
-    def _split(self) -> tuple[int, int]:
-        """Return the first channel dimension and the number of channels."""
-        first = next(d for d, n in enumerate(self.aligned) if n != 1) if max(self.aligned) > 1 else 1
-        return first, torch.Size(self.aligned).numel()
-
     def _shaped(self, t: Tensor, leading: int = 0) -> Tensor:
         """Return [B, R, C, S] of a tensor in the shape of x."""
-        first, channels = self._split()
-        rows = self.layout.rows(t, len(self.aligned) - first, leading)
-        tail = t.shape[leading + first :].numel()
-        return rows.reshape(*rows.shape[: leading + 2], channels, tail // channels)
+        front, shape, inner = t.shape[:leading], t.shape[leading:], self.layout.inner
+        channels = (self.channels, shape[self.first :].numel() // self.channels)
+        if self.layout.leads:  # in one step
+            return t.reshape(*front, shape[0] // inner, inner * shape[1 : self.first].numel(), *channels)
+        rows = self.layout.rows(t, len(self.aligned) - self.first, leading)
+        return rows.reshape(*rows.shape[: leading + 2], *channels)
 
     def _small(self, statistic: Tensor) -> Tensor:
         """Return a statistic as [B or 1, R or 1, C or 1]."""
-        first, channels = self._split()
+        first, channels = self.first, self.channels
         if statistic.shape[:first].numel() == 1:  # the same for every sample and row: one number per channel
             return statistic.reshape(1, 1, -1)
         if statistic.shape[first:].numel() == 1:  # one number per row
