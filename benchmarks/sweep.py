@@ -34,6 +34,7 @@ from cape.store import claims, reader, writer
 from cape.store.location import Location
 from cape.store.schema import PARTITION_COLUMNS, ROW_SCHEMA, partition
 from cape.sweep.inline import run_inline
+from cape.sweep.job import CHUNK_SECONDS
 from cape.sweep.plan import Plan
 from cape.sweep.shards import cut
 
@@ -62,7 +63,7 @@ print(json.dumps({"trials": len(plan), "shards_for_64_workers": len(shards), "id
     return dict(json.loads(done.stdout))
 
 
-def overhead(seconds: float = 15.0, chunk_seconds: float = 2.0) -> dict[str, Any]:
+def overhead(seconds: float = 40.0, chunk_seconds: float = CHUNK_SECONDS) -> dict[str, Any]:
     """Sweep real MLP trials with one and with two workers of one core each; say how busy they were."""
     import ray
 
