@@ -28,11 +28,13 @@ from cape.convergence.engine import lanes_for, same_bits, single_because
 from cape.convergence.stacked_probe import probe_many, probed_together
 from cape.convergence.streams import take_turns
 from cape.errors import ModelError, SpecError, did_you_mean
+from cape.logs import log_once
 from cape.memory import kept_memory
 from cape.probing import Features, probe
 from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss
 
+_LOG = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 ENGINES = ("auto", "single")
@@ -261,7 +263,7 @@ def _outcomes(
     why = single_because(first, precision, len(group))
     if engine == "single" or why is not None:
         if why is not None:
-            _note(f"{group[0].trial.family} {type(first.model).__name__} runs singly: {why}.")
+            log_once(_LOG, logging.INFO, f"{group[0].trial.family} {type(first.model).__name__} runs singly: {why}.")
         yield from measure_singly(enumerate(everyone), loss=loss, precision=precision)
         return
     key, apart = _key(group[0], device), 0
@@ -286,12 +288,6 @@ def _outcomes(
     )  # fmt: skip
     for found in stacked:
         yield None if found is None else replace(found, index=found.index + apart)
-
-
-@lru_cache(maxsize=256)
-def _note(line: str) -> None:
-    """Log a line once in a process."""
-    logging.getLogger(__name__).info(line)
 
 
 def _failed(rows: list[Row], error: Exception) -> list[Row]:
@@ -378,7 +374,7 @@ def _probe_together(drawn: list[_Drawn], subjects: list[Subject]) -> list[Featur
     try:
         return list(probe_many(subjects, [d.dataset.full_train_size for d in drawn], loss))
     except (ModelError, Unstackable, RuntimeError) as error:  # each finds out by itself
-        _note(f"{drawn[0].trial.family} trials are probed one by one: {error}")
+        log_once(_LOG, logging.INFO, f"{drawn[0].trial.family} trials are probed one by one: {error}")
         return [None] * len(drawn)
 
 

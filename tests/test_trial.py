@@ -15,6 +15,7 @@ from cape import trial as trial_module
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
 from cape.errors import DataError, ModelError, SpecError
+from cape.logs import log_once
 from cape.probing import FEATURE_NAMES, probe
 from cape.store.schema import ROW_SCHEMA
 from cape.trial import build_model, draw_model, run_trials
@@ -119,7 +120,7 @@ def test_a_family_that_cannot_be_stacked_runs_singly_and_the_log_says_why_once(
             return 2 * self.head(x)
 
     monkeypatch.setattr(type(families.get("mlp")), "build", lambda self, spec: Doubled())
-    trial_module._note.cache_clear()
+    log_once.cache_clear()
     model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
     with caplog.at_level(logging.INFO, logger="cape"):
         rows = [rows[0] for rows in run_trials([mlp_trial(seed, model=model) for seed in range(3)])]

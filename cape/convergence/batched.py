@@ -22,10 +22,10 @@ from cape.convergence.single import measure
 from cape.convergence.stack import Subject
 from cape.convergence.training import Live, Outcome, Training, shape_of
 from cape.errors import ModelError
+from cape.logs import log_once
 from cape.tasks import Loss, LossLike
 
 _LOG = logging.getLogger(__name__)
-_said: set[str] = set()  # reasons for running singly: each is logged once
 
 
 def measure_many(
@@ -99,7 +99,7 @@ def measure_in_lane(
             training = Training(head, running, criterion, precision, width, step_seconds, lane)
             yield from _run(training, queue)
         except Unstackable as why:
-            _say_once(f"{type(head.model).__name__} runs singly: {why}.")
+            log_once(_LOG, logging.WARNING, f"{type(head.model).__name__} runs singly: {why}.")
             queue.put_back(running)
             singly = queue
         except RuntimeError as error:
@@ -205,9 +205,3 @@ def _run(training: Training, queue: _Queue) -> Iterator[Outcome | None]:
         if look.history is not None:
             yield None
         yield from training.end(look)
-
-
-def _say_once(reason: str) -> None:
-    if reason not in _said:
-        _said.add(reason)
-        _LOG.warning(reason)

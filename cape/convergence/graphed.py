@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cape.logs import log_once
 from cape.state import has_hooks
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ _LOG = logging.getLogger(__name__)
 LOOKS_BEFORE_CAPTURE = 4
 
 _enabled: ContextVar[bool] = ContextVar("cape_graphs", default=True)
-_refused: set[str] = set()  # reasons for running without a graph: each is logged once
 
 
 class Graph(Protocol):
@@ -192,10 +192,7 @@ class RepeatedStep:
 
     def _give_up(self, why: str) -> None:
         self._given_up = True
-        line = f"{self._name} is trained without a CUDA graph: {why}."
-        if line not in _refused:
-            _refused.add(line)
-            _LOG.warning(line)
+        log_once(_LOG, logging.WARNING, f"{self._name} is trained without a CUDA graph: {why}.")
 
 
 def _unseen(model: nn.Module | None) -> str | None:

@@ -54,7 +54,7 @@ def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
     """Learn from standardized features ``z`` [n, k] and values ``y`` [n] of mean about zero; ``augmented`` is bool [n].
 
-    Work: some 30 times n³ + 2kn² floating-point operations, twice the second part where some trials are augmented.
+    Work: at most some 100 times n³ + 2kn² floating-point operations, twice the second part where some are augmented.
     """
     from scipy.optimize import minimize
 

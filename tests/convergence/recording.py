@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from cape.state import tensors_of
 
 _TO_HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 _aten = torch.ops.aten
 _NO_LAUNCH = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:
@@ -45,11 +42,11 @@ class _Recorder(TorchDispatchMode):
             raise torch.OutOfMemoryError(f"CUDA out of memory at {self._refused}")
         for argument, value in [*zip(func._schema.arguments, args), *self._named(func, kwargs)]:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.before += [(tensor, tensor.detach().clone()) for tensor in _tensors(value)]
+                self.before += [(tensor, tensor.detach().clone()) for tensor in tensors_of(value)]
         result = func(*args, **kwargs)
-        self.operations.append((func, args, kwargs, _tensors(result)))
-        given = {_memory(tensor) for tensor in _tensors([args, kwargs])}
-        self.own += [tensor for tensor in _tensors(result) if _memory(tensor) not in given]
+        self.operations.append((func, args, kwargs, tensors_of(result)))
+        given = {_memory(tensor) for tensor in tensors_of([args, kwargs])}
+        self.own += [tensor for tensor in tensors_of(result) if _memory(tensor) not in given]
         return result
 
     @staticmethod
@@ -95,6 +92,6 @@ class RecordedGraph:
             for func, args, kwargs, results in self._recorder.operations:
                 if func.overloadpacket in _NO_LAUNCH:
                     continue
-                for held, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+                for held, new in zip(results, tensors_of(func(*args, **kwargs)), strict=True):
                     if held.data_ptr() != new.data_ptr():
                         held.copy_(new)

@@ -21,6 +21,7 @@ from cape.convergence.draws import CounterDraws
 from cape.convergence.engine import make_stack, single_because, width_for
 from cape.convergence.stack import LayerStack
 from cape.convergence.vmapped import VmapStack
+from cape.logs import log_once
 from cape.tasks import Loss, LossLike
 from cape.trial import build_model
 
@@ -252,7 +253,7 @@ class _Branching(nn.Module):
 def test_what_cannot_be_stacked_runs_singly_and_one_line_says_why(
     kind: type[nn.Module], why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batched_module, "_said", set())
+    log_once.cache_clear()
     trials = [Subject(kind(), s.batch, stopping=StoppingRule(max_steps=6)) for s in subjects(CHAINS["mlp"], 3)]
     with caplog.at_level(logging.WARNING, logger="cape"):
         found = together(trials)

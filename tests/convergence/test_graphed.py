@@ -23,6 +23,7 @@ from cape.convergence import vmapped as vmapped_module
 from cape.convergence.draws import CounterDraws
 from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, use_graphs
 from cape.convergence.training import Live
+from cape.logs import log_once
 from tests.convergence.recording import RecordedGraph
 from tests.convergence.test_batched import CHAINS, RECURRENT, VMAPPED, losses, subjects, together
 
@@ -55,7 +56,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch, graph: Callable[[], object]) -> No
     monkeypatch.setattr(training_module, "graph_maker", maker)
     monkeypatch.setattr(single_module, "graph_maker", maker)
     monkeypatch.setattr(training_module, "_steps", steps)
-    monkeypatch.setattr(graphed_module, "_refused", set())
+    log_once.cache_clear()
     for module in (stack_module, vmapped_module):  # a device's draws: those of a CPU keep their state in Python
         monkeypatch.setattr(module, "draws_for", lambda device, slots: CounterDraws(slots, device))
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cape import families
 from cape.config import ModelSpec, StoppingRule
 from cape.convergence import Subject, Trajectory, measure
-from cape.convergence import graphed as graphed_module
 from cape.convergence.convert import layers_of
 from cape.convergence.graphed import CudaGraph, use_graphs
 from cape.convergence.stack import LayerStack, Stack
 from cape.convergence.vmapped import VmapStack
+from cape.logs import log_once
+from cape.state import tensors_of
 from cape.tasks import Loss
 from tests.convergence.test_batched import CHAINS, RECURRENT, VMAPPED, subjects, together
 from tests.convergence.test_graphed import SPECS, Reading, model, same, uneven
@@ -37,8 +37,8 @@ class _OnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = None if "_fused_adamw_" in str(func) else func(*args, **kwargs)  # it has no form without memory
-        for leaf in tree_leaves((args, kwargs, result)):
-            assert not isinstance(leaf, Tensor) or leaf.device.type == "meta", f"{func} takes or makes a CPU tensor"
+        for tensor in tensors_of((args, kwargs, result)):
+            assert tensor.device.type == "meta", f"{func} takes or makes a CPU tensor"
         self.operations += 1
         return result
 
@@ -102,7 +102,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaGraph]]:
         replay(self)
 
     monkeypatch.setattr(CudaGraph, "replay", counted)
-    monkeypatch.setattr(graphed_module, "_refused", set())
+    log_once.cache_clear()
     yield seen
 
 

@@ -88,7 +88,9 @@ def ray_start(name: str, folder: Path, environment: Mapping[str, str], *options:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(3)
         shutil.rmtree(temporary, ignore_errors=True)
-        current = Path("/tmp/ray/ray_current_cluster")  # `ray start` notes there what `ray.init()` connects to
+        from ray._private.utils import get_ray_address_file
+
+        current = Path(get_ray_address_file(None))  # `ray start` notes there what `ray.init()` connects to
         if not head and current.is_file() and current.read_text().strip().endswith(f":{port}"):
             current.unlink()
 
