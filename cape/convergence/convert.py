@@ -5,40 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Layer, Linear
 from cape.convergence.recurrent import Embedding, Recurrent
 from cape.families.rnn import RecurrentNet
+from cape.probing.chain import ELEMENTWISE
 from cape.state import has_hooks
-
-_aten = torch.ops.aten
 
 
 class Unstackable(Exception):
     """A model that cannot be trained in a stack; the message says why."""
 
 
-def _gelu(module: nn.GELU) -> Layer:
-    how = module.approximate
-    return Activation(
-        lambda x: F.gelu(x, approximate=how), lambda g, x: _aten.gelu_backward(g, x, approximate=how), of_output=False
-    )
-
-
 _MAKERS: dict[type[nn.Module], Callable[[nn.Module, int], Layer]] = {
     nn.Linear: Linear,  # type: ignore[dict-item]
     nn.BatchNorm1d: BatchNorm,  # type: ignore[dict-item]
-    nn.GELU: lambda m, _: _gelu(m),  # type: ignore[arg-type]
-    nn.ReLU: lambda m, _: Activation(torch.relu, lambda g, y: _aten.threshold_backward(g, y, 0), of_output=True),
-    nn.Tanh: lambda m, _: Activation(torch.tanh, _aten.tanh_backward, of_output=True),
-    nn.Sigmoid: lambda m, _: Activation(torch.sigmoid, _aten.sigmoid_backward, of_output=True),
-    nn.SiLU: lambda m, _: Activation(F.silu, _aten.silu_backward, of_output=False),
     nn.Dropout: lambda m, _: Dropout(m.p),  # type: ignore[arg-type]
-    nn.Flatten: lambda m, _: Flatten(),
+    nn.Flatten: lambda m, _: _flatten(m),  # type: ignore[arg-type]
 }
+
+
+def _flatten(module: nn.Flatten) -> Layer:
+    if (module.start_dim, module.end_dim) != (1, -1):
+        raise Unstackable("it flattens something else than its samples")
+    return Flatten()
 
 
 def layers_of(model: nn.Module, capacity: int) -> list[Layer]:
@@ -55,12 +46,16 @@ def layers_of(model: nn.Module, capacity: int) -> list[Layer]:
 
 
 def _chain(model: nn.Module) -> list[Callable[[int], Layer]]:
+    if "forward" in vars(model):
+        raise Unstackable(f"a {type(model).__name__} has a forward of its own")
     if type(model) is nn.Sequential:
         return [make for child in model for make in _chain(child)]
     if type(model) is RecurrentNet:
         return _recurrent(model)
     if type(model) is nn.Identity or (type(model) is nn.Dropout and model.p == 0.0):
         return []
+    if type(model) in ELEMENTWISE:
+        return [lambda _: Activation(ELEMENTWISE[type(model)](model))]
     if type(model) not in _MAKERS:
         raise Unstackable(f"{type(model).__name__} has no stacked layer")
     return [partial(_MAKERS[type(model)], model)]

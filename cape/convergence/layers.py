@@ -9,21 +9,18 @@ that the plain engine uses, so that on a CPU a trial's losses are those of ``mea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
+from cape.probing.chain import Elementwise, dense, dense_back
 from cape.probing.ops import native_module
 
-# Products that go through another kernel for one matrix than for many (seen with MKL; torch's own bmm has one for fewer
-# multiplications than these): one at a time.
+# Products of fewer rows go through another kernel for one matrix than for many (seen with MKL): one at a time.
 _FEW_ROWS = 16
-_FEW_MULTIPLICATIONS = 400
 
 _VECTOR = 16  # float32 numbers of the widest vector register
 
@@ -94,16 +91,8 @@ class Linear(Layer):
         shape = x.shape
         x = x.flatten(1, -2)
         self.saved = [x]
-        weight = self.parameters[0].value[: len(x)]
         bias = self.parameters[1].value[: len(x)] if self._bias else None
-        if self._apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
-            y = torch.stack(
-                [F.linear(a, w, b) for a, w, b in zip(x, weight, [None] * len(x) if bias is None else bias)]
-            )
-        elif bias is None:
-            y = torch.bmm(x, weight.transpose(1, 2))
-        else:
-            y = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        y = dense(x, self.parameters[0].value[: len(x)], bias)
         return y.view(*shape[:-1], -1)
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
@@ -115,13 +104,7 @@ class Linear(Layer):
             torch.sum(grad, 1, out=self.parameters[1].grad[:width])
         if not needs_input:
             return None
-        weight = self.parameters[0].value[:width]
-        apart = self._apart(x, weight)
-        passed = torch.stack([g @ w for g, w in zip(grad, weight)]) if apart else torch.bmm(grad, weight)
-        return passed.view(*shape[:-1], -1)
-
-    def _apart(self, x: Tensor, weight: Tensor) -> bool:
-        return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < _FEW_MULTIPLICATIONS
+        return dense_back(grad, self.parameters[0].value[:width]).view(*shape[:-1], -1)
 
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -244,19 +227,17 @@ def _flat(values: Any) -> Tensor | None:
 class Activation(Layer):
     """An elementwise function of which aten has the derivative."""
 
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor, Tensor], Tensor], of_output: bool
-    ) -> None:
+    def __init__(self, what: Elementwise) -> None:
         super().__init__()
-        self._function, self._derivative, self._of_output = function, derivative, of_output
+        self._what = what
 
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
-        y = self._function(x)
-        self.saved = [y if self._of_output else x]
+        y = self._what.function(x)
+        self.saved = [y if self._what.of_output else x]
         return y
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
-        return self._derivative(grad, self.saved[0])
+        return self._what.derivative(grad, self.saved[0])
 
 
 class Dropout(Layer):

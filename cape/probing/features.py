@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
-from cape.probing.per_sample import Norms, all_norms
+from cape.probing.per_sample import all_norms
 from cape.probing.signals import LayerSignals, layer_signals, output_spread, own_decrease, spread
+from cape.probing.wanted import Norms
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 

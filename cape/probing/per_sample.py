@@ -4,7 +4,7 @@
 unmodified forward over the batch with every parameter use intercepted, and one input-gradient backward pass that
 carries all cotangents (loss, target logit) at once. What interception cannot follow is computed by ``fallback_norms``
 for those parameters alone, so that no model is refused and no number is wrong; only models whose samples influence each
-other are refused.
+other are refused. A chain of dense layers needs none of this: see ``chain``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +21,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from cape.errors import ModelError, SpecError
+from cape.errors import ModelError
 from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, raw, recurrent
 from cape.probing.assemble import group_norms, plan
+from cape.probing.chain import chain_norms, chain_of
 from cape.probing.cotangents import hidden
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
@@ -33,6 +33,7 @@ from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import opened
 from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
 from cape.probing.taps import leaves_behind
+from cape.probing.wanted import Norms, Wanted
 from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
@@ -42,33 +43,7 @@ _log = logging.getLogger(__name__)
 _backward = opened(torch.autograd.backward) or torch.autograd.backward
 _grad = opened(torch.autograd.grad) or torch.autograd.grad
 
-TAUS = ("true_logit", "full", "hutchinson")
 _HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
-_COTANGENTS = 16  # of a full Jacobian, in one backward pass
-
-
-@dataclass(frozen=True)
-class Norms:
-    """What one pass over a batch gives.
-
-    Attributes:
-        g2: ‖∇θ ℓ_b‖² of each sample, [B] float64 (Eq. 10).
-        tau: squared gradient norm of the target logit of each sample, [B] float64.
-        tau_full: the same for the whole output (Eq. 11), exact or estimated; ``None`` unless asked for.
-        losses: each sample's loss in eval mode, [B].
-        fallback: names of the parameters that interception could not follow.
-    """
-
-    g2: Tensor
-    tau: Tensor
-    tau_full: Tensor | None
-    losses: Tensor
-    fallback: tuple[str, ...]
-
-    def first(self, n: int) -> Norms:
-        """Return the norms of the first ``n`` samples."""
-        full = None if self.tau_full is None else self.tau_full[:n]
-        return Norms(self.g2[:n], self.tau[:n], full, self.losses[:n], self.fallback)
 
 
 def per_sample_norms(
@@ -118,17 +93,21 @@ def all_norms(
     backend: str = "auto",
 ) -> Norms:
     """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
-    if tau not in TAUS:
-        raise SpecError(f"Unknown tau '{tau}'. Known: {', '.join(TAUS)}.")
+    wanted = Wanted(Loss(loss), tau, probes)
     with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
         x, y, batch_size = check_batch(map_tensors(lambda t: t.clone() if t.is_inference() else t.detach(), batch))
-    criterion = Loss(loss)
     params = trainable(model)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
         pair = torch.tensor([0, 0], device=y.device)
         twice = (slice_inputs(x, pair, 1), y[pair])
         norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
         return norms.first(1)
+    chain = chain_of(model, x)
+    if chain is not None and isinstance(x, Tensor):
+        drawing = contextlib.nullcontext() if wanted.criterion.is_named else preserved(model, seed=0)
+        with torch.inference_mode(False), ops.use_backend(backend), kept_memory(y.device), drawing:
+            pieces = pieces_of(batch_size, micro_batch or batch_size)
+            return Norms.joined([chain_norms([chain], x[None, p], y[None, p], wanted)[0] for p in pieces])
     with (
         torch.inference_mode(False),
         preserved(model, seed=0) as kept,
@@ -141,7 +120,7 @@ def all_norms(
         look = partial(scan, model, x, batch_size, list(params.values()), kept)
 
         def run(seen: Scan) -> list[Norms]:
-            engine = _Engine(model, params, criterion, tau, probes, seen, kept)
+            engine = _Engine(model, params, wanted, seen, kept)
             step = micro_batch or automatic_chunk(seen.verdicts, y.device, batch_size)
             parts = []
             for piece in pieces_of(batch_size, step):
@@ -155,14 +134,7 @@ def all_norms(
         except _UnsettledError as error:
             _log.debug("one scan was not enough: %s", error)
             parts = run(look())
-    full = [p.tau_full for p in parts if p.tau_full is not None]
-    return Norms(
-        torch.cat([p.g2 for p in parts]),
-        torch.cat([p.tau for p in parts]),
-        torch.cat(full) if full else None,
-        torch.cat([p.losses for p in parts]),
-        tuple(sorted({n for p in parts for n in p.fallback})),
-    )
+    return Norms.joined(parts)
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
@@ -194,9 +166,7 @@ class _Engine:
         self,
         model: nn.Module,
         params: dict[str, nn.Parameter],
-        criterion: Loss,
-        tau: str,
-        probes: int,
+        wanted: Wanted,
         seen: Scan,
         kept: Kept,
     ) -> None:
@@ -205,9 +175,7 @@ class _Engine:
         self.seen = seen
         self.params = params
         self.names = {id(p): n for n, p in params.items()}
-        self.criterion = criterion
-        self.tau = tau
-        self.probes = probes
+        self.wanted = wanted
         self.verdicts = seen.verdicts or []
         self.together = True
 
@@ -239,7 +207,7 @@ class _Engine:
         moving = mode.out_of_order()
         if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
             raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")
-        losses, cotangents = self._cotangents(out, y)
+        losses, cotangents = self.wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
         self._check_interaction(x, out.detach(), places, puzzling)
@@ -249,7 +217,7 @@ class _Engine:
             missing = {n: p for n, p in self.params.items() if id(p) in leaked}
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
-        return self._norms(losses, total, tuple(self.names[p] for p in leaked))
+        return self.wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
 
     def _same_outputs(self, out: Any) -> bool:
         """Whether the model gives each sample the outputs that it gave each of two."""
@@ -361,31 +329,3 @@ class _Engine:
             torch.allclose(scaled[k], plain[k] * scale.square(), rtol=0.25 / size, atol=1e-12 * float(plain[k].max()))
             for k in plain
         )
-
-    def _cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the losses [B] and the cotangents [k, *out.shape], in portions that fit one backward pass.
-
-        The first portion begins with the loss's and the target logit's.
-        """
-        self.criterion.check(out, y)
-        leaf = out.detach()
-        losses, of_loss, of_logit = self.criterion.cotangents(leaf, y)
-        if not bool(torch.isfinite(losses).all()):
-            raise ModelError("The loss is NaN or infinite at initialization; check the targets and the loss function.")
-        first = torch.stack([of_loss, of_logit])
-        if self.tau == "true_logit":
-            return losses, [first]
-        outputs = leaf.shape[1:].numel()
-        if self.tau == "full":
-            rows = torch.eye(outputs, dtype=leaf.dtype, device=leaf.device).unsqueeze(1).expand(-1, len(leaf), -1)
-        else:
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, (self.probes, len(leaf), outputs), generator=generator) * 2 - 1
-            rows = signs.to(leaf)
-        others = [part.reshape(-1, *leaf.shape) for part in rows.split(_COTANGENTS)]
-        return losses, [first, *others]
-
-    def _norms(self, losses: Tensor, total: Tensor, fallback: tuple[str, ...]) -> Norms:
-        total = total.clamp(min=0)
-        full = None if self.tau == "true_logit" else total[2:].sum(0) / (self.probes if self.tau == "hutchinson" else 1)
-        return Norms(total[0], total[1], full, losses, fallback)
