@@ -244,6 +244,7 @@ class Augmentation(JsonConfig):
     Attributes:
         seed: which classes are kept.
         classes: how many classes are kept, of C: 2 at 0, all at 1, ``round(2 * (C / 2) ** classes)`` between.
+        split: each class that is kept is cut, sample by sample at random, into ``round((200 / C) ** split)`` classes.
         random_labels: share of the samples whose label is drawn at random.
         noise: standard deviation of the normal noise added to each input, in units of the inputs' own.
         zeroed: share of the inputs (each number of each sample) that become zero, after the noise.
@@ -252,6 +253,8 @@ class Augmentation(JsonConfig):
         pooled: images only: the mean of each 2x2 pixels in place of them.
         samples: the size N of the full training set that the probe is told.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("split",)
 
     seed: int = 0
     classes: float = 1.0
@@ -262,9 +265,10 @@ class Augmentation(JsonConfig):
     gray: bool = False
     pooled: bool = False
     samples: int | None = None
+    split: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("classes", "random_labels", "zeroed"):
+        for name in ("classes", "random_labels", "zeroed", "split"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SpecError(f"An augmentation's {name} is a share between 0 and 1, not {getattr(self, name)!r}.")
         if not (math.isfinite(self.noise) and self.noise >= 0 and math.isfinite(self.log_scale)):
@@ -273,13 +277,13 @@ class Augmentation(JsonConfig):
             _check_positive_int(self.samples, "samples")
 
     @classmethod
-    def draw(cls, seed: int) -> Augmentation:
+    def draw(cls, seed: int, finer: bool = False) -> Augmentation:
         """Return the augmentation of a seed.
 
         Each change but the last two is made with the chance named, so that trials near the plain ones are common:
-        a class subset .7; random labels .35, up to all; noise .35, up to the inputs' own deviation; zeroed .4, from
-        nearly none to .98 (log-uniform in what stays); gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6
-        (log-uniform) always.
+        a class subset .7 (where ``finer``: no subset, but classes that are cut up, .7); random labels .35, up to all;
+        noise .35, up to the inputs' own deviation; zeroed .4, from nearly none to .98 (log-uniform in what stays);
+        gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always.
         """
         classes, labels, noise, zeroed, gray, pooled, scale, samples = uniforms(seed)
 
@@ -289,7 +293,8 @@ class Augmentation(JsonConfig):
 
         return cls(
             seed=seed,
-            classes=round(1.0 - often(0.7, classes), 4),
+            classes=1.0 if finer else round(1.0 - often(0.7, classes), 4),
+            split=round(often(0.7, classes), 4) if finer else 0.0,
             random_labels=round(often(0.35, labels), 4),
             noise=round(often(0.35, noise), 4),
             zeroed=round(1.0 - 0.02 ** often(0.4, zeroed), 4),
@@ -358,11 +363,12 @@ class SweepSpec(JsonConfig):
     Trials number ``len(families) * len(datasets) * len(batch_sizes) * len(lrs) * trials_per_cell``;
     rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
 
-    Where ``augmented``, every trial draws an ``Augmentation`` of its own. ``replicates``: so many trials of a cell,
-    one after the other, share their model and augmentation and differ in their other seeds.
+    Where ``augmented``, every trial draws an ``Augmentation`` of its own, with more classes instead of fewer where
+    ``finer``. ``replicates``: so many trials of a cell, one after the other, share their model and augmentation and
+    differ in their other seeds.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmented", "replicates")
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -378,6 +384,7 @@ class SweepSpec(JsonConfig):
     preprocess: str = "standard"
     stopping: StoppingRule = field(default_factory=StoppingRule)
     augmented: bool = False
+    finer: bool = False
     replicates: int = 1
 
     def __post_init__(self) -> None:
@@ -394,6 +401,8 @@ class SweepSpec(JsonConfig):
             _check_positive_int(b, "batch_sizes")
         _check_positive_int(self.trials_per_cell, "trials_per_cell")
         _check_positive_int(self.replicates, "replicates")
+        if self.finer and not self.augmented:
+            raise SpecError("'finer' says how trials are augmented; set 'augmented' as well.")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")

@@ -19,6 +19,8 @@ from cape.datasets.dataset import Dataset, Source
 from cape.datasets.images import Images, arrange, arranged_shape
 from cape.errors import SpecError
 
+_FINEST = 200  # classes that a dataset is cut into, at most
+
 
 def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -> Dataset:
     """Return the dataset that an augmentation makes of another one; nothing is read or computed yet.
@@ -27,12 +29,13 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
 
     * ``classes`` keeps that many classes, drawn by the augmentation's seed and numbered from 0 in the order of the
       draw, and further ones until ``at_least`` rows are left. Regressions and multi-label data keep all rows.
+    * ``split`` cuts each of them into several, of samples drawn at random once and for all: as many small classes.
     * ``gray`` and ``pooled`` make smaller images, before they are arranged (``image`` is then resized to 3x32x32, as
       it is for any image of another size). Data that are not images, hashed texts and tables, stay as they are.
     * ``noise`` is added, in units of the standard deviation of the batch's inputs; then ``zeroed`` of all inputs become
       zero; then all are multiplied by e^``log_scale``.
-    * ``random_labels``: a label is drawn from all classes that were kept. Targets that are no classes are exchanged
-      among the samples that were drawn.
+    * ``random_labels``: a label is drawn from all classes that there are then. Targets that are no classes are
+      exchanged among the samples that were drawn.
 
     Which samples are noisy, zeroed or labelled at random follows from the seed of the batch.
 
@@ -46,15 +49,17 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
         raise SpecError(f"'{dataset.name}' is a sequence of tokens; only numeric inputs can be augmented.")
     labels: np.ndarray = dataset.source.labels  # type: ignore[attr-defined]  # every source but sequences has them
     kept: tuple[int, ...] = ()
+    parts = 1
     if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and dataset.outputs > 2:
         kept = _classes(dataset, augmentation, at_least)
-    source = _Augmented(dataset.source, augmentation, kept)
+        parts = max(1, round((_FINEST / dataset.outputs) ** augmentation.split))
+    source = _Augmented(dataset.source, augmentation, kept, parts)
     names = tuple(dataset.class_names[c] for c in kept) if kept and dataset.class_names else dataset.class_names
     return dataclasses.replace(
         dataset,
-        outputs=len(kept) or dataset.outputs,
+        outputs=(len(kept) or dataset.outputs) * parts,
         full_train_size=augmentation.samples or dataset.full_train_size,
-        class_names=names,
+        class_names=tuple(f"{name} {k + 1}" for name in names for k in range(parts)) if parts > 1 else names,
         source=source,
     )
 
@@ -76,17 +81,25 @@ def _by_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return order, np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
 
 
+@lru_cache(maxsize=32)
+def _dealt(seed: int, parts: int, count: int) -> np.ndarray:
+    """Return which part of its class each of ``count`` rows belongs to."""
+    return np.random.default_rng(derive_seed(seed, "split")).integers(parts, size=count)
+
+
 @dataclass(frozen=True, eq=False)
 class _Augmented:
     """The samples of another source that are left, and changed (see :func:`augmented`).
 
     Attributes:
         kept: classes in their new order; all where there is none.
+        parts: what each of them is cut into.
     """
 
     base: Source
     augmentation: Augmentation
     kept: tuple[int, ...]
+    parts: int = 1
 
     def __len__(self) -> int:
         return sum(map(len, self._groups())) if self.kept else len(self.base)
@@ -118,6 +131,8 @@ class _Augmented:
             renumbered = np.zeros(max(self.kept) + 1, dtype=np.int64)
             renumbered[list(self.kept)] = np.arange(len(self.kept))
             y = torch.from_numpy(renumbered[y.numpy()])
+        if self.parts > 1:
+            y = y * self.parts + torch.from_numpy(_dealt(changes.seed, self.parts, len(self.base))[rows])
         return torch.from_numpy(_changed(x, changes, rng)), self._labels(y, rng)
 
     def _labels(self, y: Tensor, rng: np.random.Generator) -> Tensor:
@@ -126,7 +141,7 @@ class _Augmented:
             return y
         y = y.clone()
         if y.dim() == 1 and not y.is_floating_point():
-            classes = len(self.kept) or len(_by_class(self.base)[1])
+            classes = (len(self.kept) or len(_by_class(self.base)[1])) * self.parts
             y[chosen] = torch.from_numpy(rng.integers(classes, size=len(chosen)))
         else:
             y[chosen] = y[rng.permutation(chosen)]

@@ -187,7 +187,8 @@ class Plan:
             shared = derive_seed(spec.seed, *cell, "model", replicate // spec.replicates)
         if not spec.augmented:
             return None, shared
-        return Augmentation.draw(derive_seed(seed if shared is None else shared, "augmentation")), shared
+        drawn = derive_seed(seed if shared is None else shared, "augmentation")
+        return Augmentation.draw(drawn, spec.finer), shared
 
     def trials(self) -> Iterator[TrialSpec]:
         """Yield every trial, in order."""
