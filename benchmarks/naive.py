@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cape import datasets
 from cape.config import TrialSpec
-from cape.trial import build_model, draw_model
+from cape.drawn import build_model, draw_model
 
 
 def naive_rows(trial: TrialSpec, device: str, data_root: str | Path | None, *, every: bool) -> dict[str, Any]:

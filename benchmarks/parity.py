@@ -30,13 +30,14 @@ import torch
 
 from benchmarks.timing import machine, write_json
 from cape import datasets
-from cape.config import ModelSpec, TrialSpec, canonical_json
+from cape.config import ModelSpec, TrialSpec
 from cape.convergence import Outcome, Subject, measure_many
 from cape.convergence import stack as stack_module
 from cape.convergence import vmapped as vmapped_module
 from cape.convergence.batched import measure_singly
 from cape.convergence.draws import CounterDraws
-from cape.trial import build_model, draw_model
+from cape.drawn import build_model, draw_model
+from cape.jsonconfig import canonical_json
 
 FAMILIES = ("mlp", "cnn", "rnn", "transformer")
 CHECKS = ("identical", "dropout", "bf16", "tf32")

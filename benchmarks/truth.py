@@ -36,12 +36,14 @@ from benchmarks.composition import from_rows
 from benchmarks.naive import naive_rows
 from benchmarks.timing import interleave, machine, synchronize, write_json
 from cape import datasets, families
-from cape.config import ModelSpec, StoppingRule, SweepSpec, TrialSpec, canonical_json, stable_hash
+from cape.config import ModelSpec, StoppingRule, SweepSpec, TrialSpec
 from cape.convergence import Subject, measure, measure_many
 from cape.convergence.graphed import use_graphs
+from cape.drawn import draw_model
 from cape.families.rnn import RecurrentNet
+from cape.jsonconfig import canonical_json, stable_hash
 from cape.sweep.plan import Plan
-from cape.trial import draw_model, run_trials
+from cape.trial import run_trials
 
 COMPOSITION = SweepSpec(name="composition", trials_by_family={"mlp": 60, "transformer": 60})
 STACKED_ON_CPU = ("mlp", "rnn")

@@ -9,25 +9,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from cape import datasets, families
-from cape.config import ModelSpec, TrialSpec, canonical_json
+from cape.config import TrialSpec
 from cape.convergence import Outcome, Subject, Trajectory
 from cape.convergence.batched import measure_in_lane, measure_singly, out_of_memory, plain_step_seconds
 from cape.convergence.convert import Unstackable
 from cape.convergence.engine import lanes_for, same_bits, single_because
 from cape.convergence.stacked_probe import probe_many, probed_together
 from cape.convergence.streams import take_turns
+from cape.drawn import Drawn, draw, prepare
 from cape.errors import ModelError, SpecError, did_you_mean
+from cape.jsonconfig import canonical_json
 from cape.logs import log_once
 from cape.memory import kept_memory
 from cape.probing import Features, probe
@@ -81,9 +80,9 @@ def run_trials(
     rest = iter(trials)
     with kept_memory(device, give_back=False) if engine == "auto" else nullcontext():
         while window := list(islice(rest, _LOOKAHEAD)):
-            groups: dict[Any, list[_Drawn]] = {}
+            groups: dict[Any, list[Drawn]] = {}
             for number, trial in enumerate(window):
-                drawn = _draw(trial, data_root)
+                drawn = draw(trial, data_root)
                 # Where the choice of the model fails there is nothing to share.
                 alike = number if drawn.spec is None or engine == "single" else _key(drawn, device)
                 groups.setdefault(alike, []).append(drawn)
@@ -96,29 +95,7 @@ def run_trials(
                 yield from take_turns(runs, lanes)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A trial and what its seed draws, or the error of that."""
-
-    trial: TrialSpec
-    dataset: datasets.Dataset
-    spec: ModelSpec | None
-    error: Exception | None = None
-
-
-def _draw(trial: TrialSpec, data_root: str | Path | None) -> _Drawn:
-    dataset = datasets.load(trial.dataset, data_root)
-    if trial.task is not None:
-        dataset = dataset.with_task(trial.task)
-    if trial.augmentation is not None:
-        dataset = datasets.augmented(dataset, trial.augmentation, trial.batch_size)
-    try:
-        return _Drawn(trial, dataset, trial.model or draw_model(trial, dataset))
-    except (ModelError, RuntimeError) as error:
-        return _Drawn(trial, dataset, None, error)
-
-
-def _key(drawn: _Drawn, device: torch.device) -> tuple[str, str, int, str, str]:
+def _key(drawn: Drawn, device: torch.device) -> tuple[str, str, int, str, str]:
     """Return what trials of one stack have in common."""
     assert drawn.spec is not None
     trial, model = drawn.trial, canonical_json(drawn.spec.to_dict())
@@ -126,7 +103,7 @@ def _key(drawn: _Drawn, device: torch.device) -> tuple[str, str, int, str, str]:
 
 
 def _run_alike(
-    group: list[_Drawn],
+    group: list[Drawn],
     device: torch.device,
     sweep_hash: str,
     engine: str,
@@ -174,7 +151,7 @@ class _Subjects(Iterator[Subject]):
 
     def __init__(
         self,
-        group: list[_Drawn],
+        group: list[Drawn],
         device: torch.device,
         sweep_hash: str,
         *,
@@ -185,7 +162,7 @@ class _Subjects(Iterator[Subject]):
         self._begun = begun
         self._at_once: int | None = None if together else 0  # None: not known yet; 0: each by itself
         self._ready: deque[tuple[list[Row], Subject]] = deque()
-        self._again: _Drawn | None = None
+        self._again: Drawn | None = None
         self.started: list[list[Row]] = []
         self.failed: deque[list[Row]] = deque()
         self.beside_a_stack = False
@@ -199,16 +176,18 @@ class _Subjects(Iterator[Subject]):
         self.started.append(rows)
         return subject
 
-    def _build(self) -> list[tuple[_Drawn, list[Row], Subject]]:
+    def _build(self) -> list[tuple[Drawn, list[Row], Subject]]:
         """Take the next trials that are to be probed together and build their models."""
-        built: list[tuple[_Drawn, list[Row], Subject]] = []
+        built: list[tuple[Drawn, list[Row], Subject]] = []
         while self._waiting and len(built) < max(1, self._at_once or 0):
             drawn = self._waiting[0]
             rows = _base_rows(drawn.trial, self._device, self._sweep_hash)
             if self._begun is not None:
                 self._begun(drawn.trial)
             try:
-                subject = _prepare(rows, drawn, self._device)
+                for row in rows:
+                    row.update(_described(drawn))
+                subject = prepare(drawn, self._device)
             except (ModelError, RuntimeError) as error:
                 if built and out_of_memory(error):
                     break  # first those that have been built: they may be what fills the memory
@@ -224,7 +203,7 @@ class _Subjects(Iterator[Subject]):
                 self._at_once = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
         return built
 
-    def _probe(self, built: list[tuple[_Drawn, list[Row], Subject]]) -> None:
+    def _probe(self, built: list[tuple[Drawn, list[Row], Subject]]) -> None:
         """Write what the probe says into the rows; put those trials among the ready or the failed."""
         began = time.perf_counter()
         known: list[Features | None] = [None] * len(built)
@@ -247,12 +226,12 @@ class _Subjects(Iterator[Subject]):
                 row.update(features.as_dict(), probe_seconds=seconds + time.perf_counter() - began)
             self._ready.append((rows, subject))
 
-    def _to_be_raised(self, error: Exception, drawn: _Drawn) -> bool:
+    def _to_be_raised(self, error: Exception, drawn: Drawn) -> bool:
         return self.beside_a_stack and out_of_memory(error) and drawn is not self._again
 
 
 def _outcomes(
-    subjects: _Subjects, group: list[_Drawn], device: torch.device, engine: str, lanes: int, lane: int
+    subjects: _Subjects, group: list[Drawn], device: torch.device, engine: str, lanes: int, lane: int
 ) -> Iterator[Outcome | None]:
     """Choose the engine and run it; None where another lane may go on."""
     first = next(subjects, None)
@@ -327,29 +306,12 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
     return [{**shared, "epsilon": e, "log_epsilon": math.log(e)} for e in trial.epsilons]
 
 
-def _prepare(rows: list[Row], drawn: _Drawn, device: torch.device) -> Subject:
-    """Build a trial's model, fetch its batch, and write what is known then into its rows."""
-    if drawn.error is not None:
-        raise drawn.error
-    trial, dataset, spec = drawn.trial, drawn.dataset, drawn.spec
-    assert spec is not None
-    described = {"architecture": spec.architecture, "model": canonical_json(spec.to_dict()), "task": dataset.task}
-    for row in rows:
-        row.update(described)
-    model = build_model(trial, spec).to(device)
-    preprocess = families.get(spec.family).preprocess_for(trial.preprocess)
-    x, y = dataset.batch(trial.batch_size, trial.seed_for("batch"), spec.layout, preprocess=preprocess)
-    batch = (x.to(device), y.to(device))
-    return Subject(model, batch, trial.lr, trial.epsilons, trial.stopping, trial.seed_for("train"))
-
-
-def built(trial: TrialSpec, device: str | torch.device = "cpu", data_root: str | Path | None = None) -> Subject:
-    """Return a trial's model at its initialization and its batch, bit for bit those that ``run_trials`` begins with.
-
-    Raises:
-        ModelError, SpecError, DataError: see ``run_trials``.
-    """
-    return _prepare([], _draw(trial, data_root), torch.device(device))
+def _described(drawn: Drawn) -> Row:
+    """Return the columns of a trial that its draw decides."""
+    if drawn.spec is None:
+        return {}
+    model = canonical_json(drawn.spec.to_dict())
+    return {"architecture": drawn.spec.architecture, "model": model, "task": drawn.dataset.task}
 
 
 def probe_trial(
@@ -360,15 +322,15 @@ def probe_trial(
     Raises:
         ModelError, SpecError, DataError: see ``run_trials``.
     """
-    drawn = _draw(trial, data_root)
-    subject = _prepare([], drawn, torch.device(device))
+    drawn = draw(trial, data_root)
+    subject = prepare(drawn, torch.device(device))
     start = time.perf_counter()
     together = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
     (features,) = _probe_together([drawn], [subject]) if together else [None]
     return features or _probe_alone(drawn, subject), time.perf_counter() - start
 
 
-def _probe_together(drawn: list[_Drawn], subjects: list[Subject]) -> list[Features | None]:
+def _probe_together(drawn: list[Drawn], subjects: list[Subject]) -> list[Features | None]:
     """Return the features of trials of one model; of none of them where something is wrong with one."""
     loss = TASK_LOSS[drawn[0].dataset.task]
     try:
@@ -378,7 +340,7 @@ def _probe_together(drawn: list[_Drawn], subjects: list[Subject]) -> list[Featur
         return [None] * len(drawn)
 
 
-def _probe_alone(drawn: _Drawn, subject: Subject) -> Features:
+def _probe_alone(drawn: Drawn, subject: Subject) -> Features:
     dataset = drawn.dataset
     loss, size = TASK_LOSS[dataset.task], dataset.full_train_size
     return probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
@@ -398,19 +360,6 @@ def _truth(trajectory: Trajectory, epsilon: float) -> Row:
         "truth_seconds": trajectory.seconds,
         "step_seconds": trajectory.step_seconds if math.isfinite(trajectory.step_seconds) else None,
     }
-
-
-def draw_model(trial: TrialSpec, dataset: datasets.Dataset) -> ModelSpec:
-    """Return the model that a trial's seed draws from its family."""
-    rng = np.random.default_rng(trial.seed_for("model"))
-    return families.get(trial.family).sample(rng, dataset, reference=trial.preprocess == "reference")
-
-
-def build_model(trial: TrialSpec, spec: ModelSpec) -> nn.Module:
-    """Return the trial's model, initialized from its seed, on the CPU; the global RNG is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(trial.seed_for("init"))
-        return families.get(spec.family).build(spec)
 
 
 @lru_cache(maxsize=16)

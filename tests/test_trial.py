@@ -14,11 +14,12 @@ from cape import datasets, families
 from cape import trial as trial_module
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
+from cape.drawn import build_model, draw_model
 from cape.errors import DataError, ModelError, SpecError
 from cape.logs import log_once
 from cape.probing import FEATURE_NAMES, probe
 from cape.store.schema import ROW_SCHEMA
-from cape.trial import build_model, draw_model, run_trials
+from cape.trial import run_trials
 
 TIMES = ("probe_seconds", "truth_seconds", "step_seconds")
 

@@ -48,7 +48,7 @@ def rebuild(
     Raises:
         DataError: the row names no model or no seed (imported rows do not).
     """
-    from cape.trial import built
+    from cape.drawn import built
 
     if rows["model"][index] is None or rows["seed"][index] is None:
         raise DataError("Imported rows name no model; only the rows of a sweep can be rebuilt.")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cape.config import Augmentation, derive_seed
+from cape.config import Augmentation
 from cape.datasets.dataset import Dataset, Source
 from cape.datasets.images import Images, arrange, arranged_shape
 from cape.errors import SpecError
+from cape.jsonconfig import derive_seed
 
 _FINEST = 200  # classes that a dataset is cut into, at most
 

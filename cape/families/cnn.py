@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cape.config import JsonConfig, ModelSpec
+from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
 
 MAX_PARAMETERS = 2_000_000
 WEIGHTS = {"vgg": 0.50, "resnet": 0.35, "mobilenetv2": 0.15}

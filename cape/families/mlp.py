@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
-from cape.config import JsonConfig, ModelSpec
+from cape.config import ModelSpec
 from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
 from cape.randoms import normal_
 
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from torch import nn
 
-from cape.config import JsonConfig, ModelSpec
+from cape.config import ModelSpec
 from cape.errors import SpecError, did_you_mean
+from cape.jsonconfig import JsonConfig
 
 T = TypeVar("T")
 Options = TypeVar("Options", bound=JsonConfig)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from cape.config import JsonConfig, ModelSpec
+from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cape.config import JsonConfig, ModelSpec
+from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
 
 
 @dataclass(frozen=True)

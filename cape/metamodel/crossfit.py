@@ -15,9 +15,9 @@ import numpy as np
 
 from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
-from cape.metamodel.regressors import design, log_steps, predict_log, train_boosters
+from cape.metamodel.regressors import design, log_steps, predict_log, shares, train_boosters
 from cape.metamodel.rows import Rows
-from cape.metamodel.surface import mix, smooth, spreads
+from cape.metamodel.surface import FAR, mix, smooth, spreads
 
 FOLDS = 10
 ENOUGH = 500
@@ -29,6 +29,9 @@ STRUCTURE_ROWS = 4_000
 SIZE_ROWS = 12_000
 """Plain rows, and as many augmented ones, on which structures and sizes are compared: the best size grows with the rows
 (800 trees of depth 5 beat all others on 12,000 rows and none on 2,000), the best structure does not."""
+
+FEWEST_ROWS = 60
+"""Rows near or far from which a family has a share of its own there."""
 
 Call = Callable[..., np.ndarray]
 Mapper = Callable[[Call, Iterable[tuple[Any, ...]]], list[np.ndarray]]
@@ -95,20 +98,21 @@ def out_of_fold(
     made = _joined(
         mapper(fold_parts, [(rows, assigned, preset, tuple(families), k) for k in range(assigned.max() + 1)])
     )
-    return mix(made[0], made[1], np.array([preset.share(f) for f in rows["family"]])), made[2]
+    return mix(made[0], made[1], shares(preset, rows["family"], made[2] > FAR)), made[2]
 
 
 def select(
     rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = map_here
 ) -> tuple[Preset, list[dict[str, Any]]]:
-    """Choose structure, then size, then family by family the surface's share, by cross-validation.
+    """Choose structure, then size, then family by family the surface's shares, by cross-validation.
 
-    Structure and size are judged over trials, a share over trials and over datasets that were left out: a model is used
-    on both, and what is best on the one is not always on the other.
+    Structure and size are judged over trials that were left out. A share is judged over these and over datasets that
+    were left out, once by the rows that then lie near the trials fitted on and once by those that lie far from them: a
+    model is used on both, and what is best near is not always best far.
 
     Returns:
-        The preset with the smallest mean over families of the mean |Δ log T*| (a share: with the smallest geometric
-        mean of the family's two errors), and the score of each candidate.
+        The preset with the smallest mean over families of the mean |Δ log T*| (a share: of the family's rows near or
+        far), and the score of each candidate.
     """
     reached = rows.take(rows.reached & ~rows.augmented)
     if len(set(reached["trial_id"])) < 2 * SELECTION_FOLDS:
@@ -126,31 +130,30 @@ def select(
 
 
 def _shares(rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper) -> tuple[Preset, list[dict[str, Any]]]:
-    """Choose each family's share of the surface beside the trees."""
-    deals = {"log_error": assign_folds(rows, SELECTION_FOLDS), "log_error_unseen_dataset": assign_datasets(rows)}
+    """Choose each family's share of the surface beside the trees, near the trials fitted on and far from them."""
+    both = (assign_folds(rows, SELECTION_FOLDS), assign_datasets(rows))
     # A fold without which nothing would be left to fit on cannot be left out.
-    deals = {name: dealt for name, dealt in deals.items() if all(rows.reached[dealt != k].any() for k in set(dealt))}
-    counts = {name: int(dealt.max()) + 1 for name, dealt in deals.items()}
-    jobs = [(rows, dealt, base, tuple(families), k) for name, dealt in deals.items() for k in range(counts[name])]
+    deals = [dealt for dealt in both if all(rows.reached[dealt != k].any() for k in set(dealt))]
+    counts = [int(dealt.max()) + 1 for dealt in deals]
+    jobs = [(rows, d, base, tuple(families), k) for d, count in zip(deals, counts, strict=True) for k in range(count)]
     made = iter(mapper(fold_parts, jobs))
-    parts = {name: _joined([next(made) for _ in range(count)]) for name, count in counts.items()}
-    shares, scores = {}, []
+    parts = [_joined([next(made) for _ in range(count)]) for count in counts]
+    trees, surface, spread = np.concatenate([np.full((3, 0), np.nan), *parts], axis=1)
+    target, names = np.tile(log_steps(rows["t_star"]), len(parts)), np.tile(rows["family"], len(parts))
+    judged = np.tile(rows.reached & ~rows.augmented, len(parts)) & np.isfinite(surface)
+    chosen: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    scores = []
     for family in families:
-        mine = rows["family"] == family
-        judged = [name for name, dealt in deals.items() if len(set(dealt[mine & ~rows.augmented])) > 1]
-        found: list[dict[str, Any]] = []
-        for share in SHARES:
-            errors = {}
-            for name in judged:
-                trees, surface = parts[name][0, mine], parts[name][1, mine]
-                mixed = mix(trees, surface, np.full(len(trees), share))
-                errors[name] = _log_error(rows.take(mine), mixed, (family,))
-            found.append({**errors, "family": family, "surface": share})
-        overall = [sum(float(np.log(f[name])) for name in judged) for f in found]
-        if judged and np.isfinite(overall).all():
-            shares[family] = SHARES[int(np.argmin(overall))]
-            scores += found
-    return base.replace(shares=shares), scores
+        for far, best in chosen.items():
+            mine = np.flatnonzero(judged & (names == family) & ((spread > FAR) == far))
+            if len(mine) < FEWEST_ROWS:
+                continue
+            mixed = [mix(trees[mine], surface[mine], np.full(len(mine), share)) for share in SHARES]
+            errors = [float(np.abs(m - target[mine]).mean()) for m in mixed]
+            best[family] = SHARES[int(np.argmin(errors))]
+            about = {"family": family, "far": far, "rows": len(mine)}
+            scores += [{"log_error": e, **about, "surface": share} for e, share in zip(errors, SHARES, strict=True)]
+    return base.replace(shares=chosen[False], far_shares=chosen[True]), scores
 
 
 def _best(

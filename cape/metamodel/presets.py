@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cape.config import JsonConfig
 from cape.errors import SpecError, did_you_mean
+from cape.jsonconfig import JsonConfig
 from cape.metamodel.line import EPSILON_TERM
 from cape.metamodel.rows import PAPER_FEATURES, PRODUCT_FEATURES, STATIC_FEATURES
 
@@ -35,7 +35,8 @@ class Preset(JsonConfig):
         surface: share of the smooth surface in a prediction, beside the trees'; 0 fits none. It stands on the line.
         augmented: weight of the rows of augmented trials, which the surface ignores: it learns their noise; 0 leaves
             them out.
-        shares: ``surface`` by family, where selection has chosen it.
+        shares: ``surface`` by family, where selection has chosen it. far_shares: the same for trials far from those
+            that were fitted on (``surface.FAR``), where it differs.
         intervals: whether an evaluation scores its intervals, too (they take cross-fitting).
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
             is then fitted again on every row with as many); 0 fits all ``trees``.
@@ -61,6 +62,7 @@ class Preset(JsonConfig):
     surface: float = 0.0
     augmented: float = 0.0
     shares: Mapping[str, float] = field(default_factory=dict)
+    far_shares: Mapping[str, float] = field(default_factory=dict)
     early_stopping: int = 0
     intervals: bool = False
 
@@ -69,15 +71,16 @@ class Preset(JsonConfig):
             raise SpecError(
                 f"Unknown way to treat censored rows '{self.censored}'.{did_you_mean(self.censored, CENSORED)}"
             )
-        for share in (self.surface, *self.shares.values()):
+        for share in (self.surface, *self.shares.values(), *self.far_shares.values()):
             if not 0.0 <= share <= 1.0:
                 raise SpecError(f"The share of a surface is from 0 to 1, not {share}.")
         if self.early_stopping < 0 or self.augmented < 0:
             raise SpecError("early_stopping and augmented must be zero or more.")
 
-    def share(self, family: object) -> float:
-        """Return the surface's share in a family's predictions."""
-        return self.shares.get(str(family), self.surface)
+    def share(self, family: object, far: bool = False) -> float:
+        """Return the surface's share in a family's predictions, near the trials fitted on or far from them."""
+        near = self.shares.get(str(family), self.surface)
+        return self.far_shares.get(str(family), near) if far else near
 
 
 _PRODUCT = Preset(
@@ -134,7 +137,7 @@ SIZES: tuple[dict[str, Any], ...] = (
 )
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """What selection compares: every structure at ``STRUCTURE_SIZE``, every size of the best structure (both of the trees
-alone), then, family by family, how much of the surface."""
+alone), then, family by family, how much of the surface near the trials and how much far from them."""
 
 
 def preset_named(name: str | Preset) -> Preset:

@@ -7,7 +7,7 @@ starts at zero (T* = 0) stays finite. Predictions are ``exp`` of the regressor's
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from cape.errors import DataError, DependencyError
 from cape.metamodel.line import POOLED, Line, fit_lines, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.rows import Rows, as_rows, family_codes
-from cape.metamodel.surface import Surface, fit_surfaces, mix, smooth
+from cape.metamodel.surface import FAR, Surface, fit_surfaces, mix, smooth, spreads
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -97,7 +97,9 @@ def design(rows: Rows | Any, preset: Preset, families: Sequence[str], needed: Co
     margin = margins(lines, rows)
     surfaces: dict[str, Surface] = {}
     if lines:
-        having = [f for f in families if preset.share(f) and (needed is None or f in needed)]
+        having = [
+            f for f in families if max(preset.share(f), preset.share(f, far=True)) and (needed is None or f in needed)
+        ]
         surfaces = fit_surfaces(rows, y - margin, preset.features, having, censored, AFT_SCALE)
     x = rows.matrix(preset.features, families)
     return Design(x, y, weight, codes, rows.trials, censored, margin, tuple(families), lines, surfaces)
@@ -255,7 +257,7 @@ def predict_log(
 ) -> np.ndarray:
     """Return log T* [n]: each row by its family's booster, or by the pooled one, on top of its family's line.
 
-    A family with a surface has the preset's share of it.
+    A family with a surface has the preset's share of it, near and far.
     """
     x, names, margin = rows.matrix(preset.features, families), rows["family"], margins(lines, rows)
     out = np.empty(len(x))
@@ -265,5 +267,12 @@ def predict_log(
         matrix = dmatrix(x[index], preset.features, margin=margin[index] if lines else None)
         # The margin is log T* under both objectives; the output of accelerated failure time would be its exponential.
         out[index] = boosters[name].predict(matrix, output_margin=True)
-    share = np.array([preset.share(n) for n in names], dtype=np.float64)
-    return mix(out, smooth(margin, surfaces, rows), share)
+    if not surfaces:
+        return out
+    far = spreads(surfaces, rows) > FAR
+    return mix(out, smooth(margin, surfaces, rows), shares(preset, names, far))
+
+
+def shares(preset: Preset, families: Iterable[object], far: np.ndarray) -> np.ndarray:
+    """Return the surface's share in each prediction, float64 [n]; ``far``: bool [n]."""
+    return np.array([preset.share(f, bool(away)) for f, away in zip(families, far, strict=True)], dtype=np.float64)

@@ -29,6 +29,9 @@ LEARNED_FROM = (400, 600)
 WITNESSES = (300, 400)
 """Plain points, and points of both kinds, that the spread is judged by, at most."""
 
+FAR = 2.0**0.5
+"""Spread from which a trial is far from those fitted on: its variance is twice theirs, who are mostly noise."""
+
 FEWEST_TRIALS = 20
 """Trials from which a family has a surface."""
 

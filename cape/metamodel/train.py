@@ -117,7 +117,8 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
         run_config=ray.train.RunConfig(name="fit", storage_path=str(storage)),
     )
     try:
-        result = trainer.fit()
+        with _watched_closely():
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         text = str(error)
         why = (
@@ -130,6 +131,23 @@ def train_with_ray(data: Design, preset: Preset, workers: int, storage: Path) ->
         files = {p.name: p for p in sorted(Path(folder).glob("*.ubj"))}
         pooled = files.pop(RayTrainReportCallback.CHECKPOINT_NAME)
         return {POOLED: load_booster(pooled), **{p.stem: load_booster(p) for p in files.values()}}
+
+
+@contextmanager
+def _watched_closely() -> Iterator[None]:
+    """Let Ray Train look at its workers five times a second, where the user has not said how often.
+
+    It does so every two seconds, and waits so long before its first look and after a worker's report: for a run of
+    seconds that is a third of it (measured: 13.6 s and 10.3).
+    """
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    mine = name not in os.environ
+    os.environ.setdefault(name, "0.2")
+    try:
+        yield
+    finally:
+        if mine:
+            del os.environ[name]
 
 
 def _worker(config: dict[str, Any]) -> None:

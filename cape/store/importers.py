@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from cape.config import check_epsilon, stable_hash
+from cape.config import check_epsilon
 from cape.errors import CapeError, DataError, SpecError
+from cape.jsonconfig import stable_hash
 from cape.store.schema import ROW_SCHEMA
 from cape.store.writer import write_shard
 

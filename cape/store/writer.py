@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cape
-from cape.config import stable_hash
+from cape.jsonconfig import stable_hash
 from cape.store import reader
 from cape.store.location import Location
 from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, ROWS, partition

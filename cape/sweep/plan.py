@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cape.config import Augmentation, SweepSpec, TrialSpec, canonical_json, derive_seed, stable_hash
+from cape.config import Augmentation, SweepSpec, TrialSpec
 from cape.errors import SpecError, did_you_mean
+from cape.jsonconfig import canonical_json, derive_seed, stable_hash
 
 # The paper's grid (section 5.1) is the default of SweepSpec.
 PRESETS: dict[str, SweepSpec] = {

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from cape import datasets
-from cape.config import Augmentation, ModelSpec, TrialSpec, stable_hash
+from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.errors import ModelError, SpecError, StoreError
+from cape.jsonconfig import stable_hash
 from cape.probing import FEATURE_NAMES
 from cape.store import reader
 from cape.store.compact import KEEP_S, check_replaceable, next_generation, publish, remove_retired

@@ -23,8 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import cape
-from cape.config import stable_hash
 from cape.errors import DependencyError, SpecError, StoreError
+from cape.jsonconfig import stable_hash
 from cape.store.provenance import REVISION_FILE, git_revision
 from cape.sweep.plan import read_spec
 

@@ -21,9 +21,9 @@ from cape.convergence.draws import CounterDraws
 from cape.convergence.engine import make_stack, single_because, width_for
 from cape.convergence.stack import LayerStack
 from cape.convergence.vmapped import VmapStack
+from cape.drawn import build_model
 from cape.logs import log_once
 from cape.tasks import Loss, LossLike
-from cape.trial import build_model
 
 LRS = (5e-4, 1e-3, 2e-3)
 IMAGE = (3, 16, 16)

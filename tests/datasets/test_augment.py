@@ -66,6 +66,44 @@ def test_classes_are_kept_renumbered_and_enough_for_a_batch() -> None:
         datasets.augmented(digits, Augmentation(), at_least=5000).batch(5000, 0, "vector")
 
 
+def test_classes_are_cut_up_the_same_way_for_every_batch() -> None:
+    digits = datasets.load("digits")
+    fine = datasets.augmented(digits, Augmentation(seed=5, split=0.5))
+    parts = round((200 / 10) ** 0.5)
+    assert parts == 4 and fine.outputs == 40 == len(fine.class_names)
+    assert datasets.augmented(digits, Augmentation(split=1.0)).outputs == 200
+    assert datasets.augmented(digits, Augmentation(split=0.0)).outputs == 10
+    (x, y), (plain, old) = (d.batch(len(digits), 2, "vector") for d in (fine, digits))
+    assert torch.equal(x, plain)  # the same samples, in the same order
+    assert torch.equal(y // parts, old)
+    counts = torch.bincount(y, minlength=40)
+    assert counts.min() > 20  # about 45 of 1,797 in each
+    label = {tuple(row.tolist()): int(c) for row, c in zip(x, y, strict=True)}
+    again = fine.batch(100, 9, "vector")
+    assert [label[tuple(row.tolist())] for row in again[0]] == again[1].tolist()
+    other = datasets.augmented(digits, Augmentation(seed=6, split=0.5)).batch(len(digits), 2, "vector")[1]
+    assert torch.equal(other // parts, old) and not torch.equal(other, y)
+    some = datasets.augmented(digits, Augmentation(seed=4, classes=0.6, split=0.5))
+    assert some.outputs == 20 and int(some.batch(len(some), 1, "vector")[1].max()) == 19
+    random = datasets.augmented(digits, Augmentation(seed=5, split=0.5, random_labels=1.0))
+    assert len(set(random.batch(1000, 0, "vector")[1].tolist())) == 40
+
+
+def test_a_sweep_of_finer_tasks_leaves_no_class_out() -> None:
+    drawn = [Augmentation.draw(seed, finer=True) for seed in range(500)]
+    assert all(a.classes == 1.0 for a in drawn)
+    assert sum(a.split > 0 for a in drawn) / 500 == pytest.approx(0.7, abs=0.06)
+    assert all(Augmentation.from_json(a.to_json()) == a for a in drawn[:50])
+    assert "split" not in Augmentation.draw(3).to_dict()  # named as before there was one
+    spec = SweepSpec(families=("mlp",), datasets=("digits",), trials_per_cell=2, augmented=True, finer=True, seed=4)
+    trials = list(Plan(spec).trials())
+    assert all(t.augmentation is not None and t.augmentation.classes == 1.0 for t in trials)
+    assert len({t.augmentation.split for t in trials if t.augmentation}) > 3
+    assert [int(t.trial_id, 16) for t in trials] == Plan(spec).all_ids().tolist()
+    with pytest.raises(SpecError, match="'finer' says how trials are augmented"):
+        SweepSpec(finer=True)
+
+
 def _sorted(x: torch.Tensor) -> torch.Tensor:
     return x[np.lexsort(x.numpy().T)]
 

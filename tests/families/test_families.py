@@ -296,8 +296,8 @@ def test_a_family_of_ones_own() -> None:
         def build(self, spec):  # type: ignore[no-untyped-def]
             return nn.Linear(spec.input_shape[0], spec.outputs)
 
-    from cape.config import JsonConfig
     from cape.families import registry
+    from cape.jsonconfig import JsonConfig
 
     class Empty(JsonConfig):
         pass

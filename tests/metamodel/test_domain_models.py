@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cape import datasets
 from cape.config import SweepSpec
+from cape.drawn import build_model, draw_model
 from cape.metamodel.artifact import MetaModel
 from cape.metamodel.domain import FALSE_ALARM
 from cape.metamodel.fit import fit_table
@@ -21,7 +22,7 @@ from cape.predict import predict
 from cape.probing import probe
 from cape.store.schema import ROW_SCHEMA
 from cape.sweep.plan import Plan
-from cape.trial import build_model, draw_model, run_trials
+from cape.trial import run_trials
 
 SPEC = SweepSpec(families=("mlp",), datasets=("digits",), batch_sizes=(16, 32), trials_per_cell=20, seed=7)
 

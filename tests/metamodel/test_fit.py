@@ -97,10 +97,13 @@ def test_selection_prefers_what_predicts_left_out_trials(sample: Rows) -> None:
     assert (chosen.trees, chosen.depth, chosen.per_family) == (best["trees"], best["depth"], best["per_family"])
     assert bool(chosen.line) == best["line"] and not chosen.select
     for family in few.families:
-        mine = [s for s in shares if s["family"] == family]
-        assert [s["surface"] for s in mine] == list(SHARES)
-        best = min(mine, key=lambda s: s["log_error"] * s["log_error_unseen_dataset"])
-        assert chosen.shares[family] == best["surface"]
+        for far, picked in ((False, chosen.shares), (True, chosen.far_shares)):
+            mine = [s for s in shares if s["family"] == family and s["far"] == far]
+            if family in picked:
+                assert [s["surface"] for s in mine] == list(SHARES)
+                assert picked[family] == min(mine, key=lambda s: s["log_error"])["surface"]
+            else:
+                assert not mine
 
 
 def test_p_reach_learns_which_models_never_get_there(sample: Rows) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from cape.errors import SpecError
 from cape.metamodel.crossfit import assign_datasets, select
+from cape.metamodel.line import margins
 from cape.metamodel.presets import PRESETS, SHARES, Preset
 from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
 from cape.metamodel.rows import Rows
-from cape.metamodel.surface import FEWEST_TRIALS, Surface, fit_surfaces, mix, smooth
+from cape.metamodel.surface import FAR, FEWEST_TRIALS, Surface, fit_surfaces, mix, smooth
 from cape.store import reader
 
 FEATURES = ("log_lr", "log_b")
@@ -156,9 +157,27 @@ def test_with_few_real_trials_half_of_it_is_better_than_trees_alone_and_selectio
     assert error[0.5] < 0.8 * error[0.0]
     chosen, scores = select(few, PRESETS["product"], ("mlp",))
     assert chosen.shares["mlp"] > 0
-    shares = [s for s in scores if "surface" in s]
-    assert [s["surface"] for s in shares] == list(SHARES)
-    assert all(0 < s["log_error"] < s["log_error_unseen_dataset"] for s in shares)
+    near, far = ([s for s in scores if "surface" in s and s["far"] == where] for where in (False, True))
+    assert [s["surface"] for s in near] == [s["surface"] for s in far] == list(SHARES)
+    assert all(0 < a["log_error"] < b["log_error"] for a, b in zip(near, far, strict=True))
+    # Every row is judged twice, left out with its fold and with its dataset.
+    assert near[0]["rows"] + far[0]["rows"] == 2 * int(few.reached.sum())
+
+
+def test_far_from_the_trials_it_has_another_share() -> None:
+    rows = real()
+    rows = rows.take(rows["replicate"] < 8)
+    preset = PRESETS["product"].replace(trees=50, shares={"mlp": 0.25}, far_shares={"mlp": 1.0})
+    data = design(rows, preset, ("mlp",))
+    boosters = train_boosters(data, preset)
+    moved = Rows({**rows.columns, "line_16": rows["line_16"] + np.where(np.arange(len(rows)) % 2, 8.0, 0.0)})
+    far = data.surfaces["mlp"].spread(moved) > FAR
+    assert 0.3 < far.mean() < 0.7
+    line = margins(data.lines, moved)
+    trees = predict_log(boosters, data.lines, {}, moved, preset, ("mlp",))
+    smoothed = line + data.surfaces["mlp"].predict(moved)
+    expected = np.where(far, smoothed, 0.75 * trees + 0.25 * smoothed)
+    np.testing.assert_allclose(predict_log(boosters, data.lines, data.surfaces, moved, preset, ("mlp",)), expected)
 
 
 def test_a_dataset_is_left_out_whole_with_its_augmented_trials() -> None:
@@ -174,8 +193,9 @@ def test_one_dataset_alone_is_judged_by_trials_only() -> None:
     rows = rows.take((rows["dataset"] == "mnist") & (rows["replicate"] < 8))
     chosen, scores = select(rows, PRESETS["product"].replace(trees=20), ("mlp",))
     shares = [s for s in scores if "surface" in s]
-    assert chosen.shares["mlp"] > 0 and len(shares) == len(SHARES)
-    assert not any("log_error_unseen_dataset" in s for s in shares)
+    judged = {s["far"]: s["rows"] for s in shares}
+    assert chosen.shares["mlp"] > 0 and len(shares) == len(SHARES) * len(judged)
+    assert sum(judged.values()) <= int(rows.reached.sum())
 
 
 def test_a_share_is_a_share() -> None:
@@ -183,6 +203,12 @@ def test_a_share_is_a_share() -> None:
         Preset("x", surface=1.5)
     with pytest.raises(SpecError, match="from 0 to 1"):
         Preset("x", shares={"mlp": -0.1})
+    with pytest.raises(SpecError, match="from 0 to 1"):
+        Preset("x", far_shares={"mlp": 2.0})
+    preset = Preset("x", surface=0.5, shares={"mlp": 0.25}, far_shares={"mlp": 1.0})
+    assert [preset.share("mlp"), preset.share("mlp", far=True)] == [0.25, 1.0]
+    assert [preset.share("rnn"), preset.share("rnn", far=True)] == [0.5, 0.5]
+    assert Preset.from_json(preset.to_json()) == preset
     chosen = Preset("x", surface=0.5, shares={"mlp": 0.25})
     assert (chosen.share("mlp"), chosen.share("rnn")) == (0.25, 0.5)
     assert Preset.from_json(chosen.to_json()) == chosen
