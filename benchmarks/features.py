@@ -20,9 +20,9 @@ import numpy as np
 from benchmarks.timing import machine, write_json
 from cape.errors import DataError
 from cape.evaluation import metrics
+from cape.feature_names import SLOW_FEATURES
 from cape.metamodel.regressors import dmatrix, log_steps, xgboost
 from cape.metamodel.rows import OPTIMIZER_FEATURES, PAPER_FEATURES, STATIC_FEATURES, Rows
-from cape.probing import SLOW_FEATURES
 from cape.store import reader
 
 WITHOUT_N = tuple(f for f in PAPER_FEATURES if f != "log_n")

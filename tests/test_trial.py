@@ -16,8 +16,9 @@ from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
 from cape.drawn import build_model, draw_model
 from cape.errors import DataError, ModelError, SpecError
+from cape.feature_names import FEATURE_NAMES
 from cape.logs import log_once
-from cape.probing import FEATURE_NAMES, probe
+from cape.probing import probe
 from cape.store.schema import ROW_SCHEMA
 from cape.trial import run_trials
 

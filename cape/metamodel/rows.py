@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
-from cape.probing.features import FEATURE_NAMES, SLOW_FEATURES
+from cape.feature_names import FEATURE_NAMES, SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa

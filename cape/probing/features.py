@@ -18,33 +18,6 @@ from cape.probing.wanted import Norms
 from cape.state import Inputs, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
-# What tells slow regimes apart; chosen by the error on datasets left out, see docs/data.md.
-SLOW_FEATURES = (
-    "line_16",
-    "log_output_spread",
-    "log_weakest_layer",
-    "log_last_share",
-    "log_move",
-    "spread_1",
-    "spread_16",
-    "log_own_16",
-)
-FEATURE_NAMES = (
-    "log_p",
-    "log_g2",
-    "log_tau",
-    "log_tau_full",
-    "log_n",
-    "log_lr",
-    "log_b",
-    "log_l0",
-    "log_first_step",
-    "log_grad_l1",
-    "log_grad_l2",
-    "line_1",
-    "line_4",
-    *SLOW_FEATURES,
-)
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300
 _PIECE = 2**18  # numbers: twice that in float64 stays in a core's cache

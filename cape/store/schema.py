@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from cape.probing.features import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES
 
 SCHEMA_VERSION = 1
 SPEC_FILE = "_spec.json"

@@ -23,8 +23,8 @@ import torch
 from cape import datasets
 from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.errors import ModelError, SpecError, StoreError
+from cape.feature_names import FEATURE_NAMES
 from cape.jsonconfig import stable_hash
-from cape.probing import FEATURE_NAMES
 from cape.store import reader
 from cape.store.compact import KEEP_S, check_replaceable, next_generation, publish, remove_retired
 from cape.store.location import Location

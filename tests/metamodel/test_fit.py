@@ -221,3 +221,9 @@ def test_two_ray_workers_fit_a_model_as_good_as_one_and_stop_early_together(samp
     mae = [np.abs(m.predict(unseen) - unseen["t_star"]).mean() for m in (one, two)]
     assert mae[1] == pytest.approx(mae[0], rel=0.02)
     assert two.preset.early_stopping == 15 and set(two.boosters) == set(one.boosters) == {POOLED, *FAMILIES}
+
+
+def test_fitting_needs_no_torch() -> None:
+    """Every process of a fit would import it, for a second or two each."""
+    code = "import sys, cape.cli, cape.metamodel.train, cape.metamodel.fit, cape.store.reader; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cape.feature_names import FEATURE_NAMES, SLOW_FEATURES
 from cape.metamodel.rows import NUMERIC
-from cape.probing import FEATURE_NAMES, SLOW_FEATURES, Features, probe
+from cape.probing import Features, probe
 from cape.probing.signals import FLOOR, layer_signals, own_decrease, spread
 
 LR = 1e-3

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cape.config import TrialSpec
-from cape.probing.features import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES
 
 
 def _make_rows(count: int, family: str = "mlp", dataset: str = "digits", first_seed: int = 0) -> list[dict[str, Any]]:

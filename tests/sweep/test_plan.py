@@ -184,6 +184,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
     plans = {path.stem: Plan(read_spec(path)) for path in sorted((ROOT / "ray_jobs" / "specs").glob("*.json"))}
     assert {name: len(plan) for name, plan in plans.items()} == {
         "augmented": 5832,
+        "finer": 1656,
         "fresh": 972,
         "held_out": 342,
         "plain": 4932,
@@ -193,4 +194,5 @@ def test_the_corpus_is_a_set_of_plans() -> None:
     assert len(np.unique(ids)) == len(ids)
     groups = Counter((t.family, t.model_seed) for t in plans["replicates"].trials())
     assert len(groups) == 4 * 24 and set(groups.values()) == {10}
-    assert all(t.augmentation is not None for t in plans["augmented"].trials())
+    augmented, finer = ([t.augmentation for t in plans[name].trials()] for name in ("augmented", "finer"))
+    assert all(a is not None for a in augmented) and all(a is not None and a.classes == 1.0 for a in finer)

@@ -14,7 +14,7 @@ import pytest
 from cape import cli
 from cape.config import SweepSpec
 from cape.errors import StoreError
-from cape.probing import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES
 from cape.store import reader
 from cape.sweep import reprobe as module
 from cape.sweep.inline import run_inline

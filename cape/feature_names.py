@@ -1,0 +1,31 @@
+"""Names of the features, for whoever reads rows and needs no torch."""
+
+from __future__ import annotations
+
+# What tells slow regimes apart; chosen by the error on datasets left out, see docs/data.md.
+SLOW_FEATURES = (
+    "line_16",
+    "log_output_spread",
+    "log_weakest_layer",
+    "log_last_share",
+    "log_move",
+    "spread_1",
+    "spread_16",
+    "log_own_16",
+)
+FEATURE_NAMES = (
+    "log_p",
+    "log_g2",
+    "log_tau",
+    "log_tau_full",
+    "log_n",
+    "log_lr",
+    "log_b",
+    "log_l0",
+    "log_first_step",
+    "log_grad_l1",
+    "log_grad_l2",
+    "line_1",
+    "line_4",
+    *SLOW_FEATURES,
+)
