@@ -32,7 +32,7 @@ from cape.metamodel.surface import Surface, spreads
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 5  # 1 had no lines, 2 no surfaces, 3 and 4 surfaces of another kernel
+FORMAT = 6  # 1 had no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away
 WEIGHTS = Path(__file__).parent / "weights"
 
 

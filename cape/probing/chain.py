@@ -48,7 +48,6 @@ ELEMENTWISE: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
     nn.Sigmoid: lambda _: Elementwise(torch.sigmoid, _aten.sigmoid_backward, of_output=True),
     nn.SiLU: lambda _: Elementwise(F.silu, _aten.silu_backward, of_output=False),
 }
-_WEIGHTED = (nn.Linear, nn.BatchNorm1d)
 _FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
 _IDLE = (nn.Dropout, nn.Identity)  # in eval mode
 
@@ -85,31 +84,35 @@ def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:
     if type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
         return None
     layers = list(_leaves(model))
-    parameters: list[Tensor] = []
     shape = x.shape[1:]
     for layer in layers:
-        kind = type(layer)
-        if "forward" in vars(layer):
+        behind = _outputs(layer, shape, x)
+        if behind is None:
             return None
-        if kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-            shape = torch.Size([shape.numel()])
-        elif kind is nn.Linear or kind is nn.BatchNorm1d:
-            features = layer.in_features if kind is nn.Linear else layer.num_features
-            usual = layer._parameters.keys() == {"weight", "bias"} and not (
-                kind is nn.Linear and layer._parameters["weight"] is None
-            )
-            held = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
-            plain = all(t.dtype == x.dtype or not t.is_floating_point() for t in held)
-            steady = kind is nn.Linear or layer.running_mean is not None
-            if shape != (features,) or not usual or not plain or not steady or any(t.device != x.device for t in held):
-                return None
-            parameters += [p for p in layer._parameters.values() if p is not None]
-            shape = layer.weight.shape[:1] if isinstance(layer, nn.Linear) else shape
-        elif kind not in _IDLE and kind not in ELEMENTWISE:
-            return None
+        shape = behind
+    parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
     ordinary = all(type(p) is nn.Parameter for p in parameters) and len(parameters) == len(list(model.parameters()))
     unseen = not torch.is_autocast_enabled(x.device.type) and not torch.nn.modules.module._has_any_global_hook()
     return layers if parameters and ordinary and unseen and not has_hooks(model) else None
+
+
+def _outputs(layer: nn.Module, shape: torch.Size, x: Tensor) -> torch.Size | None:
+    """Return the shape of a sample behind a layer; ``None`` where the layer is unusual or does not fit."""
+    kind = type(layer)
+    if "forward" in vars(layer):
+        return None
+    if kind in _IDLE or kind in ELEMENTWISE:
+        return shape
+    if kind is nn.Flatten:
+        return torch.Size([shape.numel()]) if (layer.start_dim, layer.end_dim) == (1, -1) else None
+    held = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    like_x = all(t.device == x.device and (t.dtype == x.dtype or not t.is_floating_point()) for t in held)
+    if kind not in (nn.Linear, nn.BatchNorm1d) or layer._parameters.keys() != {"weight", "bias"} or not like_x:
+        return None
+    if isinstance(layer, nn.BatchNorm1d):
+        return shape if layer.running_mean is not None and shape == layer.running_mean.shape else None
+    weight = layer._parameters["weight"]
+    return weight.shape[:1] if weight is not None and shape == weight.shape[1:] else None
 
 
 def _leaves(model: nn.Module) -> Iterator[nn.Module]:
