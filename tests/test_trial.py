@@ -14,7 +14,7 @@ from cape import datasets, families
 from cape import trial as trial_module
 from cape.config import ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
-from cape.drawn import build_model, draw_model
+from cape.drawn import Drawn, build_model, draw_model
 from cape.errors import DataError, ModelError, SpecError
 from cape.feature_names import FEATURE_NAMES
 from cape.logs import log_once
@@ -95,15 +95,15 @@ def test_a_trial_that_finds_no_memory_beside_a_stack_gets_it(monkeypatch: pytest
     model = ModelSpec("mlp", "mlp", "vector", (64,), 10, options={"depth": 1, "width": 16, "activation": "relu"})
     trials = [mlp_trial(seed, model=model) for seed in range(6)]
     expected = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
-    prepare, refused = trial_module._prepare, []
+    prepare, refused = trial_module.prepare, []
 
-    def tight(rows: list[dict], drawn: object, device: torch.device) -> object:
-        if rows[0]["seed"] == 5 or (rows[0]["seed"] == 3 and not refused):
-            refused.append(rows[0]["seed"])
+    def tight(drawn: Drawn, device: torch.device) -> object:
+        if drawn.trial.seed == 5 or (drawn.trial.seed == 3 and not refused):
+            refused.append(drawn.trial.seed)
             raise torch.OutOfMemoryError("no room")
-        return prepare(rows, drawn, device)  # type: ignore[arg-type]
+        return prepare(drawn, device)
 
-    monkeypatch.setattr(trial_module, "_prepare", tight)
+    monkeypatch.setattr(trial_module, "prepare", tight)
     found = {rows[0]["trial_id"]: without_times(rows) for rows in run_trials(trials)}
     assert refused[:2] == [3, 5] and len(found) == 6
     assert found.pop(trials[5].trial_id)[0]["error"] == "OutOfMemoryError: no room"
