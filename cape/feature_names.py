@@ -13,6 +13,8 @@ SLOW_FEATURES = (
     "spread_16",
     "log_own_16",
 )
+# What a model is, without any pass through it.
+SHAPE_FEATURES = ("log_layers", "log_inputs", "log_outputs")
 FEATURE_NAMES = (
     "log_p",
     "log_g2",
@@ -28,4 +30,6 @@ FEATURE_NAMES = (
     "line_1",
     "line_4",
     *SLOW_FEATURES,
+    *SHAPE_FEATURES,
+    "draw_noise",
 )

@@ -20,6 +20,7 @@ from cape.convergence.stack import Subject, backwards, loss_gradients, stacked_l
 from cape.errors import ModelError
 from cape.probing.chain import chain_norms, chain_of
 from cape.probing.features import LINE, Features, FirstStep, features_of, gradient_signals, step_of
+from cape.probing.signals import draw_noise
 from cape.probing.wanted import Norms, Wanted
 from cape.tasks import Loss
 
@@ -59,21 +60,26 @@ def probe_many(subjects: Sequence[Subject], sizes: Sequence[int], loss: str) -> 
         norms = stack.norms()
         lines = stack.first_steps()
     return [
-        features_of(subject.model, one, line, subject.lr, size)
+        features_of(subject.model, subject.batch, one, line, subject.lr, size)
         for subject, one, line, size in zip(subjects, norms, lines, sizes, strict=True)
     ]
 
 
 class _FixedMasks(Draws):
-    """The dropout masks of seed 0: the same for every trial and, after ``again``, for every pass."""
+    """The dropout masks of one seed: the same for every trial and, after ``again``, for every pass."""
 
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
         self._masks: list[Tensor] = []
         self.again()
 
     def again(self) -> None:
         self._next = 0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a pass asked for a mask."""
+        return bool(self._masks)
 
     def seed(self, slot: int, seed: int) -> None:
         """Nothing to do: the first step is looked at with one mask, whatever the trial's own."""
@@ -129,6 +135,7 @@ class _ProbeStack:
         ]
         for p in self._parameters:
             p.grad.sign_()
+        redrawn = self._forward(_FixedMasks(seed=1)) if masks.drawn else outputs
         moved, after, done = [], [], 0
         for k in LINE:
             scale = torch.tensor([-lr * (k - done) for lr in self._lrs])
@@ -141,6 +148,7 @@ class _ProbeStack:
             step_of(
                 self._criterion, outputs[slot], self._y[slot], losses[slot].item(), gradients[slot],
                 [there[slot] for there in moved], [values[slot] for values in after],
+                draw_noise(outputs[slot], redrawn[slot]),
             )
             for slot in slots
         ]  # fmt: skip

@@ -8,7 +8,9 @@ only ever fitted on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,9 +42,16 @@ Call = Callable[..., np.ndarray]
 Mapper = Callable[[Call, Iterable[tuple[Any, ...]]], list[np.ndarray]]
 
 
-def map_here(function: Call, arguments: Iterable[tuple[Any, ...]]) -> list[np.ndarray]:
-    """Run the calls one after the other in this process."""
-    return [function(*a) for a in arguments]
+def map_threads(function: Call, arguments: Iterable[tuple[Any, ...]]) -> list[np.ndarray]:
+    """Run the calls in this process, as many at once as it has cores.
+
+    A call is XGBoost and BLAS on one thread each, neither of which holds Python's lock; its numbers are those of a call
+    that runs alone.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda a: function(*a), arguments))
 
 
 def assign_folds(rows: Rows, folds: int, seed: int = 0) -> np.ndarray:
@@ -95,7 +104,7 @@ def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple
 
 
 def out_of_fold(
-    rows: Rows, assigned: np.ndarray, preset: Preset, families: Sequence[str], mapper: Mapper = map_here
+    rows: Rows, assigned: np.ndarray, preset: Preset, families: Sequence[str], mapper: Mapper = map_threads
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return out-of-fold log T* [n] and its spread [n]; NaN for rows of no fold."""
     made = _joined(
@@ -105,7 +114,7 @@ def out_of_fold(
 
 
 def select(
-    rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = map_here
+    rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper = map_threads
 ) -> tuple[Preset, list[dict[str, Any]]]:
     """Choose structure, then size, then family by family the surface's shares, by cross-validation.
 

@@ -1,6 +1,6 @@
 """Is a model inside what the meta-regressor was fitted on?
 
-Two checks. Ranges: lr, N, ε, batch size and parameter count outside those of the training rows, each with its own
+Two checks. Ranges: lr, N, ε, batch size and the model's sizes outside those of the training rows, each with its own
 sentence. Distance: Mahalanobis distance of the standardized features to the row's family, flagged above the distance
 that a share ``FALSE_ALARM`` of trials exceeds, each measured against statistics that it was left out of. A missing
 feature adds nothing to the distance.
@@ -31,6 +31,9 @@ RANGED = (
     ("log_epsilon", "The target ε = {value:g}", "{low:g} to {high:g}"),
     ("log_b", "The batch size {value:.0f}", "{low:.0f} to {high:.0f}"),
     ("log_p", "The parameter count {value:.3g}", "{low:.3g} to {high:.3g}"),
+    ("log_layers", "The number of weight tensors {value:.0f}", "{low:.0f} to {high:.0f}"),
+    ("log_inputs", "The number of inputs {value:.0f}", "{low:.0f} to {high:.0f}"),
+    ("log_outputs", "The number of outputs {value:.0f}", "{low:.0f} to {high:.0f}"),
 )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import cape
 from cape.errors import DataError, SpecError
 from cape.metamodel.artifact import MetaModel, check_out
-from cape.metamodel.crossfit import FOLDS, Mapper, assign_folds, enough, map_here, out_of_fold, select
+from cape.metamodel.crossfit import FOLDS, Mapper, assign_folds, enough, map_threads, out_of_fold, select
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal
 from cape.metamodel.presets import Preset, preset_named
@@ -43,7 +43,7 @@ def fit_table(
     device: str = "cpu",
     threads: int = 0,
     trainer: Trainer | None = None,
-    mapper: Mapper = map_here,
+    mapper: Mapper = map_threads,
 ) -> MetaModel:
     """Fit a meta-regressor on a table of rows, in this process and without Ray.
 

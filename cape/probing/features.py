@@ -13,9 +13,9 @@ from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
 from cape.probing.per_sample import all_norms
-from cape.probing.signals import LayerSignals, layer_signals, output_spread, own_decrease, spread
+from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
-from cape.state import Inputs, call, check_batch, preserved, trainable
+from cape.state import Inputs, call, check_batch, preserved, tensors_of, trainable
 from cape.tasks import Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -47,6 +47,10 @@ class Features:
         spread_1, spread_16: deviation of the samples' losses over their mean, at k = 1 and 16.
         log_own_16: log of the relative decrease, to first order and at k = 16, that the samples' own movement of the
             outputs brings, without what moves all of them alike (see ``signals.own_decrease``).
+        log_layers: trainable tensors of two dimensions or more, one at least.
+        log_inputs, log_outputs: numbers that a sample has, and that the model makes of it.
+        draw_noise: how far another draw of dropout, or of any other noise from torch's generators, moves an output in
+            train mode (see ``signals.draw_noise``); 0 for a model that draws nothing.
     """
 
     log_p: float
@@ -70,6 +74,10 @@ class Features:
     spread_1: float
     spread_16: float
     log_own_16: float
+    log_layers: float
+    log_inputs: float
+    log_outputs: float
+    draw_noise: float
 
     def as_dict(self) -> dict[str, float | None]:
         """Return the features by name, in the order of ``FEATURE_NAMES``."""
@@ -89,8 +97,8 @@ def probe(
     """Return the features of a model at initialization, from one batch and with no parameter update.
 
     Costs one forward and two input-gradient backward passes (the norms), one ordinary forward and backward pass, and
-    three forward passes along the direction of AdamW's first update. The model, its buffers, modes and gradients and
-    the global RNG are left bit for bit as they were.
+    three forward passes along the direction of AdamW's first update; a model that draws random numbers, one forward
+    pass more. The model, its buffers, modes and gradients and the global RNG are left bit for bit as they were.
 
     Args:
         model: any ``nn.Module``.
@@ -112,13 +120,17 @@ def probe(
     with kept_memory(batch[1].device):
         norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
         line = first_step(model, batch, Loss(loss), lr)
-    return features_of(model, norms, line, lr, dataset_size)
+    return features_of(model, batch, norms, line, lr, dataset_size)
 
 
-def features_of(model: nn.Module, norms: Norms, line: FirstStep, lr: float, dataset_size: int) -> Features:
+def features_of(
+    model: nn.Module, batch: tuple[Inputs, Tensor], norms: Norms, line: FirstStep, lr: float, dataset_size: int
+) -> Features:
     """Return the features of a model whose norms and first step are known."""
+    parameters, count = trainable(model).values(), len(batch[1])
+    inputs = sum(t.numel() // count for t in tensors_of(batch[0]) if t.dim() and len(t) == count)
     return Features(
-        log_p=math.log(sum(p.numel() for p in trainable(model).values())),
+        log_p=math.log(sum(p.numel() for p in parameters)),
         log_g2=_log_mean(norms.g2),
         log_tau=_log_mean(norms.tau),
         log_tau_full=None if norms.tau_full is None else _log_mean(norms.tau_full),
@@ -139,6 +151,10 @@ def features_of(model: nn.Module, norms: Norms, line: FirstStep, lr: float, data
         spread_1=line.spreads[0],
         spread_16=line.spreads[2],
         log_own_16=line.log_own,
+        log_layers=math.log(max(1, sum(p.dim() >= 2 for p in parameters))),
+        log_inputs=math.log(max(1, inputs)),
+        log_outputs=math.log(max(1, line.outputs)),
+        draw_noise=line.draw_noise,
     )
 
 
@@ -152,6 +168,7 @@ class FirstStep:
         layers: how that gradient is spread over the layers.
         after, spreads: the loss after each of ``LINE`` such updates, and how the samples' losses differ then.
         log_own: see ``own_decrease``, at the last of them.
+        outputs: numbers that a sample's output has. draw_noise: see ``signals.draw_noise``.
     """
 
     l0: float
@@ -162,10 +179,12 @@ class FirstStep:
     after: tuple[float, ...]
     spreads: tuple[float, ...]
     log_own: float
+    outputs: int
+    draw_noise: float
 
 
 def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, lr: float) -> FirstStep:
-    """Look along -lr·sign(∇L) from the initialization, in train mode with one fixed dropout mask.
+    """Look along -lr·sign(∇L) from the initialization, in train mode with one fixed dropout mask (once another).
 
     Raises:
         ModelError: the loss is not positive and finite.
@@ -173,15 +192,19 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     x, y, _ = check_batch(batch)
     params = list(trainable(model).values())
 
-    def outputs_now() -> Tensor:
-        torch.random.default_generator.manual_seed(0)
-        if y.is_cuda:
-            torch.cuda.manual_seed(0)
+    generators = [torch.random.default_generator]
+    if y.is_cuda:
+        generators.append(torch.cuda.default_generators[y.device.index])
+
+    def outputs_now(seed: int = 0) -> Tensor:
+        for generator in generators:
+            generator.manual_seed(seed)
         return call(model, x)
 
     with preserved(model, seed=0, parameters=True), torch.enable_grad():
         model.train()
         outputs = outputs_now()
+        draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
         l0 = loss.item()
         if not (math.isfinite(l0) and l0 > 0):
@@ -193,13 +216,14 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         del grads, moving
         after, moved, done = [], [], 0
         with torch.no_grad():
+            noise = draw_noise(outputs, outputs_now(seed=1)) if draws else 0.0
             for k in LINE:
                 for p, direction in directions:
                     p.add_(direction, alpha=-lr * (k - done))
                 done = k
                 moved.append(outputs_now())
                 after.append(criterion.mean(moved[-1], y).item())
-        return step_of(criterion, outputs, y, l0, gradient, moved, after)
+        return step_of(criterion, outputs, y, l0, gradient, moved, after, noise)
 
 
 def gradient_signals(
@@ -219,6 +243,7 @@ def step_of(
     gradient: tuple[float, float, LayerSignals],
     moved: Sequence[Tensor],
     after: Sequence[float],
+    noise: float,
 ) -> FirstStep:
     """Put together what one model's passes have shown: outputs [B, ...] before, and at each of ``LINE`` with losses."""
     with torch.enable_grad():
@@ -226,7 +251,8 @@ def step_of(
         (residual,) = torch.autograd.grad(criterion.per_sample(leaf, targets).sum(), leaf)
     spreads = tuple(spread(criterion.per_sample(there, targets)) for there in moved)
     own = own_decrease(leaf, residual, moved[-1], l0)
-    return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], tuple(after), spreads, own)
+    size = leaf.numel() // len(leaf)
+    return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], tuple(after), spreads, own, size, noise)
 
 
 def gradient_sums(grads: Iterable[Tensor]) -> tuple[float, float]:

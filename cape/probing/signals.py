@@ -73,6 +73,16 @@ def output_spread(outputs: Tensor) -> float:
     return _log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
 
 
+def draw_noise(outputs: Tensor, redrawn: Tensor) -> float:
+    """Return the root mean square [B, ...] of how far another draw of dropout, or of any other noise, moves an output.
+
+    Training with masks that change is slower, the more so the more a mask moves what the loss sees; a loss under one
+    fixed mask does not show it. No more than 1 / ``FLOOR``, and that where an output is not finite.
+    """
+    moved = (redrawn.detach().double() - outputs.detach().double()).square().mean().sqrt().item()
+    return min(moved, 1.0 / FLOOR) if math.isfinite(moved) else 1.0 / FLOOR
+
+
 def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) -> float:
     """Return the logarithm of what the samples' *own* movement of outputs takes off the loss, relative to L_0.
 

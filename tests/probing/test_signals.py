@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cape.feature_names import FEATURE_NAMES, SLOW_FEATURES
+from cape.feature_names import FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
 from cape.metamodel.rows import NUMERIC
 from cape.probing import Features, probe
-from cape.probing.signals import FLOOR, layer_signals, own_decrease, spread
+from cape.probing.signals import FLOOR, draw_noise, layer_signals, own_decrease, spread
 
 LR = 1e-3
 
@@ -33,8 +33,8 @@ def test_every_signal_is_what_its_formula_says() -> None:
     found = probe(model, (x, y), lr=LR, dataset_size=100)
     twin = copy.deepcopy(model).double().train()
 
-    def run() -> Tensor:
-        torch.manual_seed(0)  # one dropout mask; float64 draws the same one
+    def run(seed: int = 0) -> Tensor:
+        torch.manual_seed(seed)  # one dropout mask; float64 draws the same one
         return twin(x.double())
 
     start = run()
@@ -51,6 +51,10 @@ def test_every_signal_is_what_its_formula_says() -> None:
         "log_weakest_layer": math.log(min(rms(grads[0]), rms(grads[4])) / rms(flat)),
         "log_last_share": math.log(grads[4].abs().sum() / flat.abs().sum()),
         "log_move": math.log(LR * math.sqrt(len(flat)) / theta.norm()),
+        "log_layers": math.log(2),
+        "log_inputs": math.log(12),
+        "log_outputs": math.log(5),
+        "draw_noise": float(rms(run(seed=1) - start).detach()),
     }
     for k in (1, 16):
         with torch.no_grad():
@@ -63,7 +67,7 @@ def test_every_signal_is_what_its_formula_says() -> None:
     own = sum(-(change[b] - change.mean(0)) @ (pull[b] - pull.mean(0)) for b in range(len(x))) / len(x)
     expected["log_own_16"] = math.log(float(own / losses.detach().mean()))
     assert {k: getattr(found, k) for k in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert set(expected) == set(SLOW_FEATURES) <= set(NUMERIC)
+    assert set(expected) == {*SLOW_FEATURES, *SHAPE_FEATURES, "draw_noise"} <= set(NUMERIC)
 
 
 def test_they_repeat_and_leave_the_model_as_it_was() -> None:
@@ -110,6 +114,44 @@ def test_the_spread_of_losses() -> None:
     assert spread(torch.tensor([0.0, 0.0, 0.0, 8.0])) == pytest.approx(math.sqrt(3))  # its largest is below √4
     assert spread(torch.tensor([1.0, math.inf])) == math.sqrt(2)
     assert spread(torch.tensor([3.0])) == 0.0
+
+
+def test_noise_is_seen_wherever_it_is_drawn() -> None:
+    class Functional(nn.Module):
+        def __init__(self, p: float) -> None:
+            super().__init__()
+            self.p = p
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.dropout(x, self.p, self.training))
+
+    def noise(p: float) -> tuple[float, int]:
+        torch.manual_seed(0)
+        model, calls = Functional(p), []
+        model.head.register_forward_hook(lambda *_: calls.append(1))
+        return probe(model, batch(), lr=LR, dataset_size=100).draw_noise, len(calls)
+
+    none, some, much = noise(0.0), noise(0.1), noise(0.5)
+    assert none[0] == 0.0 < some[0] < much[0]
+    assert some[1] == none[1] + 1  # what draws nothing pays nothing
+    outputs = torch.zeros(4, 3)
+    assert draw_noise(outputs, outputs + 2.0) == 2.0
+    assert draw_noise(outputs, outputs * math.nan) == draw_noise(outputs, outputs + 1e30) == 1.0 / FLOOR
+
+
+def test_sizes_count_every_input() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :4] + b[:, 0, :4] + self.shift
+
+    y = torch.randint(4, (6,), generator=torch.Generator().manual_seed(0))
+    found = probe(Pair(), ((torch.randn(6, 10), torch.randn(6, 2, 7)), y), lr=LR, dataset_size=100)
+    assert found.log_inputs == math.log(24) and found.log_outputs == math.log(4) and found.log_layers == 0.0
 
 
 def test_models_without_weights_or_gradients_have_signals_too() -> None:
