@@ -13,8 +13,9 @@ SLOW_FEATURES = (
     "spread_16",
     "log_own_16",
 )
-# What a model is, without any pass through it.
+# What a model and a batch are, without any pass through the model.
 SHAPE_FEATURES = ("log_layers", "log_inputs", "log_outputs")
+BATCH_FEATURES = ("log_steepness", "log_hardness", "log_flow")
 FEATURE_NAMES = (
     "log_p",
     "log_g2",
@@ -32,4 +33,5 @@ FEATURE_NAMES = (
     *SLOW_FEATURES,
     *SHAPE_FEATURES,
     "draw_noise",
+    *BATCH_FEATURES,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cape.errors import SpecError, did_you_mean
-from cape.feature_names import SHAPE_FEATURES
+from cape.feature_names import BATCH_FEATURES, SHAPE_FEATURES
 from cape.jsonconfig import JsonConfig
 from cape.metamodel.line import EPSILON_TERM
 from cape.metamodel.rows import PAPER_FEATURES, PRODUCT_FEATURES, STATIC_FEATURES
@@ -115,7 +115,7 @@ PRESETS: dict[str, Preset] = {
         _PRODUCT.replace(name="product_trees", surface=0.0, intervals=False),
         _PRODUCT.replace(
             name="product_static",
-            features=(*STATIC_FEATURES, *SHAPE_FEATURES, "log_epsilon", "family"),
+            features=(*STATIC_FEATURES, *SHAPE_FEATURES, *BATCH_FEATURES, "log_epsilon", "family"),
             select=False,
             line=(),
             surface=0.0,

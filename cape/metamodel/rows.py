@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
-from cape.feature_names import FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
+from cape.feature_names import BATCH_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +22,7 @@ STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
 PRODUCT_FEATURES = (
     *(*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES, *SHAPE_FEATURES),
-    *("draw_noise", "family"),
+    *("draw_noise", *BATCH_FEATURES, "family"),
 )
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""

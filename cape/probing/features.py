@@ -13,6 +13,7 @@ from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
 from cape.probing.per_sample import all_norms
+from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
 from cape.state import Inputs, call, check_batch, preserved, tensors_of, trainable
@@ -51,6 +52,8 @@ class Features:
         log_inputs, log_outputs: numbers that a sample has, and that the model makes of it.
         draw_noise: how far another draw of dropout, or of any other noise from torch's generators, moves an output in
             train mode (see ``signals.draw_noise``); 0 for a model that draws nothing.
+        log_steepness, log_hardness, log_flow: how hard the batch's targets are to tell apart by its inputs (see
+            ``separation``).
     """
 
     log_p: float
@@ -78,6 +81,9 @@ class Features:
     log_inputs: float
     log_outputs: float
     draw_noise: float
+    log_steepness: float
+    log_hardness: float
+    log_flow: float
 
     def as_dict(self) -> dict[str, float | None]:
         """Return the features by name, in the order of ``FEATURE_NAMES``."""
@@ -128,6 +134,7 @@ def features_of(
 ) -> Features:
     """Return the features of a model whose norms and first step are known."""
     parameters, count = trainable(model).values(), len(batch[1])
+    apart = separation(*batch)
     inputs = sum(t.numel() // count for t in tensors_of(batch[0]) if t.dim() and len(t) == count)
     return Features(
         log_p=math.log(sum(p.numel() for p in parameters)),
@@ -155,6 +162,9 @@ def features_of(
         log_inputs=math.log(max(1, inputs)),
         log_outputs=math.log(max(1, line.outputs)),
         draw_noise=line.draw_noise,
+        log_steepness=apart.steepness,
+        log_hardness=apart.hardness,
+        log_flow=apart.flow,
     )
 
 
