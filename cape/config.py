@@ -124,12 +124,9 @@ class Augmentation(JsonConfig):
         gray: images only: the mean of the channels in place of them.
         pooled: images only: the mean of each 2x2 pixels in place of them.
         samples: the size N of the full training set that the probe is told.
-        lighting: images only: how much samples differ in brightness and contrast beside what they show, before the
-            noise. Each is multiplied by e^(lighting/2 · n) and lifted by lighting · m of the inputs' deviation, n and m
-            normal.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("split", "lighting")
+    LATER: ClassVar[tuple[str, ...]] = ("split",)
 
     seed: int = 0
     classes: float = 1.0
@@ -141,29 +138,24 @@ class Augmentation(JsonConfig):
     pooled: bool = False
     samples: int | None = None
     split: float = 0.0
-    lighting: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("classes", "random_labels", "zeroed", "split"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SpecError(f"An augmentation's {name} is a share between 0 and 1, not {getattr(self, name)!r}.")
-        for name in ("noise", "lighting"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise SpecError(f"An augmentation's {name} is zero or more, not {getattr(self, name)!r}.")
-        if not math.isfinite(self.log_scale):
-            raise SpecError(f"An augmentation cannot have log_scale {self.log_scale!r}.")
+        if not (math.isfinite(self.noise) and self.noise >= 0 and math.isfinite(self.log_scale)):
+            raise SpecError(f"An augmentation cannot have noise {self.noise!r} and log_scale {self.log_scale!r}.")
         if self.samples is not None:
             _check_positive_int(self.samples, "samples")
 
     @classmethod
-    def draw(cls, seed: int, finer: bool = False, lit: bool = False) -> Augmentation:
+    def draw(cls, seed: int, finer: bool = False) -> Augmentation:
         """Return the augmentation of a seed.
 
         Each change but the last two is made with the chance named, so that trials near the plain ones are common:
         a class subset .7 (where ``finer``: no subset, but classes that are cut up, .7); random labels .35, up to all;
         noise .35, up to the inputs' own deviation; zeroed .4, from nearly none to .98 (log-uniform in what stays);
-        gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always; where ``lit``, lighting .7, up
-        to twice the inputs' deviation.
+        gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always.
         """
         classes, labels, noise, zeroed, gray, pooled, scale, samples = uniforms(seed)
 
@@ -182,7 +174,6 @@ class Augmentation(JsonConfig):
             gray=gray < 0.25,
             pooled=pooled < 0.25,
             samples=round(10.0 ** (3.0 + 3.0 * samples)),
-            lighting=round(2.0 * often(0.7, uniforms(seed, "lighting")[0]), 4) if lit else 0.0,
         )
 
 
@@ -245,11 +236,11 @@ class SweepSpec(JsonConfig):
     rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
 
     Where ``augmented``, every trial draws an ``Augmentation`` of its own, with more classes instead of fewer where
-    ``finer``, and images in another light where ``lit``. ``replicates``: so many trials of a cell, one after the
-    other, share their model and augmentation and differ in their other seeds.
+    ``finer``. ``replicates``: so many trials of a cell, one after the other, share their model and augmentation and
+    differ in their other seeds.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "lit", "replicates")
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -266,7 +257,6 @@ class SweepSpec(JsonConfig):
     stopping: StoppingRule = field(default_factory=StoppingRule)
     augmented: bool = False
     finer: bool = False
-    lit: bool = False
     replicates: int = 1
 
     def __post_init__(self) -> None:
@@ -283,9 +273,8 @@ class SweepSpec(JsonConfig):
             _check_positive_int(b, "batch_sizes")
         _check_positive_int(self.trials_per_cell, "trials_per_cell")
         _check_positive_int(self.replicates, "replicates")
-        for how in ("finer", "lit"):
-            if getattr(self, how) and not self.augmented:
-                raise SpecError(f"'{how}' says how trials are augmented; set 'augmented' as well.")
+        if self.finer and not self.augmented:
+            raise SpecError("'finer' says how trials are augmented; set 'augmented' as well.")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")

@@ -33,13 +33,12 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     * ``split`` cuts each of them into several, of samples drawn at random once and for all: as many small classes.
     * ``gray`` and ``pooled`` make smaller images, before they are arranged (``image`` is then resized to 3x32x32, as
       it is for any image of another size). Data that are not images, hashed texts and tables, stay as they are.
-    * ``lighting`` makes some images brighter and some fuller of contrast than others.
     * ``noise`` is added, in units of the standard deviation of the batch's inputs; then ``zeroed`` of all inputs become
       zero; then all are multiplied by e^``log_scale``.
     * ``random_labels``: a label is drawn from all classes that there are then. Targets that are no classes are
       exchanged among the samples that were drawn.
 
-    Which samples are lit, noisy, zeroed or labelled at random follows from the seed of the batch.
+    Which samples are noisy, zeroed or labelled at random follows from the seed of the batch.
 
     Args:
         at_least: rows that must be left, a batch size.
@@ -125,8 +124,7 @@ class _Augmented:
         changes = self.augmentation
         if isinstance(self.base, Images):
             y = torch.from_numpy(self.base.labels[rows])
-            images = _smaller(self.base.normalized(rows, layout, preprocess), changes)
-            x = arrange(_lit(images, changes.lighting, rng) if changes.lighting else images, layout)
+            x = arrange(_smaller(self.base.normalized(rows, layout, preprocess), changes), layout)
         else:
             inputs, y = self.base.fetch(rows, layout, preprocess, rng)
             x = inputs.numpy()
@@ -159,12 +157,6 @@ def _smaller(x: np.ndarray, changes: Augmentation) -> np.ndarray:
         height, width = x.shape[2] // 2, x.shape[3] // 2
         x = x[:, :, : 2 * height, : 2 * width].reshape(*x.shape[:2], height, 2, width, 2).mean(axis=(3, 5))
     return x
-
-
-def _lit(x: np.ndarray, lighting: float, rng: np.random.Generator) -> np.ndarray:
-    """Return images [B, C, H, W], each with a contrast and a brightness of its own."""
-    contrast, brightness = lighting * rng.standard_normal((2, len(x), 1, 1, 1), dtype=np.float32)
-    return x * np.exp(0.5 * contrast) + np.float32(x.std()) * brightness
 
 
 def _changed(x: np.ndarray, changes: Augmentation, rng: np.random.Generator) -> np.ndarray:

@@ -104,32 +104,6 @@ def test_a_sweep_of_finer_tasks_leaves_no_class_out() -> None:
         SweepSpec(finer=True)
 
 
-def test_a_sweep_of_lit_tasks_has_images_of_other_brightness_and_contrast() -> None:
-    drawn = [Augmentation.draw(seed, lit=True) for seed in range(500)]
-    lit = [a.lighting for a in drawn if a.lighting > 0]
-    assert len(lit) / 500 == pytest.approx(0.7, abs=0.06) and 1.9 < max(lit) < 2.0
-    assert [a.replace(lighting=0.0) for a in drawn[:50]] == [Augmentation.draw(seed) for seed in range(50)]
-    assert "lighting" not in Augmentation.draw(3).to_dict()
-    spec = SweepSpec(families=("mlp",), datasets=("digits",), trials_per_cell=2, augmented=True, lit=True, seed=5)
-    assert len({t.augmentation.lighting for t in Plan(spec).trials() if t.augmentation}) > 3
-    with pytest.raises(SpecError, match="'lit' says how trials are augmented"):
-        SweepSpec(lit=True)
-    with pytest.raises(SpecError, match="lighting is zero or more"):
-        Augmentation(lighting=-1.0)
-
-    digits = datasets.load("digits")
-    plain = datasets.augmented(digits, Augmentation()).batch(256, 3, "vector")[0]
-    other = datasets.augmented(digits, Augmentation(lighting=1.0)).batch(256, 3, "vector")[0]
-    slope, lift = [], []
-    for a, b in zip(plain.double(), other.double(), strict=True):  # each image is a line through what it was
-        found = torch.linalg.lstsq(torch.stack([a, torch.ones_like(a)], 1), b).solution
-        torch.testing.assert_close(found[0] * a + found[1], b, rtol=1e-4, atol=1e-4)
-        slope.append(math.log(float(found[0])))
-        lift.append(float(found[1]))
-    assert np.std(slope) == pytest.approx(0.5, rel=0.15)
-    assert np.std(lift) == pytest.approx(plain.std().item(), rel=0.15)
-
-
 def _sorted(x: torch.Tensor) -> torch.Tensor:
     return x[np.lexsort(x.numpy().T)]
 
@@ -177,7 +151,7 @@ def test_images_become_gray_and_small(data_root: Path) -> None:
 
 def test_texts_have_no_colour_and_no_size(data_root: Path) -> None:
     imdb = datasets.load("imdb", data_root)
-    changed = datasets.augmented(imdb, Augmentation(gray=True, pooled=True, lighting=1.0, classes=0.0, log_scale=1.0))
+    changed = datasets.augmented(imdb, Augmentation(gray=True, pooled=True, classes=0.0, log_scale=1.0))
     assert changed.outputs == 2
     for layout in LAYOUTS:
         x, y = changed.batch(8, 5, layout)
