@@ -20,19 +20,23 @@ import numpy as np
 from benchmarks.timing import machine, write_json
 from cape.errors import DataError
 from cape.evaluation import metrics
-from cape.feature_names import SLOW_FEATURES
+from cape.feature_names import BATCH_FEATURES, SHAPE_FEATURES, SLOW_FEATURES
 from cape.metamodel.regressors import dmatrix, log_steps, xgboost
 from cape.metamodel.rows import OPTIMIZER_FEATURES, PAPER_FEATURES, STATIC_FEATURES, Rows
 from cape.store import reader
 
 WITHOUT_N = tuple(f for f in PAPER_FEATURES if f != "log_n")
+SLOW = (*WITHOUT_N, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES)
+SHAPE = (*SLOW, *SHAPE_FEATURES, "draw_noise")
 SETS: dict[str, tuple[str, ...]] = {
     "static + log ε": (*STATIC_FEATURES, "log_epsilon"),
     "the paper's six": PAPER_FEATURES,
     "six + log ε": (*PAPER_FEATURES, "log_epsilon"),
     "+ optimizer-aware": (*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES),
     "the same without log N": (*WITHOUT_N, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES),
-    "+ slow-regime signals": (*WITHOUT_N, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES),
+    "+ slow-regime signals": SLOW,
+    "+ sizes and noise": SHAPE,
+    "+ the batch's separation": (*SHAPE, *BATCH_FEATURES),
 }
 CONSTANT = "median"
 
@@ -53,11 +57,11 @@ def read_rows(meta_dir: str) -> Rows:
     """Return the rows of a meta-dataset that crossed their ε.
 
     Raises:
-        DataError: a probed row lacks a signal: it was written before there was one.
+        DataError: a probed row lacks a feature: it was written before there was one.
     """
     rows = Rows.from_table(reader.read(meta_dir))
     rows = rows.take(rows.reached & np.isfinite(rows["log_p"]))
-    for name in SLOW_FEATURES:
+    for name in SETS["+ the batch's separation"]:
         if np.isnan(rows[name]).any():
             raise DataError(f"Rows of {meta_dir} lack '{name}'; compute it with `cape store reprobe {meta_dir}`.")
     return rows
