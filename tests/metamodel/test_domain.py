@@ -54,6 +54,23 @@ def test_out_of_range_says_which_and_how(parts: tuple[Domain, Rows], column: str
     assert all(w.endswith(".") for w in warnings)
 
 
+def test_sizes_no_training_model_had_are_named() -> None:
+    known = Rows.from_table(rows(every=20))
+    sizes = {"log_layers": (3, 5), "log_inputs": (784, 3072), "log_outputs": (10, 100)}
+    drawn = {n: np.log(np.random.default_rng(0).choice(v, len(known))) for n, v in sizes.items()}
+    known = Rows({**known.columns, **drawn})
+    domain = Domain.fit(known, assign_folds(known, 10), PRODUCT_FEATURES)
+    inside = [domain.check(_one(known, i)) for i in range(50)]
+    assert np.mean([ok for ok, *_ in inside]) > 0.9
+    for name, value, says in (
+        ("log_layers", 50, "The number of weight tensors 50 is outside 3 to 5,"),
+        ("log_inputs", 150_528, "The number of inputs 150528 is outside 784 to 3072,"),
+        ("log_outputs", 1000, "The number of outputs 1000 is outside 10 to 100,"),
+    ):
+        ok, warnings, _ = domain.check(_one(known, **{name: math.log(value)}))
+        assert not ok and any(says in w for w in warnings), warnings
+
+
 def test_gradients_no_training_model_had_are_far(parts: tuple[Domain, Rows]) -> None:
     domain, fresh = parts
     inside, warnings, ratio = domain.check(_one(fresh, log_g2=20.0, log_tau=-20.0))
