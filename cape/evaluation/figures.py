@@ -11,13 +11,13 @@ from cape.errors import DependencyError
 from cape.evaluation import metrics
 from cape.evaluation.methods import LEVELS
 from cape.evaluation.table import FLOOR, LABELS, columns_of, predicting
+from cape.metamodel.rows import Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cape.evaluation.run import Evaluation
     from cape.metamodel.artifact import MetaModel
-    from cape.metamodel.rows import Rows
 
 COLOURS = ("#3b6fb6", "#d1603d", "#4c9f70", "#8a5fb0", "#b08a2e", "#5a6570")
 DPI = 110
@@ -287,35 +287,51 @@ def _distribution(store: dict[str, np.ndarray], families: list[str], method: str
 
 
 def importance(model: MetaModel, rows: Rows) -> Figure:
-    """Draw the mean absolute SHAP value of each feature by family: XGBoost's and the line's, the surface has none."""
+    """Draw, by family, the mean absolute SHAP value of each feature, and how far a prediction moves without it.
+
+    SHAP is XGBoost's own, with the line's terms; the surface has none. What the whole model, surface included, makes of
+    a feature shows in the other panel: the mean change of log T* where its values are dealt out anew among the rows.
+    """
+    features = model.preset.features
+    families = [f for f in rows.families if f in model.families]
+    mine = [rows.take(np.flatnonzero(rows["family"] == family)[:SHOWN_POINTS]) for family in families]
+    shap = np.array([_shap(model, part, family) for part, family in zip(mine, families, strict=True)])
+    moved = np.array([_moved(model, part) for part in mine])
+    order = np.argsort(moved.sum(axis=0))
+    figure = _figure(9.6, 1.0 + 0.32 * len(features))
+    panels = (shap, "mean |SHAP| in log T* (trees and line)"), (moved, "mean change of log T* when dealt out anew")
+    for axis, (values, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        left = np.zeros(len(features))
+        for i, family in enumerate(families):
+            colour = COLOURS[i % len(COLOURS)]
+            axis.barh(np.arange(len(features)), values[i][order], left=left, color=colour, label=family, height=0.7)
+            left += values[i][order]
+        axis.set_yticks(np.arange(len(features)), [features[k] for k in order], fontsize=8)
+        axis.set_xlabel(f"{label}, families stacked", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle("What the meta-regressor looks at", fontsize=10)
+    return figure
+
+
+def _shap(model: MetaModel, rows: Rows, family: str) -> np.ndarray:
+    """Return the mean absolute SHAP value of each feature over rows of one family, by its trees and its line."""
     from cape.metamodel.line import EPSILON_TERM, POOLED
     from cape.metamodel.regressors import dmatrix
 
     features = model.preset.features
-    families = [f for f in rows.families if f in model.families]
-    shares = np.zeros((len(families), len(features)))
-    for i, family in enumerate(families):
-        mine = rows.take(np.flatnonzero(rows["family"] == family)[:SHOWN_POINTS])
-        booster = model.boosters.get(family, model.boosters[POOLED])
-        matrix = dmatrix(mine.matrix(features, model.families), features)
-        parts = booster.predict(matrix, pred_contribs=True)[:, :-1]
-        if line := model.lines.get(family):
-            for term, values in zip(line.terms, line.contributions(mine).T, strict=True):
-                name = "log_epsilon" if term == EPSILON_TERM else term
-                parts[:, features.index(name)] += values - values.mean()
-        shares[i] = np.abs(parts).mean(axis=0)
-    order = np.argsort(shares.sum(axis=0))
-    figure = _figure(6.4, 1.0 + 0.32 * len(features))
-    axis = figure.subplots()
-    left = np.zeros(len(features))
-    for i, family in enumerate(families):
-        values = shares[i][order]
-        colour = COLOURS[i % len(COLOURS)]
-        axis.barh(np.arange(len(features)), values, left=left, color=colour, label=family, height=0.7)
-        left += values
-    axis.set_yticks(np.arange(len(features)), [features[k] for k in order], fontsize=8)
-    axis.set_xlabel("mean |SHAP| in log T* (trees and line, not the surface), families stacked", fontsize=9)
-    axis.set_title("What the meta-regressor looks at", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    booster = model.boosters.get(family, model.boosters[POOLED])
+    parts = booster.predict(dmatrix(rows.matrix(features, model.families), features), pred_contribs=True)[:, :-1]
+    if line := model.lines.get(family):
+        for term, values in zip(line.terms, line.contributions(rows).T, strict=True):
+            name = "log_epsilon" if term == EPSILON_TERM else term
+            parts[:, features.index(name)] += values - values.mean()
+    return np.abs(parts).mean(axis=0)
+
+
+def _moved(model: MetaModel, rows: Rows) -> np.ndarray:
+    """Return the mean change of log T* where each feature's values are exchanged among rows of one family."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    known = model.predict_log(rows)
+    changed = [Rows({**rows.columns, f: rows[f][order]}) for f in model.preset.features]
+    return np.array([np.abs(model.predict_log(c) - known).mean() for c in changed])

@@ -49,7 +49,8 @@ CAPTIONS = {
     "calibration": "Are predictions right on average? Each point is a tenth of a family's scored rows.",
     "figure_1": "The paper's Figure 1; T* itself falls with the learning rate, so the relative error is drawn too.",
     "distribution": "What there was to predict; read every error beside it.",
-    "importance": "What each feature adds to the predicted log T*: XGBoost's own SHAP values and the line's terms.",
+    "importance": "What each feature adds to the predicted log T*: XGBoost's own SHAP values and the line's terms; and"
+    " how far the whole prediction, surface included, moves when the feature's values are dealt out anew.",
 }
 
 

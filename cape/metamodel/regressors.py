@@ -230,7 +230,8 @@ def train_boosters(
 ) -> dict[str, xgb.Booster]:
     """Fit the boosters of a preset: the pooled one, and one per family where the preset asks for it.
 
-    With ``needed`` only those that predict rows of these families are fitted.
+    A family whose predictions are its surface's alone, near and far, needs none (without a surface, after all, it has
+    the pooled one). With ``needed`` only those that predict rows of these families are fitted.
 
     With ``world`` workers each fits on every ``world``-th row of each booster's rows (the collective adds their
     gradients), so that no row is lost and no worker is left without rows of a family.
@@ -239,7 +240,8 @@ def train_boosters(
     if preset.per_family:
         for code, name in enumerate(data.families):
             index = np.flatnonzero(data.codes == code)
-            if len(index) >= max(2, world):
+            has_share = min(preset.share(name), preset.share(name, far=True)) < 1.0
+            if len(index) >= max(2, world) and has_share:
                 parts[name] = index
     if needed is not None:
         wanted = {name if name in parts else POOLED for name in needed}

@@ -180,6 +180,17 @@ def test_far_from_the_trials_it_has_another_share() -> None:
     np.testing.assert_allclose(predict_log(boosters, data.lines, data.surfaces, moved, preset, ("mlp",)), expected)
 
 
+def test_a_family_that_is_all_surface_needs_no_trees_of_its_own() -> None:
+    rows = real()
+    rows = rows.take(rows["replicate"] < 8)
+    preset = PRESETS["product"].replace(trees=20, per_family=True, shares={"mlp": 1.0}, far_shares={"mlp": 1.0})
+    data = design(rows, preset, ("mlp",))
+    assert set(train_boosters(data, preset)) == {"pooled"} == set(train_boosters(data, preset, needed=["mlp"]))
+    assert set(train_boosters(data, preset.replace(far_shares={"mlp": 0.75}))) == {"pooled", "mlp"}
+    alone = predict_log(train_boosters(data, preset), data.lines, data.surfaces, rows, preset, ("mlp",))
+    np.testing.assert_allclose(alone, margins(data.lines, rows) + data.surfaces["mlp"].predict(rows))
+
+
 def test_a_dataset_is_left_out_whole_with_its_augmented_trials() -> None:
     rows = trials(60).join(augment(trials(60)))
     rows = Rows({**rows.columns, "dataset": np.array(list("abcdef") * 20, object)})
