@@ -187,7 +187,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "finer": 1656,
         "fresh": 972,
         "held_out": 342,
-        "plain": 4932,
+        "plain": 5832,
         "replicates": 960,
     }
     ids = np.concatenate([plan.all_ids() for plan in plans.values()])
