@@ -17,6 +17,7 @@ import numpy as np
 
 from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
+from cape.metamodel.process import one_thread
 from cape.metamodel.regressors import design, log_steps, predict_log, shares, train_boosters
 from cape.metamodel.rows import Rows
 from cape.metamodel.surface import FAR, mix, smooth, spreads
@@ -48,9 +49,7 @@ def map_threads(function: Call, arguments: Iterable[tuple[Any, ...]]) -> list[np
     A call is XGBoost and BLAS on one thread each, neither of which holds Python's lock; its numbers are those of a call
     that runs alone.
     """
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda a: function(*a), arguments))
 
 

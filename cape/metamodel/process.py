@@ -10,6 +10,7 @@ with the exact gradient. The kernels are Matérn's with ν = 5/2.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,19 @@ class Learned:
     amplitudes: np.ndarray
     noise: float
     extra: float
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Return a block in which numpy's and scipy's linear algebra takes one thread.
+
+    Their two pools wait for each other spinning (measured: three times as long with two threads), and another number of
+    threads is another rounding. scipy is imported first: what is not loaded yet cannot be limited.
+    """
+    import scipy.linalg
+    import scipy.optimize  # noqa: F401
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, "blas")
 
 
 def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:

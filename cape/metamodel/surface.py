@@ -234,12 +234,9 @@ def fit_surfaces(
     sigma: float,
 ) -> dict[str, Surface]:
     """Return a surface for each family in which ``FEWEST_TRIALS`` or more reached ε; see ``Surface.fit``."""
-    from threadpoolctl import threadpool_limits
-
     smooth = [f for f in features if f not in _NOT_SMOOTH]
     out = {}
-    # One thread: numpy's and scipy's pools wait for each other spinning (measured: three times as long with two).
-    with threadpool_limits(1, "blas"):
+    with process.one_thread():
         for family in families:
             mine = rows["family"] == family
             if len(set(rows["trial_id"][mine & ~censored])) >= FEWEST_TRIALS:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -55,3 +58,20 @@ def test_it_learns_what_matters_and_the_noise() -> None:
 def test_trials_of_a_single_configuration_leave_the_lengths_as_they_were() -> None:
     learned = learn(np.zeros((10, 2)), np.zeros(10), np.zeros(10, dtype=bool))
     np.testing.assert_allclose(learned.lengths, 2.0, rtol=1e-6)  # √(2k)
+
+
+def test_one_thread_holds_for_libraries_that_were_not_loaded_yet() -> None:
+    """A process's first fit must round as its second: scipy brings a pool of its own."""
+    code = """
+from cape.metamodel.process import one_thread, learn
+import numpy as np
+from threadpoolctl import threadpool_info
+with one_thread():
+    learn(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30.0) % 3, np.zeros(30, bool))
+    pools = [p for p in threadpool_info() if p["user_api"] == "blas"]
+print(len(pools), *{p["num_threads"] for p in pools}, max(p["num_threads"] for p in threadpool_info()))
+"""
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    pools, threads, after = found.split()
+    assert int(pools) >= 1 and (threads, after) == ("1", "2")
