@@ -143,6 +143,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def samples_of(x: Inputs, batch_size: int) -> list[Tensor]:
+    """Return every tensor of the inputs whose first dimension is the batch, in order."""
+    return [t for t in tensors_of(x) if t.dim() and len(t) == batch_size]
+
+
 def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:
     """Return the samples ``index`` of the inputs: every tensor whose first dimension is the batch is cut."""
     return map_tensors(lambda t: t[index] if t.dim() and len(t) == batch_size else t, x)
@@ -157,7 +162,7 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
         raise ModelError("The targets of a batch must be a tensor whose first dimension is the batch.")
     if y.shape[0] == 0:
         raise ModelError("The batch is empty; at least one sample is needed.")
-    if not any(t.dim() and t.shape[0] == y.shape[0] for t in tensors_of(x)):
+    if not samples_of(x, len(y)):
         raise ModelError(f"No input has {y.shape[0]} samples, as the targets do.")
     return x, y, int(y.shape[0])
 

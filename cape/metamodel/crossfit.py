@@ -95,7 +95,7 @@ def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple
     unseen = rows.take(left)
     if len(unseen):
         data = design(rows.take(assigned != fold), preset, families, needed=unseen.families)
-        boosters = train_boosters(data, preset, needed=unseen.families)
+        boosters = train_boosters(data, preset, threads=1, needed=unseen.families)
         out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
         out[1, left] = smooth(margins(data.lines, unseen), data.surfaces, unseen)
         out[2, left] = spreads(data.surfaces, unseen)

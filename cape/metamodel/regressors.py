@@ -240,8 +240,8 @@ def train_boosters(
     if preset.per_family:
         for code, name in enumerate(data.families):
             index = np.flatnonzero(data.codes == code)
-            has_share = min(preset.share(name), preset.share(name, far=True)) < 1.0
-            if len(index) >= max(2, world) and has_share:
+            needs_trees = min(preset.share(name), preset.share(name, far=True)) < 1.0
+            if needs_trees and len(index) >= max(2, world):
                 parts[name] = index
     if needed is not None:
         wanted = {name if name in parts else POOLED for name in needed}

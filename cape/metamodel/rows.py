@@ -21,8 +21,15 @@ PAPER_FEATURES = ("log_p", "log_g2", "log_tau", "log_n", "log_lr", "log_b")
 STATIC_FEATURES = ("log_p", "log_b", "log_lr", "log_n")
 OPTIMIZER_FEATURES = ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4")
 PRODUCT_FEATURES = (
-    *(*PAPER_FEATURES, "log_epsilon", "log_l0", *OPTIMIZER_FEATURES, *SLOW_FEATURES, *SHAPE_FEATURES),
-    *("draw_noise", *BATCH_FEATURES, "family"),
+    *PAPER_FEATURES,
+    "log_epsilon",
+    "log_l0",
+    *OPTIMIZER_FEATURES,
+    *SLOW_FEATURES,
+    *SHAPE_FEATURES,
+    "draw_noise",
+    *BATCH_FEATURES,
+    "family",
 )
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""

@@ -16,7 +16,7 @@ from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
-from cape.state import Inputs, call, check_batch, preserved, tensors_of, trainable
+from cape.state import Inputs, call, check_batch, preserved, samples_of, trainable
 from cape.tasks import Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -135,7 +135,7 @@ def features_of(
     """Return the features of a model whose norms and first step are known."""
     parameters, count = trainable(model).values(), len(batch[1])
     apart = separation(*batch)
-    inputs = sum(t.numel() // count for t in tensors_of(batch[0]) if t.dim() and len(t) == count)
+    inputs = sum(t.numel() // count for t in samples_of(batch[0], count))
     return Features(
         log_p=math.log(sum(p.numel() for p in parameters)),
         log_g2=_log_mean(norms.g2),
