@@ -69,8 +69,10 @@ def separation(x: Inputs, y: Tensor) -> Separation:
 def _squares(values: Tensor) -> Tensor:
     """Return the squared distances between samples [B, ...], float64 [B, B]; of integers, how many differ."""
     flat = values.detach().reshape(len(values), -1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten(1)
     width = max(1, _PIECE // len(flat))
-    if not (flat.is_floating_point() or flat.is_complex()):
+    if not flat.is_floating_point():
         width = max(1, width // len(flat))
         pieces = flat.split(width, 1)
         return sum(

@@ -77,6 +77,8 @@ def test_targets_and_inputs_of_every_kind() -> None:
         (torch.zeros_like(x), y),
     ):
         assert all(math.isfinite(v) for v in vars(separation(inputs, targets)).values())
+    waves = torch.complex(x, x.roll(1, 0))
+    assert vars(separation(waves, y)) == pytest.approx(vars(separation(torch.cat([waves.real, waves.imag], 1), y)))
     # Of classes "how many differ" is half the squared distance of their indicators: the scale does not count.
     hot = torch.nn.functional.one_hot(y, 4).double()
     assert vars(separation(x, y)) == pytest.approx(vars(separation(x, hot)), rel=1e-6)
