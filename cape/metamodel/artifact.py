@@ -32,7 +32,7 @@ from cape.metamodel.surface import Surface, spreads
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 6  # 1 had no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away
+FORMAT = 7  # 1 no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away, 6 no slopes
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -131,7 +131,7 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            StoreError: no card, a missing or altered file, a newer format, or surfaces of format 3 or 4.
+            StoreError: no card, a missing or altered file, a newer format, or surfaces of formats 3 to 6.
         """
         path = Path(directory)
         if not (path / "card.json").is_file():
@@ -140,7 +140,7 @@ class MetaModel:
             card = json.loads((path / "card.json").read_text(encoding="utf-8"))
             if card["format"] > FORMAT:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
-            if card["format"] in (3, 4) and card.get("surfaces"):
+            if 3 <= card["format"] <= 6 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
             files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])

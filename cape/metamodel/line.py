@@ -47,7 +47,7 @@ class Line:
         centre[seen] = np.nanmean(x[:, seen], axis=0)
         scale[seen] = np.nanstd(x[:, seen], axis=0)
         scale[scale < 1e-9] = 1.0  # a term that never varies gets weight zero below
-        z = _standard(x, centre, scale)
+        z = standardized(x, centre, scale)
         mean_z, mean_y = np.average(z, axis=0, weights=weight), float(np.average(y, weights=weight))
         share = weight / weight.mean()
         gram = (z - mean_z).T @ ((z - mean_z) * share[:, None]) + RIDGE * np.eye(z.shape[1])
@@ -58,7 +58,7 @@ class Line:
 
     def contributions(self, rows: Rows) -> np.ndarray:
         """Return what each term adds to log T*, [n, terms]."""
-        return _standard(term_values(rows, self.terms), self.centre, self.scale) * self.weight
+        return standardized(term_values(rows, self.terms), self.centre, self.scale) * self.weight
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return log T*, [n]."""
@@ -107,5 +107,6 @@ def term_values(rows: Rows, terms: Sequence[str]) -> np.ndarray:
     return x
 
 
-def _standard(x: np.ndarray, centre: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def standardized(x: np.ndarray, centre: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return terms [n, terms] in standard deviations from their mean, ``FARTHEST`` at most; a missing one is zero."""
     return np.clip(np.nan_to_num((x - centre) / scale, nan=0.0), -FARTHEST, FARTHEST)

@@ -10,6 +10,7 @@ with the exact gradient. The kernels are Matérn's with ν = 5/2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -65,8 +66,11 @@ def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _matern(squares, *_distance_and_decay(squares))
 
 
-def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
-    """Learn from standardized features ``z`` [n, k] and values ``y`` [n] of mean about zero; ``augmented`` is bool [n].
+def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray) -> Learned:
+    """Learn from standardized features ``z`` [n, k] and values ``y`` [n] of mean about zero.
+
+    Args:
+        augmented: bool [n]. variance: what is known of each value's error, beside the noises, [n].
 
     Work: at most some 100 times n³ + 2kn² floating-point operations, twice the second part where some are augmented.
     """
@@ -84,7 +88,9 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
         values = np.exp(theta)
         return values[: parts * k].reshape(parts, k), *np.split(values[parts * k :], 2)
 
-    def loss(theta: np.ndarray, z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(
+        theta: np.ndarray, z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray
+    ) -> tuple[float, np.ndarray]:
         """Return -log p(y | θ) - log p(θ), less constants, and its gradient."""
         lengths, amplitudes, noises = split(theta)
         count = len(z)
@@ -101,7 +107,7 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
             total[np.ix_(index, index)] += covariance
             functions.append((index, x, covariance, amplitude**2 * _slope(distance, decay)))
         variances = noises[:, None] ** 2 * noisy
-        total.flat[:: count + 1] += variances.sum(axis=0) + _JITTER
+        total.flat[:: count + 1] += variances.sum(axis=0) + variance + _JITTER
         fitted, inverse, half_log_determinant = _solve(total, y)
         far = theta - medians
         value = 0.5 * float(y @ fitted) + half_log_determinant + 0.5 * float(far @ far)
@@ -120,7 +126,7 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
         theta = minimize(
             loss,
             theta,
-            args=(z[some], y[some], augmented[some]),
+            args=(z[some], y[some], augmented[some], variance[some]),
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
@@ -128,6 +134,20 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray) -> Learned:
         ).x
     lengths, amplitudes, noises = split(theta)
     return Learned(lengths, amplitudes, float(noises[0]), float(noises[1]) if parts == 2 else 0.0)
+
+
+def average(learned: Sequence[Learned]) -> Learned:
+    """Return the geometric means of what was learned from several sets of trials, each with or without augmented ones.
+
+    An ``extra`` of zero, where none is augmented, stays zero.
+    """
+
+    lengths, amplitudes = (
+        np.exp(np.mean([np.log(getattr(one, name)) for one in learned], axis=0)) for name in ("lengths", "amplitudes")
+    )
+    noises = np.array([[one.noise, one.extra] for one in learned])
+    noise, extra = np.exp(np.log(noises, where=noises > 0, out=np.full_like(noises, -np.inf)).mean(axis=0))
+    return Learned(lengths, amplitudes, float(noise), float(extra))
 
 
 def _solve(covariance: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

@@ -100,7 +100,7 @@ def design(rows: Rows | Any, preset: Preset, families: Sequence[str], needed: Co
         having = [
             f for f in families if max(preset.share(f), preset.share(f, far=True)) and (needed is None or f in needed)
         ]
-        surfaces = fit_surfaces(rows, y - margin, preset.features, having, censored, AFT_SCALE)
+        surfaces = fit_surfaces(rows, y, lines, preset.features, having, censored, AFT_SCALE)
     x = rows.matrix(preset.features, families)
     return Design(x, y, weight, codes, rows.trials, censored, margin, tuple(families), lines, surfaces)
 

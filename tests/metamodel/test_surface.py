@@ -1,4 +1,4 @@
-"""The smooth surface: what it follows, where it ends, what lower bounds do to it."""
+"""The smooth surface: its slopes, which families have one, and how much of it a prediction takes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ import pytest
 
 from cape.errors import SpecError
 from cape.metamodel.crossfit import assign_datasets, select
-from cape.metamodel.line import margins
+from cape.metamodel.line import EPSILON_TERM, POOLED, Line, margins
 from cape.metamodel.presets import PRESETS, SHARES, Preset
 from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
 from cape.metamodel.rows import Rows
 from cape.metamodel.surface import FAR, FEWEST_TRIALS, Surface, fit_surfaces, mix, smooth
 from cape.store import reader
-
-FEATURES = ("log_lr", "log_b")
-
-
-def trials(count: int, seed: int = 0) -> Rows:
-    rng = np.random.default_rng(seed)
-    columns = {name: rng.normal(size=count) for name in FEATURES}
-    names = {"family": np.full(count, "mlp", object), "trial_id": np.array([f"{i:06d}" for i in range(count)], object)}
-    return Rows({**columns, **names, "t_star": np.ones(count), "augmentation": np.full(count, None, object)})
-
-
-def augment(rows: Rows) -> Rows:
-    ids = np.array([f"a{t}" for t in rows["trial_id"]], object)
-    return Rows({**rows.columns, "trial_id": ids, "augmentation": np.full(len(rows), "{}", object)})
+from tests.metamodel.test_gaussian import FEATURES, augment, trials, truth
 
 
 def real() -> Rows:
@@ -36,97 +23,83 @@ def real() -> Rows:
     return rows.take((rows["family"] == "mlp") & rows.reached)
 
 
-def truth(rows: Rows) -> np.ndarray:
-    return np.sin(rows["log_lr"]) * np.cos(rows["log_b"])
+EPSILONS = (0.2, 0.15, 0.1)
+FLAT = Line((EPSILON_TERM,), np.array([0.65]), np.array([0.15]), np.array([0.1]), 0.0)
 
 
-def test_it_follows_what_is_smooth_from_few_trials() -> None:
-    train, test = trials(200), trials(400, seed=1)
-    noise = np.random.default_rng(2).normal(scale=0.1, size=200)
-    surface = Surface.fit(train, truth(train) + noise, FEATURES)
+def steep(rows: Rows) -> np.ndarray:
+    """How much more steeply than ``FLAT`` a trial's log T* rises, from -0.3 to 0.3."""
+    return 0.3 * np.sin(rows["log_b"])
+
+
+def watched(count: int, seed: int = 0, epsilons: tuple[float, ...] = EPSILONS) -> tuple[Rows, np.ndarray]:
+    """Return the rows of trials watched to several ε, and log T* before it is a whole number."""
+    one = trials(count, seed)
+    times = np.repeat(np.arange(count), len(epsilons))
+    rows = one.take(times)
+    rows = Rows({**rows.columns, "log_epsilon": np.log(np.tile(epsilons, count))})
+    t = FLAT.predict(rows) / 0.1
+    return rows, 3.0 + truth(rows) + (0.1 + np.maximum(steep(rows), -0.1)) * t
+
+
+def test_it_knows_which_trials_are_steeper_than_the_line() -> None:
+    rows, exact = watched(300)
+    test, wanted = watched(300, seed=1)
+    y = np.log(np.ceil(np.exp(exact)))
+    surface = Surface.fit(rows, y, FLAT, FEATURES)
     inside = (np.abs(test["log_lr"]) < 1.5) & (np.abs(test["log_b"]) < 1.5)
-    gap = surface.predict(test)[inside] - truth(test)[inside]
-    assert np.sqrt(np.mean(gap**2)) < 0.1
+
+    def bent(log_steps: np.ndarray) -> np.ndarray:
+        """What differs among the rows of a trial."""
+        by_trial = log_steps.reshape(-1, len(EPSILONS))
+        return (by_trial - by_trial.mean(axis=1, keepdims=True)).ravel()[inside]
+
+    line = FLAT.predict(test)
+    without = np.abs(bent(line) - bent(wanted)).mean()
+    assert np.abs(bent(line + surface.predict(test)) - bent(wanted)).mean() < 0.3 * without
+    again = Surface.from_arrays(surface.to_arrays())
+    assert again.predict(test).tolist() == surface.predict(test).tolist()
+    assert again.spread(test).tolist() == surface.spread(test).tolist()
 
 
-def test_far_away_it_leaves_the_line_alone() -> None:
-    train = trials(200)
-    surface = Surface.fit(train, truth(train) + 3.0, FEATURES)
-    length = surface.scale[0] * surface.lengths[0, 0]
-    far = Rows({**train.columns, "log_lr": train["log_lr"] + 30.0 * length})
-    assert np.abs(surface.predict(train)).mean() > 2.0
-    assert np.abs(surface.predict(far)).max() < 1e-6
+def test_log_t_star_never_falls_with_epsilon_and_far_away_has_the_slope_of_the_line() -> None:
+    rows, y = watched(300)
+    surface = Surface.fit(rows, y, FLAT, FEATURES)
+    assert surface.slope is not None and (surface.slope.predict(rows) < -0.15).any()  # steeper down than the line up
+    some, _ = watched(100, seed=1, epsilons=tuple(np.geomspace(0.97, 1e-6, 40).tolist()))
+    found = (FLAT.predict(some) + surface.predict(some)).reshape(100, 40)
+    assert (np.diff(found, axis=1) > -1e-9).all()
+    far = Rows({**some.columns, "log_b": some["log_b"] + 1e4})
+    np.testing.assert_allclose(surface.predict(far), 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("with_augmented", [False, True])
-def test_the_spread_is_one_among_the_trials_grows_away_from_them_and_never_passes_what_nothing_is_known_of(
-    with_augmented: bool,
-) -> None:
-    train, test = trials(200), trials(200, seed=1)
-    y = truth(train) + np.random.default_rng(2).normal(scale=0.1, size=200)
-    if with_augmented:
-        train, y = train.join(augment(trials(150, seed=3))), np.concatenate([y, truth(trials(150, seed=3)) + 0.3])
-    surface = Surface.fit(train, y, FEATURES)
-    assert np.median(surface.spread(test)) == pytest.approx(1.0, abs=0.15)
-    away = [np.median(surface.spread(Rows({**test.columns, "log_lr": test["log_lr"] + d}))) for d in (2.0, 4.0, 300.0)]
-    assert 1.1 < away[0] < away[1] < away[2]
-    most = np.sqrt(np.sum(surface.amplitudes**2) + surface.noise**2)
-    assert away[2] * surface._typical == pytest.approx(most, rel=1e-3)
-    assert surface.spread(test.take(np.zeros(200, dtype=bool))).shape == (0,)
-    assert Surface.from_arrays(surface.to_arrays()).spread(test).tolist() == surface.spread(test).tolist()
+@pytest.mark.parametrize("line", [FLAT, Line((), *(np.zeros(0),) * 3, 0.0)])
+def test_trials_of_one_epsilon_and_lines_without_it_have_no_slopes(line: Line) -> None:
+    rows, y = watched(100, epsilons=(0.1,) if line.terms else EPSILONS)
+    surface = Surface.fit(rows, y, line, FEATURES)
+    assert surface.slope is None
+    assert surface.predict(rows).tolist() == surface.level.predict(rows).tolist()
+    again = Surface.from_arrays(surface.to_arrays())
+    assert again.slope is None and again.predict(rows).tolist() == surface.predict(rows).tolist()
+    arrays = {name: a for name, a in surface.to_arrays().items() if not name.startswith("level")}
+    with pytest.raises(ValueError, match="no level"):
+        Surface.from_arrays(arrays)
 
 
-def test_it_does_not_depend_on_the_order_of_the_rows_and_survives_a_file() -> None:
-    train, test = trials(300), trials(50, seed=1)
-    order = np.random.default_rng(3).permutation(300)
-    one = Surface.fit(train, truth(train), FEATURES)
-    other = Surface.fit(train.take(order), truth(train)[order], FEATURES)
-    np.testing.assert_allclose(one.predict(test), other.predict(test), atol=1e-6)
-    again = Surface.from_arrays(one.to_arrays())
-    assert again.features == FEATURES and again.predict(test).tolist() == one.predict(test).tolist()
-    assert one.predict(test.take(np.zeros(50, dtype=bool))).shape == (0,)
-
-
-def test_features_that_are_never_there_or_never_vary_are_left_out_and_gaps_are_means() -> None:
-    train = trials(100)
-    train = Rows({**train.columns, "log_p": np.full(100, np.nan), "log_n": np.full(100, 4.0)})
-    surface = Surface.fit(train, truth(train), (*FEATURES, "log_p", "log_n"))
-    assert surface.features == FEATURES
-    gap = Rows({**train.columns, "log_lr": np.full(100, np.nan)})
-    mean = Rows({**train.columns, "log_lr": np.full(100, train["log_lr"].mean())})
-    np.testing.assert_allclose(surface.predict(gap), surface.predict(mean), atol=1e-9)
-
-
-def test_a_lower_bound_lifts_it_and_a_value_above_does_not_hold_it_down() -> None:
-    train, rng = trials(400), np.random.default_rng(9)
-    y = truth(train) + 0.1 * rng.normal(size=400)
-    cut = np.minimum(y, 0.2)  # watched no longer than this
-    censored, high = y > 0.2, truth(train) > 0.5
-    bounds = Surface.fit(train, cut, FEATURES, censored, AFT_SCALE).predict(train)
-    as_values = Surface.fit(train, cut, FEATURES).predict(train)
-    left_out = Surface.fit(train.take(~censored), y[~censored], FEATURES).predict(train)
-    error = {n: np.abs(p - truth(train))[high].mean() for n, p in (("b", bounds), ("v", as_values), ("o", left_out))}
-    assert error["b"] < 0.5 * error["v"] and error["b"] < 0.5 * error["o"]
-    low = Surface.fit(train, np.where(censored, -5.0, y), FEATURES, censored, AFT_SCALE)
-    assert np.abs(low.predict(train) - truth(train))[~censored].mean() < 0.05  # a bound that says nothing does nothing
-
-
-def test_augmented_trials_tell_of_what_plain_ones_do_not_reach() -> None:
-    """Plain trials on the left only; augmented ones everywhere, half a unit higher and noisy."""
-    rng, plain, more, test = np.random.default_rng(4), trials(150), augment(trials(300, seed=5)), trials(400, seed=1)
-    plain = plain.take(plain["log_lr"] < 0)
-    y, z = truth(plain), truth(more) + 0.1 * rng.normal(size=300)
-    alone = Surface.fit(plain, y, FEATURES)
-    both = Surface.fit(plain.join(more), np.concatenate([y, z]), FEATURES)
-    assert len(alone.lengths) == 1 and len(both.lengths) == 2 and alone.extra == 0.0
-    inside = (np.abs(test["log_lr"]) < 1.5) & (np.abs(test["log_b"]) < 1.5)
-    left, right = inside & (test["log_lr"] < -0.1), inside & (test["log_lr"] > 0.5)
-    error = {n: np.abs(s.predict(test) - truth(test)) for n, s in (("alone", alone), ("both", both))}
-    assert error["both"][right].mean() < 0.5 * error["alone"][right].mean()
-    assert error["both"][left].mean() < 0.05
-    assert both.extra > 2.0 * both.noise  # and they are known to be noisier
-    again = Surface.from_arrays(both.to_arrays())
-    assert again.predict(test).tolist() == both.predict(test).tolist()
+def test_real_trials_have_slopes_of_their_own() -> None:
+    rows = real()
+    rows = rows.take(rows["replicate"] < 17)
+    preset = PRESETS["product"]
+    known, test = rows.take(rows.trials % 3 != 0), rows.take(rows.trials % 3 == 0)
+    data = design(known, preset, ("mlp",))
+    surface = data.surfaces["mlp"]
+    line, y = margins(data.lines, test), log_steps(test["t_star"])
+    error = {}
+    for name, added in (("all", surface.predict(test)), ("level", surface.level.predict(test))):
+        gap = y - line - added
+        mean = np.bincount(test.trials, gap) / np.maximum(1, np.bincount(test.trials))
+        error[name] = np.abs(gap - mean[test.trials]).mean()
+    assert error["all"] < 0.95 * error["level"]
 
 
 def test_families_with_few_trials_have_none_and_keep_the_trees() -> None:
@@ -134,7 +107,8 @@ def test_families_with_few_trials_have_none_and_keep_the_trees() -> None:
     family = np.where(np.arange(100) < FEWEST_TRIALS - 1, "rnn", "mlp").astype(object)
     rows = Rows({**rows.columns, "family": family})
     no = np.zeros(100, dtype=bool)
-    surfaces = fit_surfaces(rows, truth(rows), (*FEATURES, "family"), ("mlp", "rnn"), no, AFT_SCALE)
+    lines = {POOLED: Line((), *(np.zeros(0),) * 3, 1.0)}
+    surfaces = fit_surfaces(rows, 1.0 + truth(rows), lines, (*FEATURES, "family"), ("mlp", "rnn"), no, AFT_SCALE)
     assert sorted(surfaces) == ["mlp"]
     trees, line = np.full(100, 5.0), np.full(100, 1.0)
     mixed = mix(trees, smooth(line, surfaces, rows), np.full(100, 0.5))
