@@ -149,13 +149,14 @@ class Augmentation(JsonConfig):
             _check_positive_int(self.samples, "samples")
 
     @classmethod
-    def draw(cls, seed: int, finer: bool = False) -> Augmentation:
+    def draw(cls, seed: int, finer: bool = False, faint: bool = False) -> Augmentation:
         """Return the augmentation of a seed.
 
         Each change but the last two is made with the chance named, so that trials near the plain ones are common:
         a class subset .7 (where ``finer``: no subset, but classes that are cut up, .7); random labels .35, up to all;
         noise .35, up to the inputs' own deviation; zeroed .4, from nearly none to .98 (log-uniform in what stays);
-        gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always.
+        gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always. Where ``faint``, inputs that
+        hardly tell samples apart, as hashed texts do: zeroed always, and scale e^(-4.5..-2).
         """
         classes, labels, noise, zeroed, gray, pooled, scale, samples = uniforms(seed)
 
@@ -169,8 +170,8 @@ class Augmentation(JsonConfig):
             split=round(often(0.7, classes), 4) if finer else 0.0,
             random_labels=round(often(0.35, labels), 4),
             noise=round(often(0.35, noise), 4),
-            zeroed=round(1.0 - 0.02 ** often(0.4, zeroed), 4),
-            log_scale=round(5.0 * scale - 4.0, 4),
+            zeroed=round(1.0 - 0.02 ** (zeroed if faint else often(0.4, zeroed)), 4),
+            log_scale=round(2.5 * scale - 4.5 if faint else 5.0 * scale - 4.0, 4),
             gray=gray < 0.25,
             pooled=pooled < 0.25,
             samples=round(10.0 ** (3.0 + 3.0 * samples)),
@@ -236,11 +237,11 @@ class SweepSpec(JsonConfig):
     rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
 
     Where ``augmented``, every trial draws an ``Augmentation`` of its own, with more classes instead of fewer where
-    ``finer``. ``replicates``: so many trials of a cell, one after the other, share their model and augmentation and
-    differ in their other seeds.
+    ``finer`` and small, mostly empty inputs where ``faint``. ``replicates``: so many trials of a cell, one after the
+    other, share their model and augmentation and differ in their other seeds.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "replicates")
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "faint", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -257,6 +258,7 @@ class SweepSpec(JsonConfig):
     stopping: StoppingRule = field(default_factory=StoppingRule)
     augmented: bool = False
     finer: bool = False
+    faint: bool = False
     replicates: int = 1
 
     def __post_init__(self) -> None:
@@ -273,8 +275,9 @@ class SweepSpec(JsonConfig):
             _check_positive_int(b, "batch_sizes")
         _check_positive_int(self.trials_per_cell, "trials_per_cell")
         _check_positive_int(self.replicates, "replicates")
-        if self.finer and not self.augmented:
-            raise SpecError("'finer' says how trials are augmented; set 'augmented' as well.")
+        for how in ("finer", "faint"):
+            if getattr(self, how) and not self.augmented:
+                raise SpecError(f"'{how}' says how trials are augmented; set 'augmented' as well.")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")

@@ -11,6 +11,7 @@ import torch
 
 from cape import datasets
 from cape.config import Augmentation, SweepSpec, TrialSpec
+from cape.drawn import built
 from cape.errors import DataError, SpecError
 from cape.sweep.plan import Plan
 from cape.trial import run_trials
@@ -102,6 +103,25 @@ def test_a_sweep_of_finer_tasks_leaves_no_class_out() -> None:
     assert [int(t.trial_id, 16) for t in trials] == Plan(spec).all_ids().tolist()
     with pytest.raises(SpecError, match="'finer' says how trials are augmented"):
         SweepSpec(finer=True)
+
+
+def test_a_sweep_of_faint_inputs_has_small_ones_and_zeros_everywhere() -> None:
+    drawn = [Augmentation.draw(seed, faint=True) for seed in range(500)]
+    usual = [Augmentation.draw(seed) for seed in range(500)]
+    assert all(-4.5 <= a.log_scale <= -2.0 and 0.0 <= a.zeroed <= 0.98 for a in drawn)
+    assert sum(a.zeroed > 0.8 for a in drawn) / 500 == pytest.approx(1 - math.log(0.2) / math.log(0.02), abs=0.06)
+    changed = {"zeroed", "log_scale"}
+    for one, other in zip(drawn, usual, strict=True):  # all else is drawn as ever
+        differing = {k for k, v in one.to_dict().items() if other.to_dict()[k] != v}
+        assert differing <= changed and "log_scale" in differing
+    spec = SweepSpec(families=("mlp",), datasets=("digits",), trials_per_cell=2, augmented=True, faint=True, seed=5)
+    trials = list(Plan(spec).trials())
+    assert all(t.augmentation is not None and t.augmentation.log_scale <= -2.0 for t in trials)
+    assert [int(t.trial_id, 16) for t in trials] == Plan(spec).all_ids().tolist()
+    x, made = built(trials[0]).batch[0], trials[0].augmentation
+    assert made is not None and x.std() < 0.3 and (x == 0).float().mean() > made.zeroed - 0.05
+    with pytest.raises(SpecError, match="'faint' says how trials are augmented"):
+        SweepSpec(faint=True)
 
 
 def _sorted(x: torch.Tensor) -> torch.Tensor:

@@ -184,8 +184,9 @@ def test_the_corpus_is_a_set_of_plans() -> None:
     plans = {path.stem: Plan(read_spec(path)) for path in sorted((ROOT / "ray_jobs" / "specs").glob("*.json"))}
     assert {name: len(plan) for name, plan in plans.items()} == {
         "augmented": 5832,
+        "faint": 1584,
         "finer": 1656,
-        "fresh": 972,
+        "fresh": 1152,
         "held_out": 342,
         "plain": 5832,
         "replicates": 960,
@@ -194,5 +195,6 @@ def test_the_corpus_is_a_set_of_plans() -> None:
     assert len(np.unique(ids)) == len(ids)
     groups = Counter((t.family, t.model_seed) for t in plans["replicates"].trials())
     assert len(groups) == 4 * 24 and set(groups.values()) == {10}
-    augmented, finer = ([t.augmentation for t in plans[name].trials()] for name in ("augmented", "finer"))
+    augmented, finer, faint = ([t.augmentation for t in plans[n].trials()] for n in ("augmented", "finer", "faint"))
     assert all(a is not None for a in augmented) and all(a is not None and a.classes == 1.0 for a in finer)
+    assert all(a is not None and a.log_scale <= -2.0 for a in faint)
