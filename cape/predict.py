@@ -116,7 +116,7 @@ class Prediction:
     batch_size: int
     dataset_size: int
     _conformal: Conformal = field(repr=False, compare=False)
-    _spread: float = field(repr=False, compare=False)
+    _width: float = field(repr=False, compare=False)
     _timer: StepTimer = field(repr=False, compare=False)
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
@@ -124,7 +124,7 @@ class Prediction:
 
         The upper end is infinite where the family has too few calibration trials for the level.
         """
-        return bounds(self.steps, self._spread * self._conformal.half_width(self.family, check_level(level))[0])
+        return bounds(self.steps, self._width * self._conformal.half_width(self.family, check_level(level))[0])
 
     def time(self, step_seconds: float | None = None) -> float:
         """Return the seconds that ``steps`` take; without ``step_seconds`` a few real steps are timed, once, here."""
@@ -216,7 +216,7 @@ def predict(
         batch_size=batch_size,
         dataset_size=dataset_size,
         _conformal=regressor.conformal,
-        _spread=float(regressor.spread(row)[0]),
+        _width=float(regressor.width(row)[0]),
         _timer=StepTimer(model, batch, loss, lr, epsilon),
     )
 

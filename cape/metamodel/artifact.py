@@ -22,12 +22,12 @@ import numpy as np
 from cape.errors import SpecError, StoreError
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
-from cape.metamodel.line import POOLED, Line
+from cape.metamodel.line import POOLED, Line, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
-from cape.metamodel.surface import Surface, spreads
+from cape.metamodel.surface import Surface, widths
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -69,16 +69,17 @@ class MetaModel:
         """Return T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
         return np.maximum(1.0, np.exp(self.predict_log(rows)))
 
-    def spread(self, rows: Any) -> np.ndarray:
-        """Return by how much an interval is wider than usual, [n]: 1 among the training trials, more away from them."""
-        return spreads(self.surfaces, as_rows(rows))
+    def width(self, rows: Any) -> np.ndarray:
+        """Return by how much an interval is wider than usual, [n]: 1 among the trials fitted on where T* is long."""
+        rows = as_rows(rows)
+        return widths(margins(self.lines, rows), self.surfaces, rows)
 
     def interval(self, rows: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Return (low, high) in steps, each [n]; infinite where calibration trials are too few for the level."""
         rows = as_rows(rows)
         pairs = [
             bounds(t, s * self.conformal.half_width(f, level)[0])
-            for t, s, f in zip(self.predict(rows), self.spread(rows), rows["family"], strict=True)
+            for t, s, f in zip(self.predict(rows), self.width(rows), rows["family"], strict=True)
         ]
         low, high = zip(*pairs, strict=True) if pairs else ((), ())
         return np.array(low), np.array(high)

@@ -20,7 +20,7 @@ from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Pr
 from cape.metamodel.process import one_thread
 from cape.metamodel.regressors import design, log_steps, predict_log, shares, train_boosters
 from cape.metamodel.rows import Rows
-from cape.metamodel.surface import FAR, mix, smooth, spreads
+from cape.metamodel.surface import FAR, mix, smooth, spreads, widths
 
 FOLDS = 10
 ENOUGH = 500
@@ -86,30 +86,32 @@ def enough(rows: Rows, assigned: np.ndarray) -> np.ndarray:
 
 
 def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
-    """Return [3, n] of the rows of one fold, fitted on the others: the trees' log T*, the surface's, and its spread.
+    """Return [4, n] of one fold's rows, fitted on the others: log T* by trees, by surface, its spread and its width.
 
-    NaN for all other rows; where there is no surface its log T* is NaN and the spread 1.
+    NaN for all other rows; where there is no surface its log T* is NaN, spread and width are 1.
     """
-    out = np.full((3, len(rows)), np.nan)
+    out = np.full((4, len(rows)), np.nan)
     left = np.flatnonzero(assigned == fold)
     unseen = rows.take(left)
     if len(unseen):
         data = design(rows.take(assigned != fold), preset, families, needed=unseen.families)
         boosters = train_boosters(data, preset, threads=1, needed=unseen.families)
         out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
-        out[1, left] = smooth(margins(data.lines, unseen), data.surfaces, unseen)
+        line = margins(data.lines, unseen)
+        out[1, left] = smooth(line, data.surfaces, unseen)
         out[2, left] = spreads(data.surfaces, unseen)
+        out[3, left] = widths(line, data.surfaces, unseen)
     return out
 
 
 def out_of_fold(
     rows: Rows, assigned: np.ndarray, preset: Preset, families: Sequence[str], mapper: Mapper = map_threads
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return out-of-fold log T* [n] and its spread [n]; NaN for rows of no fold."""
+    """Return out-of-fold log T* [n] and its width [n]; NaN for rows of no fold."""
     made = _joined(
         mapper(fold_parts, [(rows, assigned, preset, tuple(families), k) for k in range(assigned.max() + 1)])
     )
-    return mix(made[0], made[1], shares(preset, rows["family"], made[2] > FAR)), made[2]
+    return mix(made[0], made[1], shares(preset, rows["family"], made[2] > FAR)), made[3]
 
 
 def select(
@@ -149,7 +151,7 @@ def _shares(rows: Rows, base: Preset, families: Sequence[str], mapper: Mapper) -
     jobs = [(rows, d, base, tuple(families), k) for d, count in zip(deals, counts, strict=True) for k in range(count)]
     made = iter(mapper(fold_parts, jobs))
     parts = [_joined([next(made) for _ in range(count)]) for count in counts]
-    trees, surface, spread = np.concatenate([np.full((3, 0), np.nan), *parts], axis=1)
+    trees, surface, spread, _ = np.concatenate([np.full((4, 0), np.nan), *parts], axis=1)
     target, names = np.tile(log_steps(rows["t_star"]), len(parts)), np.tile(rows["family"], len(parts))
     judged = np.tile(rows.reached & ~rows.augmented, len(parts)) & np.isfinite(surface)
     chosen: dict[bool, dict[str, float]] = {False: {}, True: {}}

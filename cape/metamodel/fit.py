@@ -76,10 +76,10 @@ def fit_table(
     if calibrate:
         used = rows if chosen.augmented else rows.take(~rows.augmented)
         assigned = assign_folds(used, min(FOLDS, trials), seed)
-        log_hat, spread = out_of_fold(used, enough(used, assigned), chosen, families, mapper)
+        log_hat, width = out_of_fold(used, enough(used, assigned), chosen, families, mapper)
         index = np.isfinite(log_hat) & used.reached
-        known, log_hat, spread = used.take(index), log_hat[index], spread[index]
-        errors = np.abs(log_steps(known["t_star"]) - log_hat) / spread
+        known, log_hat, width = used.take(index), log_hat[index], width[index]
+        errors = np.abs(log_steps(known["t_star"]) - log_hat) / width
         conformal = Conformal.calibrate(errors, known["family"], known.trials)
         metrics, calibrated = _metrics(known, np.exp(log_hat), families), len(set(known["trial_id"]))
         domain = Domain.fit(used, assigned, chosen.features)

@@ -146,7 +146,7 @@ class GaussianProcess:
         It is the posterior standard deviation (with the noise) given some of the points alone, over its median at the
         plain ones when each is left out.
         """
-        return self._by_chunk(rows, self._deviation) / self._typical
+        return self._by_chunk(rows, self._deviation) / self.typical
 
     def _by_chunk(self, rows: Rows, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return a function of the standardized features [m, k] over all rows, a part at a time: float64 [n]."""
@@ -164,7 +164,8 @@ class GaussianProcess:
         return points, known, np.linalg.inv(covariance)
 
     @cached_property
-    def _typical(self) -> float:
+    def typical(self) -> float:
+        """The standard deviation of a plain trial's value, noise included, given some of the others."""
         _, known, inverse = self._witnesses
         left_out = 1.0 / np.sqrt(np.diag(inverse))  # Rasmussen & Williams 2006, eq. 5.12
         return float(np.median(left_out[known] if known.any() else left_out))

@@ -1,10 +1,10 @@
 """Conformal intervals for T*, one calibration per family (Mondrian), in log space.
 
-Scores are |log T* - log prediction| on trials that the fit behind the prediction had not seen, over the spread that the
+Scores are |log T* - log prediction| on trials that the fit behind the prediction had not seen, over the width that the
 family's surface expects there (normalized conformal prediction: Papadopoulos et al. 2008): an interval is wider away
-from the training trials, and still holds at its level. The rows of one
-trial (one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of them,
-level 1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
+from the training trials, and where T* is so short that one step is much of it; it still holds at its level. The rows of
+one trial (one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of
+them, level 1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Conformal:
 
     @classmethod
     def calibrate(cls, errors: np.ndarray, families: np.ndarray, trials: np.ndarray) -> Conformal:
-        """Build from errors |Δ log T*| / spread of rows that were not fitted on, and each row's family and trial."""
+        """Build from errors |Δ log T*| / width of rows that were not fitted on, and each row's family and trial."""
         scores, counts = {}, {}
         for name in ("pooled", *sorted({str(f) for f in families})):
             index = np.ones(len(errors), dtype=bool) if name == "pooled" else families == name
@@ -75,7 +75,7 @@ class Conformal:
         return cls(scores, counts)
 
     def half_width(self, family: str | None, level: float) -> tuple[float, str]:
-        """Return (half-width in log T* where the spread is 1, its source: the family, ``"pooled"`` or ``"none"``).
+        """Return (half-width in log T* where the width is 1, its source: the family, ``"pooled"`` or ``"none"``).
 
         A family with fewer than ten trials, or too few for the level, is served by the pooled scores; where
         those too are too few the half-width is infinite.

@@ -8,7 +8,7 @@ both are zero, which leaves the line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,15 @@ class Surface:
         """Return how uncertain the level of a trial is, float64 [n]; see ``GaussianProcess.spread``."""
         return self.level.spread(rows)
 
+    def width(self, rows: Rows, line: np.ndarray) -> np.ndarray:
+        """Return how uncertain log T* is, [n]: the spread, and that T* is whole, which tells where it is short.
+
+        Args:
+            line: the line's log T*, [n].
+        """
+        rounding = ROUNDING * np.exp(-2.0 * (line + self.predict(rows)))
+        return np.sqrt(self.spread(rows) ** 2 + rounding / self.level.typical**2)
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
         parts = {"level": self.level, **({"slope": self.slope} if self.slope else {})}
@@ -155,21 +164,28 @@ def fit_surfaces(
 
 def smooth(line: np.ndarray, surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
     """Return log T* [n] by line and surface alone; NaN in families that have no surface."""
-    out = np.full(len(rows), np.nan)
-    for family, surface in surfaces.items():
-        mine = rows["family"] == family
-        if mine.any():
-            out[mine] = line[mine] + surface.predict(rows.take(mine))
-    return out
+    return line + _by_family(surfaces, rows, np.nan, lambda surface, mine: surface.predict(rows.take(mine)))
 
 
 def spreads(surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
     """Return ``Surface.spread`` of each row by its family's surface, [n]; 1 where there is none."""
-    out = np.ones(len(rows))
+    return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.spread(rows.take(mine)))
+
+
+def widths(line: np.ndarray, surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
+    """Return ``Surface.width`` of each row by its family's surface, [n]; 1 where there is none."""
+    return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.width(rows.take(mine), line[mine]))
+
+
+def _by_family(
+    surfaces: Mapping[str, Surface], rows: Rows, otherwise: float, function: Callable[[Surface, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return a function of each family's surface and the mask of its rows, over all rows: [n]."""
+    out = np.full(len(rows), otherwise)
     for family, surface in surfaces.items():
         mine = rows["family"] == family
         if mine.any():
-            out[mine] = surface.spread(rows.take(mine))
+            out[mine] = function(surface, mine)
     return out
 
 

@@ -60,7 +60,7 @@ def test_the_spread_is_one_among_the_trials_grows_away_from_them_and_never_passe
     away = [np.median(process.spread(Rows({**test.columns, "log_lr": test["log_lr"] + d}))) for d in (2.0, 4.0, 300.0)]
     assert 1.1 < away[0] < away[1] < away[2]
     most = np.sqrt(np.sum(process.amplitudes**2) + process.noise**2)
-    assert away[2] * process._typical == pytest.approx(most, rel=1e-3)
+    assert away[2] * process.typical == pytest.approx(most, rel=1e-3)
     assert process.spread(test.take(np.zeros(200, dtype=bool))).shape == (0,)
     assert GaussianProcess.from_arrays(process.to_arrays()).spread(test).tolist() == process.spread(test).tolist()
 

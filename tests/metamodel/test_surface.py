@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cape.errors import SpecError
-from cape.metamodel.crossfit import assign_datasets, select
+from cape.metamodel.crossfit import assign_datasets, assign_folds, fold_parts, select
 from cape.metamodel.line import EPSILON_TERM, POOLED, Line, margins
 from cape.metamodel.presets import PRESETS, SHARES, Preset
 from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
@@ -100,6 +100,22 @@ def test_real_trials_have_slopes_of_their_own() -> None:
         mean = np.bincount(test.trials, gap) / np.maximum(1, np.bincount(test.trials))
         error[name] = np.abs(gap - mean[test.trials]).mean()
     assert error["all"] < 0.95 * error["level"]
+
+
+def test_an_interval_knows_that_t_star_is_whole() -> None:
+    """Left out, real trials of few steps err by as much, in widths, as those of many; in spreads by far more."""
+    rows = real()
+    rows = rows.take(rows["replicate"] < 17)
+    assigned = assign_folds(rows, 3)
+    preset = PRESETS["product"].replace(trees=5, surface=1.0)
+    made = np.nansum([fold_parts(rows, assigned, preset, ("mlp",), k) for k in range(3)], axis=0)
+    steps, error = np.exp(made[1]), np.abs(made[1] - log_steps(rows["t_star"]))
+    short, long = steps < np.quantile(steps, 0.25), steps > np.quantile(steps, 0.5)
+    ratio = {}
+    for name, scale in (("spread", made[2]), ("width", made[3])):
+        ratio[name] = np.quantile((error / scale)[short], 0.9) / np.quantile((error / scale)[long], 0.9)
+    assert ratio["spread"] > 1.5 and 1 / 1.3 < ratio["width"] < 1.3
+    np.testing.assert_allclose(made[3][steps > 50], made[2][steps > 50], rtol=0.02)
 
 
 def test_families_with_few_trials_have_none_and_keep_the_trees() -> None:
