@@ -88,15 +88,18 @@ def enough(rows: Rows, assigned: np.ndarray) -> np.ndarray:
 def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple[str, ...], fold: int) -> np.ndarray:
     """Return [4, n] of one fold's rows, fitted on the others: log T* by trees, by surface, its spread and its width.
 
-    NaN for all other rows; where there is no surface its log T* is NaN, spread and width are 1.
+    NaN for all other rows; where there is no surface its log T* is NaN, spread and width are 1; where it is all that
+    counts the trees are NaN.
     """
     out = np.full((4, len(rows)), np.nan)
     left = np.flatnonzero(assigned == fold)
     unseen = rows.take(left)
     if len(unseen):
         data = design(rows.take(assigned != fold), preset, families, needed=unseen.families)
-        boosters = train_boosters(data, preset, threads=1, needed=unseen.families)
-        out[0, left] = predict_log(boosters, data.lines, {}, unseen, preset, families)
+        needed = [f for f in unseen.families if f not in data.surfaces or not preset.all_surface(f)]
+        boosters = train_boosters(data, preset, threads=1, needed=needed)
+        by_trees = np.isin(unseen["family"].astype(str), needed)
+        out[0, left[by_trees]] = predict_log(boosters, data.lines, {}, unseen.take(by_trees), preset, families)
         line = margins(data.lines, unseen)
         out[1, left] = smooth(line, data.surfaces, unseen)
         out[2, left] = spreads(data.surfaces, unseen)

@@ -83,6 +83,10 @@ class Preset(JsonConfig):
         near = self.shares.get(str(family), self.surface)
         return self.far_shares.get(str(family), near) if far else near
 
+    def all_surface(self, family: object) -> bool:
+        """Say whether a family's predictions are its surface's alone, where it has one: trees are then of no use."""
+        return min(self.share(family), self.share(family, far=True)) >= 1.0
+
 
 _PRODUCT = Preset(
     "product",

@@ -19,7 +19,7 @@ import numpy as np
 ITERATIONS = 80
 COARSE = 3
 """The search begins with one in so many of the trials, at a tenth of the price or less, and ends with all of them."""
-_ENOUGH = 1e-6  # relative reduction of the loss (some hundreds of nats) that is not worth another step
+_ENOUGH = 1e-5  # relative reduction of the loss (some hundreds of nats) that is not worth another step
 
 # Medians of log-normal priors whose logarithm has a standard deviation of 1. T* of a configuration varies by some 7 %
 # over its seeds and lies some 50 % from the line; points one standard deviation apart in each of k features are √(2k)

@@ -240,8 +240,7 @@ def train_boosters(
     if preset.per_family:
         for code, name in enumerate(data.families):
             index = np.flatnonzero(data.codes == code)
-            needs_trees = min(preset.share(name), preset.share(name, far=True)) < 1.0
-            if needs_trees and len(index) >= max(2, world):
+            if not preset.all_surface(name) and len(index) >= max(2, world):
                 parts[name] = index
     if needed is not None:
         wanted = {name if name in parts else POOLED for name in needed}

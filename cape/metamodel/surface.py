@@ -190,5 +190,9 @@ def _by_family(
 
 
 def mix(trees: np.ndarray, surface: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return log T* [n]: the trees' and, where there is a surface (else NaN), a share of it; all arguments [n]."""
-    return np.where(np.isfinite(surface), trees + share * (surface - trees), trees)
+    """Return log T* [n]: the trees' and, where there is a surface (else NaN), a share of it; all arguments [n].
+
+    Where the surface is all, the trees may be NaN.
+    """
+    alone = np.isfinite(surface) & (share >= 1.0)
+    return np.where(alone, surface, np.where(np.isfinite(surface), trees + share * (surface - trees), trees))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cape.errors import SpecError
-from cape.metamodel.crossfit import assign_datasets, assign_folds, fold_parts, select
+from cape.metamodel.crossfit import assign_datasets, assign_folds, fold_parts, out_of_fold, select
 from cape.metamodel.line import EPSILON_TERM, POOLED, Line, margins
 from cape.metamodel.presets import PRESETS, SHARES, Preset
 from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
@@ -179,6 +179,13 @@ def test_a_family_that_is_all_surface_needs_no_trees_of_its_own() -> None:
     assert set(train_boosters(data, preset.replace(far_shares={"mlp": 0.75}))) == {"pooled", "mlp"}
     alone = predict_log(train_boosters(data, preset), data.lines, data.surfaces, rows, preset, ("mlp",))
     np.testing.assert_allclose(alone, margins(data.lines, rows) + data.surfaces["mlp"].predict(rows))
+    assigned = assign_folds(rows, 2)
+    made = fold_parts(rows, assigned, preset, ("mlp",), 0)
+    assert np.isnan(made[0]).all() and np.isfinite(made[1:, assigned == 0]).all()
+    with_trees = fold_parts(rows, assigned, preset.replace(far_shares={"mlp": 0.75}), ("mlp",), 0)
+    assert np.isfinite(with_trees[0, assigned == 0]).all()
+    log_hat, _ = out_of_fold(rows, np.where(assigned == 0, 0, -1), preset, ("mlp",))
+    np.testing.assert_array_equal(log_hat[assigned == 0], made[1, assigned == 0])
 
 
 def test_a_dataset_is_left_out_whole_with_its_augmented_trials() -> None:

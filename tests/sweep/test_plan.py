@@ -188,7 +188,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "finer": 1656,
         "fresh": 1152,
         "held_out": 342,
-        "plain": 5832,
+        "plain": 6228,
         "replicates": 960,
     }
     ids = np.concatenate([plan.all_ids() for plan in plans.values()])
