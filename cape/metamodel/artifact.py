@@ -27,7 +27,7 @@ from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
-from cape.metamodel.surface import Surface, widths
+from cape.metamodel.surface import Surface, smooth, spreads, widths
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -72,7 +72,8 @@ class MetaModel:
     def width(self, rows: Any) -> np.ndarray:
         """Return by how much an interval is wider than usual, [n]: 1 among the trials fitted on where T* is long."""
         rows = as_rows(rows)
-        return widths(margins(self.lines, rows), self.surfaces, rows)
+        log_steps = smooth(margins(self.lines, rows), self.surfaces, rows)
+        return widths(self.surfaces, rows, log_steps, spreads(self.surfaces, rows))
 
     def interval(self, rows: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Return (low, high) in steps, each [n]; infinite where calibration trials are too few for the level."""

@@ -100,10 +100,8 @@ def fold_parts(rows: Rows, assigned: np.ndarray, preset: Preset, families: tuple
         boosters = train_boosters(data, preset, threads=1, needed=needed)
         by_trees = np.isin(unseen["family"].astype(str), needed)
         out[0, left[by_trees]] = predict_log(boosters, data.lines, {}, unseen.take(by_trees), preset, families)
-        line = margins(data.lines, unseen)
-        out[1, left] = smooth(line, data.surfaces, unseen)
-        out[2, left] = spreads(data.surfaces, unseen)
-        out[3, left] = widths(line, data.surfaces, unseen)
+        log_steps, spread = smooth(margins(data.lines, unseen), data.surfaces, unseen), spreads(data.surfaces, unseen)
+        out[1:, left] = log_steps, spread, widths(data.surfaces, unseen, log_steps, spread)
     return out
 
 

@@ -86,14 +86,13 @@ class Surface:
         """Return how uncertain the level of a trial is, float64 [n]; see ``GaussianProcess.spread``."""
         return self.level.spread(rows)
 
-    def width(self, rows: Rows, line: np.ndarray) -> np.ndarray:
+    def width(self, log_steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
         """Return how uncertain log T* is, [n]: the spread, and that T* is whole, which tells where it is short.
 
         Args:
-            line: the line's log T*, [n].
+            log_steps: log T* by line and surface, [n]. spread: of the same trials, [n].
         """
-        rounding = ROUNDING * np.exp(-2.0 * (line + self.predict(rows)))
-        return np.sqrt(self.spread(rows) ** 2 + rounding / self.level.typical**2)
+        return np.sqrt(spread**2 + ROUNDING * np.exp(-2.0 * log_steps) / self.level.typical**2)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
@@ -172,9 +171,9 @@ def spreads(surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
     return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.spread(rows.take(mine)))
 
 
-def widths(line: np.ndarray, surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
-    """Return ``Surface.width`` of each row by its family's surface, [n]; 1 where there is none."""
-    return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.width(rows.take(mine), line[mine]))
+def widths(surfaces: Mapping[str, Surface], rows: Rows, log_steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Return ``Surface.width`` of each row from what ``smooth`` and ``spreads`` say of it, [n]; 1 without a surface."""
+    return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.width(log_steps[mine], spread[mine]))
 
 
 def _by_family(
