@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cape.errors import ModelError
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Kept:
@@ -25,6 +30,8 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
+        collections = (v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE)
+        self._collections = [(c, copy(c)) for c in collections if type(c) in (list, dict, set)]
         tables: list[dict[str, Any]] = [t for m in plain for t in (m._parameters, m._buffers, m._modules)]
         self._tables = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
@@ -63,6 +70,8 @@ class Kept:
             if len(now) > len(held) + ("training" in now):
                 for name in now.keys() - held.keys() - {"training"}:
                     del now[name]
+        for collection, held_items in self._collections:
+            _put_back(collection, held_items)
         for b, value, marks in self._buffers:
             if not _same(b, value):
                 b.copy_(value)
@@ -82,6 +91,17 @@ class Kept:
                 module.training = training
 
 
+def _put_back(collection: Any, items: Any) -> None:
+    """Let a list, dict or set hold the very objects that it held."""
+    now, then = (list(c.items()) if type(c) is dict else list(c) for c in (collection, items))
+    flat = [x for pair in now for x in pair] if type(collection) is dict else now
+    known = [x for pair in then for x in pair] if type(collection) is dict else then
+    if len(flat) == len(known) and all(map(operator.is_, flat, known)):
+        return
+    collection.clear()
+    (collection.extend if type(collection) is list else collection.update)(items)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "cpu" and torch.equal(a, b)
 
@@ -92,20 +112,30 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
 
     Args:
         model: any module.
-        seed: seeds the (forked) RNG of the CPU and of the model's devices inside the block.
+        seed: of all that draws inside the block, see ``seed_draws``; afterwards each generator is where it was.
         parameters: also restore parameter values (needed only by what trains the model).
     """
     kept = Kept(model, parameters)
+    others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=kept.devices):
         try:
             if seed is not None:
-                torch.random.default_generator.manual_seed(seed)
-                for index in kept.devices:
-                    with torch.cuda.device(index):
-                        torch.cuda.manual_seed(seed)
+                seed_draws(seed, kept.devices)
             yield kept
         finally:
             kept.restore()
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+
+
+def seed_draws(seed: int, devices: Iterable[int] = ()) -> None:
+    """Seed the global generators that a model may draw from: torch's, on some GPUs too, Python's and NumPy's."""
+    torch.random.default_generator.manual_seed(seed)
+    for index in devices:
+        with torch.cuda.device(index):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -134,6 +164,27 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, v) for v in value) if type(value) in (tuple, list) else value
     return value
+
+
+class Untouched:
+    """Inputs for many passes of a model, the same for each, whatever it writes into them; the given ones stay as is.
+
+    Call it inside ``torch.inference_mode(False)``.
+    """
+
+    def __init__(self, given: Inputs) -> None:
+        self._given = tensors_of(given)
+        self._lent = map_tensors(lambda t: t.detach().clone(), given)
+        self._known = [t._version for t in tensors_of(self._lent)]
+
+    @torch.no_grad()
+    def again(self) -> Inputs:
+        """Return the inputs as they were given."""
+        for i, (lent, given) in enumerate(zip(tensors_of(self._lent), self._given, strict=True)):
+            if lent._version != self._known[i]:
+                lent.copy_(given)
+                self._known[i] = lent._version
+        return self._lent
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -168,11 +219,16 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require grad, each once, by name; raises ``ModelError`` where there is none."""
+    """Return the parameters that require grad and hold a number, each once, by name.
+
+    Raises:
+        ModelError: there is none, or one has no shape yet.
+    """
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     lazy = [n for n, p in found.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ModelError(f"The parameter '{lazy[0]}' has no shape yet; run the model once on a batch to initialize it.")
+    found = {n: p for n, p in found.items() if p.numel()}
     if not found:
         raise ModelError("The model has no trainable parameter.")
     return found

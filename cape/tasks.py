@@ -107,6 +107,15 @@ class Loss:
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample alone, [B], differentiable in ``outputs``."""
+        ignored = getattr(self._function, "ignore_index", None)
+        if ignored is not None and not targets.is_floating_point():  # a mean over no label at all is not a number
+            nothing = (targets == ignored).reshape(len(targets), -1).all(1)
+            if bool(nothing.any()):
+                harmless = targets.masked_fill(nothing.view(-1, *[1] * (targets.dim() - 1)), 0)
+                return self._each(outputs, harmless) * ~nothing
+        return self._each(outputs, targets)
+
+    def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         values = self._function(outputs, targets)
         if values.dim() > 0 and values.shape[0] == outputs.shape[0]:
             return _mean_per_sample(values)

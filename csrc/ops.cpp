@@ -49,6 +49,8 @@ TORCH_LIBRARY(cape, m) {
   m.def("normal_(Tensor(a!) out, float mean, float std, Generator? generator=None) -> ()");
   // x [N, n] -> [N]: sum of squares of each row.
   m.def("sq_norms(Tensor x) -> Tensor");
+  // On a CPU only. n tensors -> [n, 2]: sums of the sizes |x| and of the squares of each.
+  m.def("size_sums(Tensor[] xs) -> Tensor");
   // On CUDA only. g [K, B, R, C, S], x [B, R, C, S] -> [2, K, B, C]: sums over R and S of g and of g * x, which
   // affine_sq_norms is made of there.
   m.def("_pair_sums(Tensor g, Tensor x) -> Tensor");

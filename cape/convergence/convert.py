@@ -10,7 +10,7 @@ from torch import nn
 from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Layer, Linear
 from cape.convergence.recurrent import Embedding, Recurrent
 from cape.families.rnn import RecurrentNet
-from cape.probing.chain import ELEMENTWISE
+from cape.probing.chain import ELEMENTWISE, ordinary
 from cape.state import has_hooks
 
 
@@ -46,7 +46,7 @@ def layers_of(model: nn.Module, capacity: int) -> list[Layer]:
 
 
 def _chain(model: nn.Module) -> list[Callable[[int], Layer]]:
-    if "forward" in vars(model):
+    if not ordinary(model):
         raise Unstackable(f"a {type(model).__name__} has a forward of its own")
     if type(model) is nn.Sequential:
         return [make for child in model for make in _chain(child)]

@@ -18,7 +18,7 @@ from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_m
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
 from cape.errors import ModelError, SpecError, did_you_mean
-from cape.state import Inputs, call, check_batch, preserved, trainable
+from cape.state import Inputs, Untouched, call, check_batch, preserved, trainable
 from cape.tasks import Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -167,7 +167,8 @@ class _Run:
         precision: str,
         most: int,
     ) -> None:
-        self.model, self.x, self.y, self.criterion = model.train(), x, y, criterion
+        self.model, self.y, self.criterion = model.train(), y, criterion
+        self._inputs = Untouched(x)
         self.device = parameters[0].device
         self._autocast = precision == "bf16"
         for p in model.parameters():
@@ -182,7 +183,7 @@ class _Run:
 
     def _forward(self, check: bool = False) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            outputs = call(self.model, self.x)
+            outputs = call(self.model, self._inputs.again())
         if self._autocast and isinstance(outputs, Tensor):
             outputs = outputs.float()
         if check:  # shapes and labels; a NaN is no error here, it is a trajectory that diverged at step 0

@@ -50,6 +50,8 @@ ELEMENTWISE: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
 }
 _FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
 _IDLE = (nn.Dropout, nn.Identity)  # in eval mode
+_KNOWN: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_IDLE, nn.Sequential, nn.Flatten, nn.Linear, nn.BatchNorm1d)
+_FORWARDS = {kind: kind.forward for kind in _KNOWN}  # as they are when this module is imported
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,7 +101,7 @@ def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:
 def _outputs(layer: nn.Module, shape: torch.Size, x: Tensor) -> torch.Size | None:
     """Return the shape of a sample behind a layer; ``None`` where the layer is unusual or does not fit."""
     kind = type(layer)
-    if "forward" in vars(layer):
+    if not ordinary(layer):
         return None
     if kind in _IDLE or kind in ELEMENTWISE:
         return shape
@@ -115,8 +117,14 @@ def _outputs(layer: nn.Module, shape: torch.Size, x: Tensor) -> torch.Size | Non
     return weight.shape[:1] if weight is not None and shape == weight.shape[1:] else None
 
 
+def ordinary(layer: nn.Module) -> bool:
+    """Whether a layer runs its kind's own forward: replaced neither on it nor, of a kind known here, on its class."""
+    known = _FORWARDS.get(type(layer))
+    return "forward" not in vars(layer) and (known is None or type(layer).forward is known)
+
+
 def _leaves(model: nn.Module) -> Iterator[nn.Module]:
-    if type(model) is nn.Sequential and "forward" not in vars(model):
+    if type(model) is nn.Sequential and ordinary(model):
         for child in model:
             yield from _leaves(child)
     else:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cape.errors import ModelError
 from cape.probing import ops
-from cape.state import Inputs, call, slice_inputs
+from cape.state import Inputs, call, map_tensors, slice_inputs
 
 
 def fallback_norms(
@@ -56,7 +57,15 @@ def _looped(
     for b in samples:
         rewind()
         # Two copies: torch's batch-norm backward mis-reads transposed gradients of a batch of one (see reference.py).
-        out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
+        try:
+            out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or batch_size <= 2:
+                raise
+            raise ModelError(
+                f"The model runs on {batch_size} samples but not on two ({error}), so that no sample can be looked at"
+                " alone."
+            ) from error
         if not out.requires_grad:
             continue
         for k, v in enumerate(cotangents):
@@ -90,6 +99,7 @@ def _vmapped(
     keyword = isinstance(x, Mapping)
     names = list(x) if isinstance(x, Mapping) else []
     values = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, (tuple, list)) else [x]
+    values = map_tensors(Tensor.clone, values)  # the model may write into them
     dims = [0 if batched(v) else None for v in values]
 
     def of_one(vs: tuple[Tensor, ...], *inputs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from cape.config import check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
+from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
-from cape.state import Inputs, call, check_batch, preserved, samples_of, trainable
+from cape.state import Inputs, Untouched, call, check_batch, preserved, samples_of, seed_draws, trainable
 from cape.tasks import Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300
-_PIECE = 2**18  # numbers: twice that in float64 stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,11 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         generators.append(torch.cuda.default_generators[y.device.index])
 
     def outputs_now(seed: int = 0) -> Tensor:
-        for generator in generators:
-            generator.manual_seed(seed)
-        return call(model, x)
+        seed_draws(seed, [y.device.index] if y.is_cuda else [])
+        return call(model, inputs.again())
 
-    with preserved(model, seed=0, parameters=True), torch.enable_grad():
+    with preserved(model, seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
+        inputs = Untouched(x)
         model.train()
         outputs = outputs_now()
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
@@ -240,9 +240,11 @@ def gradient_signals(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float
 ) -> tuple[float, float, LayerSignals]:
     """Return ‖∇L‖₁, ‖∇L‖₂ and how the gradient is spread over the layers, of one model's parameters that have one."""
-    l1, squares = gradient_sums(gradients)
-    l2 = math.sqrt(squares)
-    return l1, l2, layer_signals(parameters, gradients, lr, l1, l2)
+    sums = size_sums([t.detach() for t in (*gradients, *parameters)]).tolist()
+    of_gradients, of_parameters = sums[: len(gradients)], sums[len(gradients) :]
+    l1, l2 = sum(size for size, _ in of_gradients), math.sqrt(sum(square for _, square in of_gradients))
+    length = math.sqrt(sum(square for _, square in of_parameters))
+    return l1, l2, layer_signals(gradients, of_gradients, length, lr)
 
 
 def step_of(
@@ -263,29 +265,6 @@ def step_of(
     own = own_decrease(leaf, residual, moved[-1], l0)
     size = leaf.numel() // len(leaf)
     return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], tuple(after), spreads, own, size, noise)
-
-
-def gradient_sums(grads: Iterable[Tensor]) -> tuple[float, float]:
-    """Return (Σ|g|, Σg²) over one model's gradients, accumulated in float64 without a float64 copy of the whole."""
-    sums = []
-    for piece in _pieces(grads):
-        wide = piece.to(torch.float64, copy=True)
-        sums.append(torch.stack([wide.abs().sum(), wide.square_().sum()]))
-    absolute, squares = torch.stack(sums).sum(0).tolist() if sums else (0.0, 0.0)
-    return absolute, squares
-
-
-def _pieces(grads: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Cut what is large and put together what is small, so that there are few pieces and each fits the cache."""
-    held: list[Tensor] = []
-    for grad in grads:
-        for piece in grad.detach().flatten().split(_PIECE):
-            held.append(piece)
-            if sum(p.numel() for p in held) >= _PIECE // 2:
-                yield torch.cat(held) if len(held) > 1 else held[0]
-                held = []
-    if held:
-        yield torch.cat(held)
 
 
 def _log(value: float) -> float:

@@ -26,6 +26,7 @@ from cape.probing.uses import (
     LinearUse,
     Part,
     Use,
+    channel_dim,
     wide,
 )
 
@@ -47,7 +48,7 @@ def linear(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
     x, w, b = bind("input weight bias", args, kwargs)
     if not mode.is_data(x) or mode.is_data(w) or mode.is_data(b) or x.dim() < 2 or w.dim() != 2:
         return NotImplemented
-    if w.is_complex():
+    if w.is_complex() or (b is not None and b.shape != w.shape[:1]):  # a bias of positions, or one for all outputs
         with mode:
             return torch.matmul(x, w.mT) if b is None else torch.matmul(x, w.mT) + b
     return watched_linear(mode, "linear", x, x, w, b)
@@ -156,7 +157,7 @@ def _affine(
         return NotImplemented
 
     def make(layout: Layout) -> Use | None:
-        if aligned[layout.dim] != 1:
+        if layout.dim >= channel_dim(aligned):
             return None
         live = [(t, kind) for t, kind in ((w, "weight"), (b, "bias")) if t is not None and mode.of_parameters(t)]
         weight = None if w is None else w.detach()

@@ -66,6 +66,7 @@ class Interceptor(TorchFunctionMode):
             record cannot be trusted.
         unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
+        reduced: one number was made of data: samples may have met in it.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
         dropped: those whose uses a derivative inside the model may pass through: a second-order use is not recorded.
@@ -90,6 +91,7 @@ class Interceptor(TorchFunctionMode):
         self.uses: list[Recorded] = []
         self.mismatch = False
         self.steered = False
+        self.reduced = False
         self.late: set[int] = set()
         self.recorded: set[int] = set()
         self.dropped: set[int] = set()
@@ -113,7 +115,7 @@ class Interceptor(TorchFunctionMode):
 
     def of_parameters(self, t: Any) -> bool:
         """Whether a value is a trainable parameter or was computed from such parameters alone."""
-        return id(t) in self.parameters or id(t) in self._derived
+        return (id(t) in self.parameters and t.requires_grad) or id(t) in self._derived
 
     def is_data(self, t: Any) -> bool:
         """Whether a value was computed from the inputs (what has a gradient of unknown origin may have been)."""
@@ -123,6 +125,12 @@ class Interceptor(TorchFunctionMode):
             return True
         return t.requires_grad and not self.of_parameters(t)
 
+    def _may_permute(self, index: Tensor) -> bool:
+        """Whether an index may put samples into another order: data chose it, or it has a place for each of them."""
+        return self.is_data(index) or (
+            index.dim() > 0 and len(index) == self.batch_size and not index.is_floating_point()
+        )
+
     @staticmethod
     def mark_data(values: Any) -> Any:
         """Mark every tensor among the values as computed from the inputs."""
@@ -131,8 +139,8 @@ class Interceptor(TorchFunctionMode):
         return values
 
     def inputs(self, x: Any) -> Any:
-        """Return aliases of the input tensors, marked as data (the caller's own tensors stay unmarked)."""
-        return map_tensors(lambda t: self.mark_data(t.detach().view_as(t)), x)
+        """Return copies of the input tensors, marked as data: the model may write into what it is given."""
+        return map_tensors(lambda t: self.mark_data(t.detach().clone()), x)
 
     # ---- the mode ------------------------------------------------------------------------------------------------
 
@@ -152,12 +160,16 @@ class Interceptor(TorchFunctionMode):
         if func in operators.DERIVATIVES and not self._transforming():
             self._differentiate(func)
         if data and (
-            func in operators.READING or (func in operators.INDEXING and any(map(self.is_data, tensors_in(args[1:]))))
+            func in operators.READING
+            or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
         ):
             self.steered = True
         if not any(map(self.of_parameters, found)):
             result = func(*args, **kwargs)
-            return self.mark_data(result) if data and func not in operators.CONSTANTS else result
+            if not data or func in operators.CONSTANTS:
+                return result
+            self.reduced |= isinstance(result, Tensor) and result.numel() == 1 < found[0].numel()
+            return self.mark_data(result)
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
         if not torch.is_grad_enabled():

@@ -155,7 +155,8 @@ def core_of_copies(
         return p if all(n == 1 or r == 1 for n, r in zip(p.shape, sizes, strict=True)) else None
     if func in _VIEWS and p is not args[0]:
         try:
-            return func(p, *args[1:])
+            made = func(p, *args[1:])
         except IndexError:  # beyond the first of the copies
             return None
+        return made if made.numel() else None  # all but the first of them
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -68,7 +68,11 @@ def _register_fakes() -> None:
         g = max(first, second, key=lambda t: t.dim())
         return g.new_empty(g.shape[:2], dtype=torch.float64)
 
+    def pair_of_each(xs: Sequence[Tensor]) -> Tensor:
+        return xs[0].new_empty(len(xs), 2, dtype=torch.float64)
+
     torch.library.register_fake("cape::sq_norms", one_per_sample)
+    torch.library.register_fake("cape::size_sums", pair_of_each)
 
     def lstm(pre: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
         h = pre.new_empty(*pre.shape[:2], w_hh.shape[1])
@@ -154,6 +158,23 @@ def sq_norms(x: Tensor, leading: int = 1) -> Tensor:
 def sq_norms_torch(x: Tensor) -> Tensor:
     """Pure-torch twin of ``sq_norms``: [N, n] to [N]."""
     return x.double().square().sum(1)
+
+
+def size_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Return Σ|x| and Σ|x|² of each of n tensors of one device, of any shapes and strides: [n, 2] float64."""
+    if not tensors:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    alike = len({t.dtype for t in tensors}) == 1
+    if alike and native(*tensors) and tensors[0].device.type == "cpu":
+        return torch.ops.cape.size_sums(tensors)
+    return size_sums_torch(tensors)
+
+
+def size_sums_torch(tensors: Sequence[Tensor]) -> Tensor:
+    """Pure-torch twin of ``size_sums``, by few launches on a GPU."""
+    held = list(tensors)
+    sums, roots = (torch._foreach_norm(held, order, dtype=torch.float64) for order in (1, 2))
+    return torch.stack([torch.stack(sums), torch.stack(roots).square()], 1)
 
 
 def affine_sq_norms(

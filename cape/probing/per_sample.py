@@ -210,7 +210,7 @@ class _Engine:
         losses, cotangents = self.wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
-        self._check_interaction(x, out.detach(), places, puzzling)
+        self._check_interaction(x, out.detach(), places, puzzling, mode.reduced)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
         if leaked:
@@ -224,20 +224,26 @@ class _Engine:
         seen = self.seen.outputs
         return isinstance(out, Tensor) and seen is not None and out.shape[1:] == seen.shape[1:]
 
-    def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool) -> None:
-        """Raise where a sample's output depends on which samples it is in one batch with."""
+    def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool, reduced: bool) -> None:
+        """Raise where a sample's output depends on which samples it is in one batch with.
+
+        Args:
+            suspect: something made the samples' rows differ a little: the last digit counts.
+            reduced: the model made one number of the batch, which may be of another sample than the two scanned.
+        """
         size = len(out)
 
         def look(inputs: Inputs) -> Tensor:
             self.kept.rewind()
             torch.random.default_generator.manual_seed(0)
-            with torch.no_grad():
-                return call(self.model, inputs)
+            # With a graph: the model may take derivatives of its own.
+            return call(self.model, map_tensors(Tensor.clone, inputs)).detach()
 
         for k, place in places.items():
             # A second scan has changed the other sample already.
             share = 0.7 if self.seen.once else 0.5
-            if self.seen.outputs is not None and not suspect and not moved(out[place], self.seen.outputs[k], share):
+            alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share)
+            if alike and not suspect and not reduced:
                 continue  # the same as beside one other sample
             others = torch.full((size,), (place + 1) % size, device=out.device)  # not another order of the same
             others[others[0]] = place - 1

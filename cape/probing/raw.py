@@ -89,7 +89,7 @@ def prelu(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, A
 
 @handles(torch.cat, torch.concat, torch.concatenate, torch.stack)
 def join(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    tensors, dim = bind("tensors dim", args, kwargs, dim=0)
+    tensors, dim = bind("tensors dim", args, kwargs, dim=kwargs.get("axis", 0))
     if dim is None or not isinstance(tensors, (list, tuple)) or "out" in kwargs:
         return NotImplemented
     data = next((t for t in tensors if mode.is_data(t) and t.dim() == tensors[0].dim()), None)

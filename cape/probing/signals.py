@@ -26,7 +26,7 @@ class LayerSignals:
 
 
 def layer_signals(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, l1: float, l2: float
+    gradients: Sequence[Tensor], sums: Sequence[Sequence[float]], length: float, lr: float
 ) -> LayerSignals:
     """Compare the layers' gradients ∇_l L, and an update's length with that of the parameters.
 
@@ -36,19 +36,20 @@ def layer_signals(
     update promises, is the head's. ``move`` = log(lr·√P / ‖θ‖₂): that update's length beside the parameters'.
 
     Args:
-        parameters, gradients: those that have a gradient, in the same order, of the same shapes.
+        gradients: of the parameters that have one.
+        sums: (Σ|g|, Σg²) of each.
+        length: ‖θ‖₂ of the same parameters.
         lr: learning rate.
-        l1, l2: ‖∇L‖₁ and ‖∇L‖₂.
     """
-    weights = [g for g in gradients if g.dim() >= 2] or list(gradients)
+    known = [(g.dim(), g.numel(), *pair) for g, pair in zip(gradients, sums, strict=True) if g.numel()]
+    weights = [one for one in known if one[0] >= 2] or known
     if not weights:
         return LayerSignals(math.log(FLOOR), math.log(FLOOR), math.log(FLOOR))
-    count = sum(g.numel() for g in gradients)
-    weakest = min(_norm(g) / math.sqrt(g.numel()) for g in weights)
+    _, count, size, square = (sum(values) for values in zip(*known, strict=True))
     return LayerSignals(
-        weakest=_log_ratio(weakest, l2 / math.sqrt(count)),
-        last_share=_log_ratio(float(weights[-1].abs().sum(dtype=torch.float64)), l1),
-        move=_log_ratio(lr * math.sqrt(count), math.sqrt(sum(_norm(p) ** 2 for p in parameters))),
+        weakest=_log_ratio(math.sqrt(min(s / n for _, n, _, s in weights)), math.sqrt(square / count)),
+        last_share=_log_ratio(weights[-1][2], size),
+        move=_log_ratio(lr * math.sqrt(count), length),
     )
 
 
@@ -101,10 +102,6 @@ def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) ->
     pull = residual.detach().double().reshape(count, -1)
     own = -float(((change - change.mean(0)) * (pull - pull.mean(0))).sum()) / count
     return _log_ratio(own, l0) if math.isfinite(own) else math.log(FLOOR)
-
-
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.detach()))
 
 
 def _log_ratio(part: float, whole: float) -> float:

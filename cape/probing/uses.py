@@ -184,8 +184,7 @@ class AffineUse(Use):
         self.statistics = statistics
         self.aligned = tuple(aligned)
         self.layout = layout
-        # The first channel dimension, and the number of channels.
-        self.first = next(d for d, n in enumerate(self.aligned) if n != 1) if max(self.aligned) > 1 else 1
+        self.first = channel_dim(aligned)
         self.channels = torch.Size(self.aligned).numel()
 
     def norms(self, g: Tensor, wanted: Sequence[bool]) -> Tensor:
@@ -242,6 +241,11 @@ class AffineUse(Use):
         if statistic.shape[first:].numel() == channels:
             return self._shaped(statistic)[..., 0]
         return self._shaped(statistic.expand(self.x.shape))[..., 0]
+
+
+def channel_dim(aligned: Sequence[int]) -> int:
+    """Return the first channel dimension of a weight's aligned shape: the last one where there is a single channel."""
+    return next((d for d, n in enumerate(aligned) if n != 1), len(aligned) - 1)
 
 
 class EmbeddingUse(Use):

@@ -1,5 +1,4 @@
-// CPU kernels of cape::linear_sq_norms and cape::sq_norms: threads over samples, tiles reduced in place, squares
-// accumulated in float64.
+// CPU kernel of cape::linear_sq_norms: threads over samples, tiles reduced in place, squares accumulated in float64.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -24,18 +23,16 @@ void check_inputs(const Tensor& a, const Tensor& g) {
               g.scalar_type(), ".");
 }
 
-// Sum of squares in float64, with four accumulators (a fixed order: repeatable bit for bit).
+// Sum of squares in float64; repeatable bit for bit.
 template <typename scalar_t>
-double squares(const scalar_t* x, int64_t n, int64_t stride) {
-  double acc[4] = {0.0, 0.0, 0.0, 0.0};
-  int64_t i = 0;
+double squares(const cape::Kernels<scalar_t>& kernels, const scalar_t* x, int64_t n, int64_t stride) {
+  double sums[2] = {0.0, 0.0};
   if (stride == 1) {
-    for (; i + 4 <= n; i += 4) {
-      for (int64_t k = 0; k < 4; ++k) acc[k] += double(x[i + k]) * double(x[i + k]);
-    }
+    kernels.size_sums(x, n, sums);
+  } else {
+    for (int64_t i = 0; i < n; ++i) sums[1] += double(x[i * stride]) * double(x[i * stride]);
   }
-  for (; i < n; ++i) acc[0] += double(x[i * stride]) * double(x[i * stride]);
-  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  return sums[1];
 }
 
 // The CPU always works in the tensors' own precision, whatever lower one is allowed.
@@ -62,9 +59,9 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
         const scalar_t* ab = a_data + b * a.stride(0);
         const scalar_t* gb = g_data + b * g.stride(1);
         if (t == 1) {  // a rank-one gradient: its norm is a product of norms
-          const double left = squares(ab, d, a.stride(2)) + double(biases);
+          const double left = squares(kernels, ab, d, a.stride(2)) + double(biases);
           for (int64_t k = 0; k < cotangents; ++k) {
-            total[size_t(k)] = left * squares(gb + k * g.stride(0), p, g.stride(3));
+            total[size_t(k)] = left * squares(kernels, gb + k * g.stride(0), p, g.stride(3));
           }
         } else {
           kernels.linear(form, shape, {ab, a.stride(1), a.stride(2)}, {gb, g.stride(2), g.stride(3)}, g.stride(0),
@@ -77,25 +74,6 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
   return out;
 }
 
-Tensor sq_norms(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2, "sq_norms: x must be [N, n]; got ", x.sizes(), ".");
-  const Tensor rows = x.contiguous();
-  const int64_t batch = x.size(0), n = x.size(1);
-  Tensor out = at::empty({batch}, x.options().dtype(at::kDouble));
-  double* result = out.mutable_data_ptr<double>();
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sq_norms", [&] {
-    const scalar_t* data = rows.const_data_ptr<scalar_t>();
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(n, 1));
-    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) result[b] = squares(data + b * n, n, 1);
-    });
-  });
-  return out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(cape, CPU, m) {
-  m.impl("linear_sq_norms", &linear_sq_norms);
-  m.impl("sq_norms", &sq_norms);
-}
+TORCH_LIBRARY_IMPL(cape, CPU, m) { m.impl("linear_sq_norms", &linear_sq_norms); }

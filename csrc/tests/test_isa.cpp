@@ -204,6 +204,21 @@ void check_draws(const cape::Kernels<scalar>& kernels) {
 }
 
 template <typename scalar>
+void check_size_sums(const cape::Kernels<scalar>& kernels) {
+  for (int64_t n : {0, 1, 15, 32, 33, 64, 1000, 4099}) {
+    const auto x = random_numbers<scalar>(n);
+    double sums[2], sizes = 0.0, squares = 0.0;
+    for (const scalar value : x) {
+      sizes += std::abs(double(value));
+      squares += double(value) * double(value);
+    }
+    kernels.size_sums(x.data(), n, sums);
+    expect(sums[0], sizes, 1e-13, kernels.name, "sizes", 0);
+    expect(sums[1], squares, 1e-13, kernels.name, "squares", 0);
+  }
+}
+
+template <typename scalar>
 void check_batch_norm(const cape::Kernels<scalar>& kernels) {
   const int64_t rows = 9, channels = 21, chunk = 5, n = rows * channels;
   const double eps = 1e-5;
@@ -280,6 +295,7 @@ void check_own_rows(const cape::Kernels<scalar>& kernels) {
 template <typename scalar>
 void check(const cape::Kernels<scalar>& kernels) {
   check_draws(kernels);
+  check_size_sums(kernels);
   check_batch_norm(kernels);
   check_linear(kernels);
   check_conv(kernels);

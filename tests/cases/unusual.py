@@ -428,3 +428,107 @@ functional(
     lambda m, x: m.e(F.linear(m.e(x).tanh(), m.e.weight.t(), m.b).tanh()),
     vectors,
 )
+
+
+# ---- weights of shapes that few give them --------------------------------------------------------------------------
+
+functional(
+    "a bias for each position",
+    lambda: {"w": weight(10, 12), "b": weight(7, 10)},
+    lambda m, x: F.linear(x, m.w, m.b).mean(1),
+    sequences,
+)
+functional(
+    "one bias for all outputs, used twice",
+    lambda: {"v": weight(12, 20), "w": weight(10, 12), "b": weight(1)},
+    lambda m, x: F.linear(F.linear(x, m.v, m.b).tanh(), m.w, m.b),
+    vectors,
+)
+functional(
+    "layer norm of single numbers",
+    lambda: {"norm": nn.LayerNorm(1), "head": _head()},
+    lambda m, x: m.head(m.norm(x[..., None]).flatten(1) + x),
+    vectors,
+)
+functional(
+    "batch norm with the batch behind the channels",
+    lambda: {"norm": nn.BatchNorm1d(12), "head": nn.Linear(12, 10)},
+    lambda m, x: m.head(m.norm(x.permute(1, 2, 0)).permute(2, 0, 1).tanh().mean(1)),
+    sequences,
+    fallback=["norm.weight", "norm.bias"],
+)
+functional(
+    "nothing but air",
+    lambda: {"air": nn.Linear(20, 0), "more": weight(0), "head": _head()},
+    lambda m, x: m.head(torch.cat([x, m.air(x)], 1)) + m.more.sum(),
+    vectors,
+)
+functional(
+    "an axis",
+    lambda: {"token": weight(1, 1, 12), "head": nn.Linear(12, 10)},
+    lambda m, x: (
+        m.head(torch.cat([m.token.expand(len(x), -1, -1), x], axis=1).tanh()).mean(1)
+        + m.head(torch.stack([m.token.expand_as(x), x], axis=1).tanh()).mean((1, 2))
+    ),
+    sequences,
+)
+
+
+# ---- what changes on the way ---------------------------------------------------------------------------------------
+
+
+def _in_place(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head(torch.einsum("bi,ii->bi", x.sub_(0.3).div_(2.0), m.w))
+
+
+functional(
+    "writes into its input",
+    lambda: {"w": weight(20, 20), "head": _head()},
+    _in_place,
+    vectors,
+    fallback=["w"],
+)
+
+
+def _toggled(m: nn.Module, x: Tensor) -> Tensor:
+    m.body.requires_grad_(False)
+    frozen = m.body(x).tanh()
+    m.body.requires_grad_(True)
+    return m.head(frozen + m.body(x))
+
+
+functional("frozen for one use", lambda: {"body": nn.Linear(20, 20), "head": _head()}, _toggled, vectors)
+
+
+def _half_turned(m: nn.Module, x: Tensor) -> Tensor:
+    """Turn the batch about, all but the samples that the scan looks at."""
+    size = len(x)
+    kept = {size // 3, 2 * size // 3}
+    rest = [i for i in range(size) if i not in kept]
+    turned = dict(zip(rest, rest[1:] + rest[:1], strict=True))
+    order = torch.tensor([turned.get(i, i) for i in range(size)])
+    return m.head(m.body(x[order]).tanh()[order.argsort()])
+
+
+functional(
+    "an order of its own",
+    lambda: {"body": nn.Linear(20, 20), "head": _head()},
+    _half_turned,
+    vectors,
+    intercepted=False,
+)
+
+
+def _scaled_force(m: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(m.energy(x).sum() * m.scale, x, create_graph=True)
+    return m.head(slope)
+
+
+functional(
+    "force of a scaled energy",
+    lambda: {"energy": _energy(), "scale": weight(1), "head": _head()},
+    _scaled_force,
+    vectors,
+    intercepted=False,
+)

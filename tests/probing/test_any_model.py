@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ import cape
 from cape.errors import ModelError
 from cape.probing.per_sample import all_norms
 from cape.probing.reference import per_sample_norms_reference
-from tests.cases import CASES, Case, Functional, labels, vectors
+from tests.cases import CASES, Case, Functional, labels, vectors, weight
 from tests.probing.test_per_sample import relative
 
 NAMED = {c.name: c for c in CASES}
@@ -81,6 +83,25 @@ def test_samples_that_interact_are_refused(name: str, batch: int) -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="influence each other"):
         cape.per_sample_norms(INTERACTING[name](), (vectors(batch), labels(batch, 8)))
+
+
+@pytest.mark.parametrize("where", range(6))
+def test_the_largest_number_of_the_batch_is_found_wherever_it_is(where: int) -> None:
+    model = Functional(lambda m, x: m.head(x / x.abs().max()), head=_head())
+    x = vectors(6)
+    x[where, 3] = 9.0
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(model, (x, labels(6)))
+
+
+def test_a_model_that_does_not_run_on_two_samples_says_so() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        limit = x[:, 0].topk(3).values.min() if len(x) > 2 else x[:, 0].new_tensor([]).max()
+        return m.head(torch.einsum("bi,ii->bi", x, m.w)) + 0 * limit
+
+    model = Functional(forward, w=weight(20, 20), head=_head())
+    with pytest.raises(ModelError, match="runs on 6 samples but not on two"):
+        cape.per_sample_norms(model, (vectors(), labels(6)))
 
 
 # ---- where the caller stands ---------------------------------------------------------------------------------------
@@ -189,6 +210,7 @@ def _picture(model: nn.Module) -> list[Any]:
         [{k: id(v) for k, v in vars(m).items()} for m in model.modules()],
         [(len(m._forward_hooks), len(m._backward_hooks), m.training) for m in model.modules()],
         torch.random.get_rng_state(),
+        str(random.getstate()) + str(np.random.get_state()),
     ]
 
 
@@ -207,6 +229,63 @@ def test_no_model_is_changed(case: Case) -> None:
     before = _picture(model)
     all_norms(model, batch, loss=case.loss)
     assert _same(before, _picture(model))
+
+
+def test_what_a_model_collects_is_taken_out_again() -> None:
+    """Outputs in a list or a dict would keep a graph alive; a model that draws draws on where it was."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        noise = random.random() + float(np.random.random()) if m.training else 0.0
+        m.log.append(m.head(x + noise))
+        m.held["last"] = m.log[-1]
+        m.seen.add(len(m.log))
+        return m.log[-1]
+
+    model = Functional(forward, log=["first"], held={"last": 1}, seen={0}, head=_head())
+    data = vectors(), labels(6)
+    before = _picture(model)
+    found = [
+        (cape.probe(model, data, lr=1e-3, dataset_size=100), cape.measure(model, data, epsilons=(0.9,)).losses.tolist())
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert (model.log, model.held, model.seen) == (["first"], {"last": 1}, {0})
+    assert _same(before, _picture(model))
+
+
+def test_a_batch_that_the_model_writes_into_is_left_alone() -> None:
+    """Every pass sees the same inputs: as for the model that does not write."""
+
+    def writes(m: nn.Module, x: Tensor) -> Tensor:
+        return m.head(F.relu(x.sub_(0.3), inplace=True))
+
+    head, x = _head(), vectors()
+    found = []
+    for forward in (writes, lambda m, x: m.head(F.relu(x - 0.3))):
+        model, given = Functional(forward, head=head), x.clone()
+        features = cape.probe(model, (given, labels(6)), lr=1e-2, dataset_size=100)
+        found.append((features, cape.measure(model, (given, labels(6)), lr=1e-2, epsilons=(0.9,)).losses.tolist()))
+        assert torch.equal(given, x)
+    assert found[0][1] == found[1][1]
+    first, second = ({k: v for k, v in one.as_dict().items() if v is not None} for one, _ in found)
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_a_forward_that_was_replaced_on_a_class_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 10)), (vectors(), labels(6))
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 1.5 * plain(self, x))
+    expected = per_sample_norms_reference(model, data)
+    assert max(map(relative, cape.per_sample_norms(model, data), expected)) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=3)])
+def test_a_sample_without_a_label_has_no_gradient(loss: nn.CrossEntropyLoss) -> None:
+    model, x, y = nn.Sequential(_head()), vectors(), labels(6)
+    y[1] = loss.ignore_index
+    g2, _ = cape.per_sample_norms(model, (x, y), loss=loss)
+    named, _ = cape.per_sample_norms(model, (x, y.where(y != loss.ignore_index, -100)))
+    assert g2[1] == 0.0 and torch.allclose(g2, named)
 
 
 def test_hooks_of_parameters_stay_silent() -> None:

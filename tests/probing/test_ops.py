@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_sq_norms(shape: tuple[int, ...], backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_size_sums(dtype: torch.dtype, backend: str) -> None:
+    shapes = [(), (1,), (0, 3), (7, 9), (31,), (2, 3, 5, 7), (33, 1000), (3, 32768)]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    tensors += [tensors[3].t(), tensors[6][::2, ::3], tensors[5].to(memory_format=torch.channels_last)]
+    wide = [t.double().flatten() for t in tensors]
+    expected = torch.stack([torch.stack([t.abs().sum(), t.square().sum()]) for t in wide])
+    with ops.use_backend(backend):
+        torch.testing.assert_close(ops.size_sums(tensors), expected, rtol=1e-13, atol=0.0)
+        assert torch.equal(ops.size_sums(tensors[6:7]), ops.size_sums(tensors)[6:7])  # whatever lies beside it
+        mixed = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16)]
+        torch.testing.assert_close(ops.size_sums(mixed), torch.tensor([[3.0, 3.0], [2.0, 2.0]]).double())
+        assert ops.size_sums([]).shape == (0, 2)
+        odd = torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 2.0]), torch.tensor([-0.0])
+        assert str(ops.size_sums(odd).tolist()) == "[[nan, nan], [inf, inf], [0.0, 0.0]]"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1, 1), (3, 2, 5, 7), (2, 65, 33, 1), (2, 1, 3, 1134), (2, 1, 37, 1), (0, 2, 3, 4), (2, 0, 3, 4)],
@@ -234,6 +253,7 @@ def test_opcheck() -> None:
     a, g = torch.randn(2, 5, 3), torch.randn(2, 2, 5, 4)
     torch.library.opcheck(torch.ops.cape.linear_sq_norms, (a, g, 1))
     torch.library.opcheck(torch.ops.cape.sq_norms, (a[0],))
+    torch.library.opcheck(torch.ops.cape.size_sums, ([a, g, g[0].transpose(0, 2), a[:0]],))
     pairs, one = torch.randn(2, 3, 4, 5, 6), torch.ones(1, 1, 5)
     torch.library.opcheck(torch.ops.cape.affine_sq_norms, (pairs, pairs[0], one, one, True, True))
     torch.library.opcheck(torch.ops.cape.affine_pull, (pairs, pairs[0], one, one, one[0, 0], True, True, False))

@@ -20,10 +20,10 @@ class Counted(nn.Module):
         self.first, self.second = nn.Linear(6, 8), nn.Linear(4, 3)
         self.between = between
         self.positions = positions  # their dimension
-        self.passes = passes
+        self.passed = passes.append  # a list of the model's own would be put back
 
     def forward(self, x: Tensor) -> Tensor:
-        self.passes.append(len(x))
+        self.passed(len(x))
         return self.second(self.between(self.first(x).tanh().view(len(x), 2, 4))).sum(self.positions)
 
 

@@ -165,7 +165,7 @@ def test_models_without_weights_or_gradients_have_signals_too() -> None:
 
     found = probe(Scale(), batch(), lr=LR, dataset_size=100)
     assert found.log_weakest_layer == pytest.approx(0.0, abs=1e-6) and found.log_last_share == pytest.approx(0.0)
-    empty = layer_signals([], [], LR, 0.0, 0.0)
+    empty = layer_signals([], [], 0.0, LR)
     assert (empty.weakest, empty.last_share, empty.move) == (math.log(FLOOR),) * 3
     assert all(v is None or math.isfinite(v) for v in found.as_dict().values())
 

@@ -18,6 +18,8 @@ struct Kernels {
                double* total);
   void (*affine)(const AffineShape& a, const scalar* x, const scalar* g, int64_t g_step, const scalar* mean,
                  const scalar* inverse, const scalar* weight, double* sums, scalar* runs, double* total, scalar* dx);
+  // Sums of |x| and of x^2 (isa/sums.h).
+  void (*size_sums)(const scalar* x, int64_t n, double* out);
   // Rows times a packed matrix (isa/product.h).
   void (*pack_matrix)(const scalar* w, int64_t k_step, int64_t n_step, int64_t depth, int64_t columns, scalar* panels);
   void (*multiply_rows)(const scalar* a, int64_t a_row, int64_t rows, int64_t depth, const scalar* panels,

@@ -8,6 +8,7 @@
 #include <cape/isa/linear.h>
 #include <cape/isa/product.h>
 #include <cape/isa/recurrent.h>
+#include <cape/isa/sums.h>
 #include <cape/isa/winograd.h>
 #include <cape/kernels.h>
 
@@ -48,6 +49,7 @@ constexpr Kernels<scalar> table(const char* name) {
           linear<scalar>,
           conv<scalar>,
           affine<scalar>,
+          size_sums<scalar>,
           pack_matrix<scalar>,
           multiply_rows<scalar>,
           lstm_step<scalar>,
