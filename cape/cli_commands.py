@@ -70,11 +70,14 @@ def predict(args: argparse.Namespace) -> None:
     from cape.cli_model import load_model, load_setting
     from cape.metamodel.artifact import resolve
     from cape.metamodel.intervals import check_level
+    from cape.predict import check_price
     from cape.predict import predict as predict_one
 
     check_lr(args.lr)
     check_epsilon(args.epsilon)
     check_level(args.level)
+    if args.usd_per_hour is not None:
+        check_price(args.usd_per_hour)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
     model = load_model(args.model, args.kwargs, args.seed, setting)
@@ -90,7 +93,10 @@ def predict(args: argparse.Namespace) -> None:
     )
     prediction.time()  # times a few real steps, once
     if args.json:
-        _print_json({"model": args.model, "data": setting.dataset.name, **prediction.to_dict()})
+        asked = {"level": args.level, "interval": list(prediction.interval(args.level))}
+        if args.usd_per_hour is not None:
+            asked["usd"] = prediction.cost(args.usd_per_hour)
+        _print_json({"model": args.model, "data": setting.dataset.name, **prediction.to_dict(), **asked})
     else:
         print(f"{args.model} on {setting.dataset.name}: batch {args.batch_size}, lr {args.lr:g}, ε {args.epsilon:g}")
         for label, value in _prediction_lines(prediction, args):
@@ -136,6 +142,7 @@ def rank(args: argparse.Namespace) -> None:
         epsilon=args.epsilon,
         usd_per_hour=args.usd_per_hour,
         meta_model=meta_model,
+        level=args.level,
     )
     if args.json:
         _print_json(table.to_dict())
@@ -157,7 +164,7 @@ def probe(args: argparse.Namespace) -> None:
         _print_json(values)
     else:
         for name, value in values.items():
-            print(f"{name:<16} {'not computed' if value is None else format(value, '.6g')}")
+            print(f"{name:<17} {'not computed' if value is None else format(value, '.6g')}")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -188,7 +195,8 @@ def measure(args: argparse.Namespace) -> None:
         return
     for e in epsilons:
         steps = found.t_star[e]
-        print(f"ε {e:<6g} {'not reached' if steps is None else f'{steps} steps'}")
+        reached = "not reached" if steps is None else "1 step" if steps == 1 else f"{steps} steps"
+        print(f"ε {e:<6g} {reached}")
     print(
         f"stopped: {found.stop_reason} after {found.stopped_at} steps, {found.seconds:.2f} s,"
         f" loss {found.losses[0]:.4g} to {found.losses[-1]:.4g}"

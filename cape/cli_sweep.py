@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cape.errors import SpecError, StoreError
+from cape.config import check_count
+from cape.errors import DataError, SpecError, StoreError
 
 
 def sweep(args: argparse.Namespace) -> None:
     """``cape sweep SPEC.json|PRESET --out DIR``, ``cape sweep SPEC --dry-run``, ``cape sweep status DIR``."""
-    from cape import datasets, families
+    from cape import datasets
     from cape.sweep.plan import read_spec
 
     if args.spec == "status":
@@ -30,11 +31,14 @@ def sweep(args: argparse.Namespace) -> None:
     if args.dry_run:
         from cape.store.location import Location
         from cape.sweep.estimate import estimate
-        from cape.sweep.job import load_imports
+        from cape.sweep.job import check
 
-        load_imports(args.imports)
-        for family in spec.families:
-            families.get(family)
+        if args.workers is not None:
+            check_count(args.workers, "--workers")
+        try:
+            check(spec, args.data_root, args.imports, download=False)
+        except DataError as error:  # a plan can be made where the data is not
+            print(f"cape: the data could not be checked: {error}", file=sys.stderr)
         where = None if args.out is None else Location.of(args.out)
         print(estimate(spec, where, args.workers or 1))
         return
@@ -72,9 +76,12 @@ def store(args: argparse.Namespace) -> None:
 
         print(rows_path(args.meta_dir))
     elif args.action == "verify":
+        from cape.store import reader
         from cape.store.verify import verify
         from cape.sweep.plan import Plan
 
+        if not reader.read_specs(args.meta_dir) and not reader.list_chunks(args.meta_dir):
+            raise StoreError(f"{args.meta_dir} holds no meta-dataset; name the folder that a sweep wrote.")
         found = verify(args.meta_dir, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
         print(found)
         if not found.sound:

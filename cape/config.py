@@ -11,6 +11,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from cape.errors import SpecError, did_you_mean
@@ -24,32 +25,33 @@ PREPROCESSING = ("standard", "reference")
 
 def check_lr(lr: float) -> float:
     """Return a learning rate that is positive and finite, or raise ``SpecError``."""
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
+    if not isinstance(lr, Real) or isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
         raise SpecError(f"The learning rate must be a positive number, not {lr!r}.")
     return float(lr)
 
 
 def check_epsilon(epsilon: float) -> float:
     """Return an ε strictly between 0 and 1, or raise ``SpecError``."""
-    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0.0 < epsilon < 1.0:
+    if not isinstance(epsilon, Real) or isinstance(epsilon, bool) or not 0.0 < epsilon < 1.0:
         raise SpecError(f"ε must lie strictly between 0 and 1, not {epsilon!r}.")
     return float(epsilon)
 
 
 def check_epsilons(epsilons: typing.Iterable[float]) -> tuple[float, ...]:
     """Return distinct ε in descending order (the order in which a trajectory crosses them)."""
-    if isinstance(epsilons, (int, float)):
-        epsilons = (epsilons,)
+    if isinstance(epsilons, Real):
+        epsilons = (float(epsilons),)
     values = tuple(sorted({check_epsilon(e) for e in epsilons}, reverse=True))
     if not values:
         raise SpecError("At least one ε is needed.")
     return values
 
 
-def _check_positive_int(value: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(value: int, what: str) -> int:
+    """Return a whole number of at least 1 (NumPy's too), or raise ``SpecError`` that names what it counts."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise SpecError(f"{what} must be a whole number of at least 1, not {value!r}.")
-    return value
+    return int(value)
 
 
 def _check_choice(value: str, choices: tuple[str, ...], what: str) -> str:
@@ -73,7 +75,7 @@ class StoppingRule(JsonConfig):
     plateau_tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_positive_int(self.max_steps, "max_steps")
+        check_count(self.max_steps, "max_steps")
         if self.plateau_window < 2:
             raise SpecError(f"plateau_window must be at least 2, not {self.plateau_window!r}.")
         if not (math.isfinite(self.plateau_tolerance) and self.plateau_tolerance >= 0):
@@ -106,7 +108,7 @@ class ModelSpec(JsonConfig):
     def __post_init__(self) -> None:
         _check_choice(self.task, TASKS, "task")
         _check_choice(self.layout, LAYOUTS, "layout")
-        _check_positive_int(self.outputs, "outputs")
+        check_count(self.outputs, "outputs")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Augmentation(JsonConfig):
         if not (math.isfinite(self.noise) and self.noise >= 0 and math.isfinite(self.log_scale)):
             raise SpecError(f"An augmentation cannot have noise {self.noise!r} and log_scale {self.log_scale!r}.")
         if self.samples is not None:
-            _check_positive_int(self.samples, "samples")
+            check_count(self.samples, "samples")
 
     @classmethod
     def draw(cls, seed: int, finer: bool = False, faint: bool = False) -> Augmentation:
@@ -205,7 +207,7 @@ class TrialSpec(JsonConfig):
     model_seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive_int(self.batch_size, "batch_size")
+        check_count(self.batch_size, "batch_size")
         object.__setattr__(self, "lr", check_lr(self.lr))
         object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
         _check_choice(self.precision, PRECISIONS, "precision")
@@ -263,6 +265,8 @@ class SweepSpec(JsonConfig):
 
     def __post_init__(self) -> None:
         for what in ("families", "datasets", "lrs", "batch_sizes"):
+            if isinstance(getattr(self, what), str):
+                raise SpecError(f"{what} must be a list, not '{getattr(self, what)}'.")
             values = tuple(getattr(self, what))
             if not values:
                 raise SpecError(f"{what} must not be empty.")
@@ -272,16 +276,16 @@ class SweepSpec(JsonConfig):
         object.__setattr__(self, "lrs", tuple(check_lr(lr) for lr in self.lrs))
         object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
         for b in self.batch_sizes:
-            _check_positive_int(b, "batch_sizes")
-        _check_positive_int(self.trials_per_cell, "trials_per_cell")
-        _check_positive_int(self.replicates, "replicates")
+            check_count(b, "batch_sizes")
+        check_count(self.trials_per_cell, "trials_per_cell")
+        check_count(self.replicates, "replicates")
         for how in ("finer", "faint"):
             if getattr(self, how) and not self.augmented:
                 raise SpecError(f"'{how}' says how trials are augmented; set 'augmented' as well.")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")
-            _check_positive_int(count, f"trials_by_family.{family}")
+            check_count(count, f"trials_by_family.{family}")
         _check_choice(self.precision, PRECISIONS, "precision")
         _check_choice(self.preprocess, PREPROCESSING, "preprocess")
         if self.task is not None:

@@ -79,3 +79,8 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     library.mallinfo2.restype = _Mallinfo2
     return library
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

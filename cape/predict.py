@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -9,12 +10,13 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cape.config import StoppingRule, check_epsilon, check_lr
-from cape.errors import SpecError
+from cape.config import StoppingRule, check_count, check_epsilon, check_lr
+from cape.errors import SpecError, did_you_mean
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.rows import row_from_features
@@ -96,7 +98,8 @@ class Prediction:
     Attributes:
         steps: predicted T*, at least 1, not rounded.
         epochs: ``steps`` in passes over the training set.
-        p_reach: probability that ε is reached at all, from the censored trials of the meta-dataset.
+        p_reach: probability that ε is reached at all, from the censored trials of the meta-dataset; NaN where that is
+            not known: without calibration, and outside the domain.
         in_domain: nothing about the model, lr, N, B, ε or loss lies outside what the meta-regressor was fitted on.
         warnings: sentences, empty where ``in_domain`` and the interval is sound.
         features: the probe's result.
@@ -122,7 +125,7 @@ class Prediction:
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """Return (low, high) in steps that hold T* with probability ``level``, given that ε is reached.
 
-        The upper end is infinite where the family has too few calibration trials for the level.
+        The upper end is infinite where the family has too few calibration trials for the level, or none.
         """
         return bounds(self.steps, self._width * self._conformal.half_width(self.family, check_level(level))[0])
 
@@ -132,7 +135,7 @@ class Prediction:
 
     def cost(self, usd_per_hour: float, step_seconds: float | None = None) -> float:
         """Return the dollars that ``steps`` cost at an hourly price of the machine."""
-        return self.time(step_seconds) / 3600.0 * _positive(usd_per_hour, "usd_per_hour")
+        return self.time(step_seconds) / 3600.0 * check_price(usd_per_hour)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; bounds that are infinite are None, and so is a time that was never measured."""
@@ -174,18 +177,20 @@ def predict(
         loss: name, module or callable. lr: learning rate of AdamW. dataset_size: full training-set size N.
         epsilon: fraction of the first loss to reach, in (0, 1).
         meta_model: a meta-regressor or its directory; the one shipped with CAPE where None.
-        family: ``mlp``, ``cnn``, ``rnn``, ``transformer`` or one of your own; inferred from the layers where None.
+        family: ``mlp``, ``cnn``, ``rnn``, ``transformer`` or one of your own; inferred from the layers where None. One
+            that the meta-regressor was not fitted on is out of domain, and has no interval.
 
     Raises:
-        SpecError: lr, ε or dataset_size out of range. ModelError: the model or batch cannot be probed.
+        SpecError: lr, ε or dataset_size out of range, or a misspelt family.
+        ModelError: the model or batch cannot be probed.
         StoreError: no meta-regressor there.
     """
     lr, epsilon = check_lr(lr), check_epsilon(epsilon)
     if not isinstance(model, nn.Module):
         raise SpecError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
-        raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
+    dataset_size = check_count(dataset_size, "dataset_size")
     regressor = resolve(meta_model)
+    _check_family(family, regressor.families)
     _, _, batch_size = check_batch(batch)
     features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
     family = infer_family(model) if family is None else family
@@ -198,7 +203,7 @@ def predict(
     unseen = _unseen_loss(loss if isinstance(loss, Loss) else Loss(loss), regressor)
     if unseen is not None:
         inside, warnings = False, [*warnings, unseen]
-    p_reach = float(regressor.p_reach(row)[0])
+    p_reach = float(regressor.p_reach(row)[0]) if inside else math.nan  # nobody knows what happens out there
     if p_reach < 0.5:
         warnings = [*warnings, f"Fewer than half of such models reach ε = {epsilon:g} (p_reach {p_reach:.2f})."]
     if math.isinf(regressor.conformal.half_width(family, 0.9)[0]):
@@ -216,7 +221,7 @@ def predict(
         batch_size=batch_size,
         dataset_size=dataset_size,
         _conformal=regressor.conformal,
-        _width=float(regressor.width(row)[0]),
+        _width=float(regressor.width(row)[0]) if family in regressor.families else math.inf,
         _timer=StepTimer(model, batch, loss, lr, epsilon),
     )
 
@@ -233,9 +238,10 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking(Sequence[Ranked]):
-    """Models in ascending order of predicted cost; ``print`` it for a table."""
+    """Models in ascending order of predicted cost; ``print`` it for a table with intervals of ``level``."""
 
     rows: tuple[Ranked, ...]
+    level: float = 0.9
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -255,10 +261,18 @@ class Ranking(Sequence[Ranked]):
 
     def __str__(self) -> str:
         priced = any(r.usd is not None for r in self.rows)
-        header = ["", "model", "steps", "90 % interval", "seconds", *(["USD"] if priced else []), "in domain"]
+        header = [
+            "",
+            "model",
+            "steps",
+            f"{100 * self.level:g} % interval",
+            "seconds",
+            *(["USD"] if priced else []),
+            "in domain",
+        ]
         lines = [header]
         for i, r in enumerate(self.rows, 1):
-            low, high = r.prediction.interval(0.9)
+            low, high = r.prediction.interval(self.level)
             span = f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"
             cost = [f"{r.usd:.3g}" if r.usd is not None else ""] if priced else []
             known = "yes" if r.prediction.in_domain else "no"
@@ -281,16 +295,21 @@ def rank(
     epsilon: float = 0.1,
     usd_per_hour: float | None = None,
     meta_model: MetaModel | str | os.PathLike[str] | None = None,
+    level: float = 0.9,
 ) -> Ranking:
     """Order models by what reaching ε is predicted to cost: predicted steps times the measured seconds of a step.
 
     Args:
         candidates: (name, model, batch, lr) each. The rest as in ``predict``, shared by all.
         usd_per_hour: price of the machine; adds dollars.
+        level: of the intervals in the table.
 
     Raises:
         SpecError: no candidate, or one that is not such a tuple; and as ``predict``.
     """
+    check_level(level)
+    if usd_per_hour is not None:
+        check_price(usd_per_hour)
     regressor = resolve(meta_model)
     rows = []
     for candidate in candidates:
@@ -302,7 +321,17 @@ def rank(
         rows.append(Ranked(str(name), made, made.time(), usd))
     if not rows:
         raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
-    return Ranking(tuple(sorted(rows, key=lambda r: r.seconds)))
+    return Ranking(tuple(sorted(rows, key=lambda r: r.seconds)), level)
+
+
+def _check_family(family: str | None, known: Sequence[str]) -> None:
+    """Raise ``SpecError`` for what is no name, or a known family's name with a slip in it."""
+    if family is None or family in known:
+        return
+    if not isinstance(family, str):
+        raise SpecError(f"A family is a name, not {family!r}.")
+    if difflib.get_close_matches(family.lower(), known, n=1, cutoff=0.75):
+        raise SpecError(f"Unknown family '{family}'.{did_you_mean(family.lower(), known)}")
 
 
 def _without_seconds(prediction: Prediction) -> dict[str, Any]:
@@ -321,8 +350,13 @@ def _unseen_loss(criterion: Loss, regressor: MetaModel) -> str | None:
     )
 
 
+def check_price(usd_per_hour: float) -> float:
+    """Return an hourly price that is positive and finite, or raise ``SpecError``."""
+    return _positive(usd_per_hour, "usd_per_hour")
+
+
 def _positive(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
         raise SpecError(f"{name} must be a positive number, not {value!r}.")
     return float(value)
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cape.errors import ModelError
+from cape.errors import CapeError, ModelError
+from cape.memory import out_of_memory
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -214,8 +215,25 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
     if y.shape[0] == 0:
         raise ModelError("The batch is empty; at least one sample is needed.")
     if not samples_of(x, len(y)):
-        raise ModelError(f"No input has {y.shape[0]} samples, as the targets do.")
+        raise ModelError(f"No input is a tensor of {y.shape[0]} samples, as the targets are.")
     return x, y, int(y.shape[0])
+
+
+@contextmanager
+def running(model: nn.Module, how: str = "") -> Iterator[None]:
+    """Run a model for the first time: what its own code raises becomes a ``ModelError`` that says so.
+
+    What is no fault of model or batch, a device that failed or that is full, stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (CapeError, torch.AcceleratorError)) or out_of_memory(error):
+            raise
+        name, where = type(model).__name__, f" {how}" if how else ""
+        first = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        few = " Use a batch of at least 2 samples." if "more than 1 value per channel" in first else ""
+        raise ModelError(f"{name} cannot run on this batch{where} ({type(error).__name__}: {first}).{few}") from error
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -224,6 +242,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ModelError: there is none, or one has no shape yet.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     lazy = [n for n, p in found.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:

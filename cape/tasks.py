@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cape.config import TASKS
 from cape.errors import ModelError, SpecError, did_you_mean
+from cape.memory import out_of_memory
 
 LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
 
@@ -40,12 +41,17 @@ def _mean_per_sample(values: Tensor) -> Tensor:
 
 
 def _class_dim_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return _mean_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
+    return _mean_per_sample(F.cross_entropy(outputs, _labels(targets), reduction="none"))
+
+
+def _labels(targets: Tensor) -> Tensor:
+    """Return whole numbers as int64, which alone torch takes for labels; probabilities stay."""
+    return targets if targets.is_floating_point() else targets.long()
 
 
 def _sequence_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return _mean_per_sample(
-        F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        F.cross_entropy(outputs.flatten(0, 1), _labels(targets).flatten(), reduction="none").view_as(targets)
     )
 
 
@@ -145,7 +151,7 @@ class Loss:
         classes' logits (ignored positions left out). Multi-label: the mean over the labels that are on (zero
         where none is). Anything else: the mean of the outputs (a regression's scalar output itself).
         """
-        if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1:
+        if self._by_label(outputs, targets):
             dim = self._class_dim(outputs, targets)
             valid = targets != IGNORE_INDEX
             logits = outputs.gather(dim, targets.where(valid, 0).long().unsqueeze(dim)).squeeze(dim)
@@ -194,7 +200,7 @@ class Loss:
             raise ModelError(
                 "The model returned NaN or infinite outputs at initialization; check its inputs and weights."
             )
-        if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1 and targets.numel():
+        if self._by_label(outputs, targets) and targets.numel():
             classes = outputs.shape[self._class_dim(outputs, targets)]
             valid = targets[targets != IGNORE_INDEX]
             low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
@@ -203,6 +209,40 @@ class Loss:
                     f"Labels run from {low} to {high}, but the model has {classes} outputs; labels must lie in"
                     f" 0..{classes - 1}."
                 )
+        self._check_fit(outputs, targets)
+
+    def _by_label(self, outputs: Tensor, targets: Tensor) -> bool:
+        """Whether targets are the numbers of classes: whole, one for each row of outputs, and not compared with them.
+
+        A single output has no classes, unless the loss says so.
+        """
+        whole = not targets.is_floating_point() and targets.dim() == outputs.dim() - 1
+        if not whole or self._named in (_half_mse, _binary_cross_entropy):
+            return False
+        return self._named is not None or outputs.shape[self._class_dim(outputs, targets)] > 1
+
+    def _check_fit(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ``ModelError`` where the loss cannot be computed of outputs and targets of these shapes."""
+        if self._named is _class_dim_cross_entropy and self._by_label(outputs, targets):
+            return  # they were just looked at
+        shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, {targets.dtype}"
+        if self._named in (_half_mse, _binary_cross_entropy) and targets.numel() != outputs.numel():
+            raise ModelError(
+                f"The loss '{self.name}' compares outputs with targets of the same shape, not {shapes}; class labels"
+                " go with cross_entropy, or as one number for each class."
+            )
+        try:
+            with torch.enable_grad():
+                value = self._function(outputs.detach().requires_grad_(), targets)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            first = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+            raise ModelError(f"The loss '{self.name}' cannot be computed of {shapes} ({first}).") from error
+        if not isinstance(value, Tensor):
+            raise ModelError(f"The loss '{self.name}' returned {type(value).__name__}; return a tensor.")
+        if not value.requires_grad:
+            raise ModelError(f"The loss '{self.name}' does not depend on the outputs; do not detach them.")
 
     def _class_dim(self, outputs: Tensor, targets: Tensor) -> int:
         torch_layout = targets.shape == outputs.shape[:1] + outputs.shape[2:]

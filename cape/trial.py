@@ -19,7 +19,7 @@ import torch
 
 from cape.config import TrialSpec
 from cape.convergence import Outcome, Subject, Trajectory
-from cape.convergence.batched import measure_in_lane, measure_singly, out_of_memory, plain_step_seconds
+from cape.convergence.batched import measure_in_lane, measure_singly, plain_step_seconds
 from cape.convergence.convert import Unstackable
 from cape.convergence.engine import lanes_for, same_bits, single_because
 from cape.convergence.stacked_probe import probe_many, probed_together
@@ -28,7 +28,7 @@ from cape.drawn import Drawn, draw, prepare
 from cape.errors import ModelError, SpecError, did_you_mean
 from cape.jsonconfig import canonical_json
 from cape.logs import log_once
-from cape.memory import kept_memory
+from cape.memory import kept_memory, out_of_memory
 from cape.probing import Features, probe
 from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss

@@ -29,6 +29,10 @@ def net(classes: int = 10, width: int = 32) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, width), nn.GELU(), nn.Linear(width, classes))
 
 
+def normalized() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+
 def pixels() -> nn.Module:
     return nn.Linear(64, 10)
 
@@ -140,6 +144,17 @@ MODEL = f"{HERE}:net"
         (["report", "/no/such/meta", "--out", "/no/out.html"], ["/no/such/meta"]),
         (["import-csv", "/no/such.csv", "--family", "cnn", "--out", "/no/out"], ["/no/such.csv"]),
         (["data", "--data-root", "/no/such/folder"], ["/no/such/folder"]),
+        (["predict", f"{HERE}:normalized", "--data", "digits", "--batch-size", "1"], ["train mode", "at least 2"]),
+        (["measure", f"{HERE}:normalized", "--data", "digits", "--batch-size", "1"], ["train mode", "at least 2"]),
+        (["predict", MODEL, "--data", "digits", "--loss", "mse"], ["'mse'", "(128, 10)", "(128,)", "cross_entropy"]),
+        (["measure", MODEL, "--data", "digits", "--loss", "bce"], ["'bce'", "cross_entropy"]),
+        (["probe", MODEL, "--data", "digits", "--loss", "sequence_cross_entropy"], ["sequence_cross_entropy"]),
+        (["predict", MODEL, "--data", "digits", "--family", "MLP"], ["MLP", "Did you mean 'mlp'?"]),
+        (["predict", MODEL, "--data", "digits", "--usd-per-hour", "-1"], ["usd_per_hour", "-1"]),
+        (["rank", MODEL, "--data", "digits", "--level", "2"], ["level", "2"]),
+        (["store", "verify", "csrc"], ["csrc", "no meta-dataset"]),
+        (["sweep", "smoke", "--dry-run", "--workers", "-1"], ["--workers", "-1"]),
+        (["sweep", "smoke", "--out", "/no/out", "--address", "127.0.0.1:9"], ["127.0.0.1:9", "no Ray cluster"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
@@ -154,6 +169,7 @@ def test_a_wrong_argument_is_one_sentence(run: Run, argv: list[str], words: list
         ({"lrs": [-0.001]}, ["learning rate", "-0.001"]),
         ({"lrs": []}, ["lrs"]),
         ({"lrs": "0.1"}, ["lrs", "list"]),
+        ({"families": "mlp"}, ["families", "list"]),
         ({"epsilons": [0.1, 1.0]}, ["1.0"]),
         ({"epsilons": [0]}, ["0"]),
         ({"batch_sizes": [0]}, ["batch_sizes", "0"]),
@@ -171,6 +187,14 @@ def test_a_wrong_spec_is_one_sentence_and_writes_nothing(
     spec = write_spec(tmp_path / "spec.json", **changes)
     expect_sentence(run("sweep", spec, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_cannot_run_and_says_what_it_could_not_check(run: Run, tmp_path: Path) -> None:
+    for changes, words in (({"datasets": ["digts"]}, ["Did you mean 'digits'?"]), ({"task": "regression"}, ["digits"])):
+        spec = write_spec(tmp_path / "spec.json", **changes)
+        expect_sentence(run("sweep", spec, "--dry-run"), *words)
+    code, printed, err = run("sweep", write_spec(tmp_path / "spec.json", batch_sizes=[5000]), "--dry-run")
+    assert code == 0 and "worker-hours" in printed and "could not be checked" in err and "5000" in err
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"lrs": NaN}'])
@@ -293,7 +317,7 @@ def test_probe_prints_the_features(run: Run) -> None:
     assert values["log_n"] == pytest.approx(torch.tensor(1797.0).log().item(), rel=1e-6)
     assert run("probe", MODEL, "--data", "digits", "--batch-size", "16", "--json")[1] == out  # the seed decides
     code, out, _ = run("probe", MODEL, "--data", "digits", "--batch-size", "16")
-    assert code == 0 and "log_tau_full     not computed" in out
+    assert code == 0 and "log_tau_full      not computed" in out
 
 
 def test_measure_counts_the_steps(run: Run) -> None:
@@ -335,8 +359,14 @@ def test_import_csv_fit_predict_and_rank(run: Run, tmp_path: Path, ray_session: 
     assert code == 0, err
     answer = json.loads(out)
     assert answer["steps"] >= 1 and answer["dataset_size"] == 50_000 and answer["family"] == "mlp"
+    code, out, _ = run("predict", MODEL, *options, "--json", "--level", "0.5", "--usd-per-hour", "2.5")
+    half, (low, high) = json.loads(out), answer["interval_90"]
+    assert half["level"] == 0.5 and low < half["interval"][0] < half["interval"][1] < high
+    assert half["usd"] == pytest.approx(half["seconds"] / 3600 * 2.5)
     code, out, _ = run("predict", MODEL, *options, "--usd-per-hour", "2.5")
     assert code == 0 and "90 % interval" in out and "USD" in out
+    code, out, _ = run("rank", MODEL, *options, "--level", "0.5")
+    assert code == 0 and "50 % interval" in out
     code, out, err = run("rank", MODEL, f"{HERE}:net", *options, "--lr", "1e-3", "2e-3", "--json")
     assert code == 0, err
     ranked = json.loads(out)

@@ -7,7 +7,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from authors import rows
@@ -133,6 +135,58 @@ def test_what_was_never_seen_is_said(
     made = predict(mlp(), batch, **arguments)  # type: ignore[arg-type]
     assert not made.in_domain
     assert any(says in w for w in made.warnings), made.warnings
+    assert math.isnan(made.p_reach) and made.to_dict()["p_reach"] is None  # nobody knows what happens out there
+    assert math.isinf(made.interval()[1]) == (changes.get("family") is not None)
+
+
+def test_a_misspelt_family_is_no_family_of_ones_own(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    for wrong, says in (("MLP", "Did you mean 'mlp'"), ("r n n", "'rnn'"), (3, "a name, not 3")):
+        with pytest.raises(SpecError, match=says):
+            predict(mlp(), batch, lr=1e-3, dataset_size=100, meta_model=meta_model, family=wrong)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    plain = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, epsilon=0.125, meta_model=meta_model)
+    typed = predict(
+        mlp(), batch, lr=np.float64(1e-3), dataset_size=np.int64(60_000), epsilon=np.float32(0.125),
+        meta_model=meta_model,
+    )  # type: ignore[arg-type]  # fmt: skip
+    assert typed == plain
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "says"),
+    [
+        ("mse", torch.arange(16) % 10, "targets of the same shape"),
+        (nn.MSELoss(), torch.arange(16) % 10, "'MSELoss' cannot be computed"),
+        (nn.BCEWithLogitsLoss(), torch.arange(16) % 10, "'BCEWithLogitsLoss' cannot be computed"),
+        ("cross_entropy", torch.rand(16), "'cross_entropy' cannot be computed"),
+        (lambda outputs, targets: 1.0, torch.arange(16) % 10, "returned float; return a tensor"),
+        (lambda outputs, targets: outputs.detach().mean(), torch.arange(16) % 10, "does not depend on the outputs"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_does_not_fit_is_one_clear_error(
+    loss: Any, targets: Tensor, says: str, meta_model: MetaModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    data = batch[0][:16], targets
+    for call in (
+        lambda: predict(mlp(), data, loss=loss, lr=1e-3, dataset_size=100, meta_model=meta_model),
+        lambda: cape.measure(mlp(), data, loss=loss),
+        lambda: cape.per_sample_norms(mlp(), data, loss=loss),
+    ):
+        with pytest.raises(ModelError, match=says):
+            call()
+
+
+def test_whole_numbers_serve_a_single_output_and_any_integers_are_labels(batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch[0][:16], torch.arange(16) % 2
+    one = nn.Sequential(*list(mlp())[:-1], nn.Linear(128, 1))
+    for loss in ("bce", "mse", "one_hot_mse"):
+        whole, real = (cape.per_sample_norms(one, (x, t), loss=loss) for t in (y, y.float()[:, None]))
+        assert all(map(torch.equal, whole, real))
+    labels = [cape.per_sample_norms(mlp(), (x, y.to(kind))) for kind in (torch.int64, torch.int32, torch.uint8)]
+    assert all(torch.equal(a[0], labels[0][0]) for a in labels)
 
 
 def test_a_fifty_times_larger_model_is_out_of_domain(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:

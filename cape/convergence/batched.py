@@ -23,6 +23,7 @@ from cape.convergence.stack import Subject
 from cape.convergence.training import Live, Outcome, Training, shape_of
 from cape.errors import ModelError
 from cape.logs import log_once
+from cape.memory import out_of_memory
 from cape.tasks import Loss, LossLike
 
 _LOG = logging.getLogger(__name__)
@@ -144,11 +145,6 @@ def plain_step_seconds(subject: Subject, criterion: Loss, precision: str) -> flo
     short = replace(subject, stopping=StoppingRule(max_steps=1))
     (outcome,) = measure_singly([(0, short)], loss=criterion, precision=precision)
     return outcome.trajectory.step_seconds if outcome.trajectory else float("nan")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Queue:

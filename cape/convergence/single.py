@@ -18,7 +18,7 @@ from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_m
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
 from cape.errors import ModelError, SpecError, did_you_mean
-from cape.state import Inputs, Untouched, call, check_batch, preserved, trainable
+from cape.state import Inputs, Untouched, call, check_batch, preserved, running, trainable
 from cape.tasks import Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -182,7 +182,10 @@ class _Run:
         self._no_graph = _no_graph(criterion, parameters, fused)
 
     def _forward(self, check: bool = False) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
+        with (
+            torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext(),
+            running(self.model, "in train mode") if check else nullcontext(),
+        ):
             outputs = call(self.model, self._inputs.again())
         if self._autocast and isinstance(outputs, Tensor):
             outputs = outputs.float()

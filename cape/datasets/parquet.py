@@ -49,7 +49,7 @@ def load(path: Path, name: str | None = None, known: Known | None = None) -> Dat
             labels that are missing, not whole numbers, or out of the declared range.
     """
     if not path.is_file():
-        raise DataError(f"There is no data file {path}; name another folder with --data or CAPE_DATA.")
+        raise DataError(f"There is no data file {path}; name another file, or set --data-root or CAPE_DATA.")
     try:
         file = pq.ParquetFile(path)
         schema, rows = file.schema_arrow, file.metadata.num_rows

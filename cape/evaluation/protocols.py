@@ -110,7 +110,7 @@ def _folds(rows: Rows) -> tuple[list[Split], list[str]]:
 
 def _fresh(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
     if test is None:
-        raise SpecError("The protocol 'fresh' needs a test meta-dataset from other seeds; pass test_dir.")
+        raise SpecError("The protocol 'fresh' needs a test meta-dataset from other seeds: test_dir (--test).")
     shared = set(rows["trial_id"].astype(str)) & set(test["trial_id"].astype(str))
     if shared:
         raise DataError(
@@ -124,7 +124,7 @@ def _held_out(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
     inside = np.array(names, dtype=bool)
     if test is None:
         if not inside.any():
-            raise DataError("No row is from SVHN or IMDB; sweep them, or pass their meta-dataset as test_dir.")
+            raise DataError("No row is from SVHN or IMDB; sweep them, or pass their meta-dataset as test_dir (--test).")
         test = rows.take(inside)
     train = rows.take(~inside & ~np.isin(rows["dataset"].astype(str), np.unique(test["dataset"].astype(str))))
     if _reached_trials(train) < FEWEST_TRIALS:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +146,7 @@ class MetaModel:
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
             files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
-            boosters = {name: _booster(files[_file(name)]) for name in card["boosters"]}
-            boosters[POOLED]  # every preset has one
+            boosters = _Boosters({name: files[_file(name)] for name in [*card["boosters"], POOLED]}, path)
             lines = {name: Line.from_dict(line) for name, line in calibration.get("lines", {}).items()}
             surfaces = {n: _surface(files[_surface_file(n)]) for n in card.get("surfaces", [])}
             conformal = Conformal.from_dict(calibration["conformal"])
@@ -162,6 +161,31 @@ class MetaModel:
                 raise
             raise StoreError(f"The meta-regressor in {path} is damaged ({error}); run `cape fit` again.") from error
         return cls(preset, families, boosters, lines, surfaces, conformal, domain, reach, card)
+
+
+class _Boosters(Mapping[str, "xgb.Booster"]):
+    """Boosters that are read when they are first asked for: importing XGBoost takes longer than a prediction."""
+
+    def __init__(self, files: Mapping[str, bytes], path: Path) -> None:
+        self._files, self._path = files, path
+        self._read: dict[str, xgb.Booster] = {}
+
+    def __getitem__(self, name: str) -> xgb.Booster:
+        if name not in self._read:
+            try:
+                self._read[name] = _booster(self._files[name])
+            except ValueError as error:
+                raise StoreError(f"The meta-regressor in {self._path} is damaged ({error}); fit it again.") from error
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def check_out(directory: str | os.PathLike[str]) -> Path:

@@ -258,20 +258,22 @@ def predict_log(
 ) -> np.ndarray:
     """Return log T* [n]: each row by its family's booster, or by the pooled one, on top of its family's line.
 
-    A family with a surface has the preset's share of it, near and far.
+    A family with a surface has the preset's share of it, near and far. Trees that count for nothing are not asked.
     """
     x, names, margin = rows.matrix(preset.features, families), rows["family"], margins(lines, rows)
-    out = np.empty(len(x))
+    smoothed, share = np.full(len(x), np.nan), np.zeros(len(x))
+    if surfaces:
+        smoothed = smooth(margin, surfaces, rows)
+        share = shares(preset, names, spreads(surfaces, rows) > FAR)
+    trees = np.full(len(x), np.nan)
     which = np.array([n if n in boosters and n != POOLED else POOLED for n in names], dtype=object)
-    for name in set(which):
+    which[np.isfinite(smoothed) & (share >= 1.0)] = None
+    for name in set(which) - {None}:
         index = which == name
         matrix = dmatrix(x[index], preset.features, margin=margin[index] if lines else None)
         # The margin is log T* under both objectives; the output of accelerated failure time would be its exponential.
-        out[index] = boosters[name].predict(matrix, output_margin=True)
-    if not surfaces:
-        return out
-    far = spreads(surfaces, rows) > FAR
-    return mix(out, smooth(margin, surfaces, rows), shares(preset, names, far))
+        trees[index] = boosters[name].predict(matrix, output_margin=True)
+    return mix(trees, smoothed, share)
 
 
 def shares(preset: Preset, families: Iterable[object], far: np.ndarray) -> np.ndarray:

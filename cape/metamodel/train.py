@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cape.cluster import check_address
 from cape.errors import DependencyError, SpecError, StoreError
 from cape.metamodel.line import POOLED, Line
 from cape.metamodel.presets import Preset
@@ -60,6 +61,7 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
 def _start(ray: Any, address: str | None, workers: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
     if address is not None:
+        check_address(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from cape.config import check_lr
-from cape.errors import ModelError, SpecError
+from cape.config import check_count, check_lr
+from cape.errors import ModelError
 from cape.memory import kept_memory
 from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
-from cape.state import Inputs, Untouched, call, check_batch, preserved, samples_of, seed_draws, trainable
+from cape.state import Inputs, Untouched, call, check_batch, preserved, running, samples_of, seed_draws, trainable
 from cape.tasks import Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -119,13 +119,11 @@ def probe(
         ModelError: the model or batch cannot be probed (see ``per_sample_norms``), or its loss is not positive.
         SpecError: a bad lr or dataset size.
     """
-    lr = check_lr(lr)
-    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
-        raise SpecError(f"dataset_size must be a whole number of at least 1, not {dataset_size!r}.")
+    lr, dataset_size = check_lr(lr), check_count(dataset_size, "dataset_size")
     check_batch(batch)
     with kept_memory(batch[1].device):
+        line = first_step(model, batch, Loss(loss), lr)  # first: it says what is wrong with model and batch
         norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
-        line = first_step(model, batch, Loss(loss), lr)
     return features_of(model, batch, norms, line, lr, dataset_size)
 
 
@@ -213,7 +211,9 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     with preserved(model, seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
         inputs = Untouched(x)
         model.train()
-        outputs = outputs_now()
+        with running(model, "in train mode"):
+            outputs = outputs_now()
+        criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
         l0 = loss.item()

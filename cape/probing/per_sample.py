@@ -34,7 +34,7 @@ from cape.probing.operators import opened
 from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
 from cape.probing.taps import leaves_behind
 from cape.probing.wanted import Norms, Wanted
-from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, slice_inputs, trainable
+from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, running, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ def per_sample_norms(
         ModelError: samples interact, outputs are not finite, labels are out of range, an empty batch.
         SpecError: an unknown loss, tau or backend.
     """
-    norms = all_norms(model, batch, loss=loss, tau=tau, probes=probes, micro_batch=micro_batch, backend=backend)
+    trainable(model)
+    with running(model):
+        norms = all_norms(model, batch, loss=loss, tau=tau, probes=probes, micro_batch=micro_batch, backend=backend)
     return norms.g2, norms.tau if norms.tau_full is None else norms.tau_full
 
 

@@ -90,6 +90,9 @@ def _read(path: Path) -> tuple[pa.Table, str]:
 
 
 def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
+    for name in ("batch_size", "learning_rate", "epsilon", "dataset"):
+        if record[name] is None:
+            raise DataError(f"{name} is empty or not a number.")
     steps = record["T_star"]
     converged = bool(record.get("converged", True))
     if converged and (steps is None or steps != int(steps) or steps < 1):

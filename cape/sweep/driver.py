@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cape.cluster import check_address
 from cape.config import SweepSpec
 from cape.errors import DependencyError, SpecError
 from cape.store import claims, reader
@@ -82,6 +83,7 @@ def run_sweep(
         raise SpecError(f"workers must be at least 1, not {workers}.")
     if gpus_per_worker is not None and gpus_per_worker < 0:
         raise SpecError(f"gpus_per_worker must be zero or more, not {gpus_per_worker}.")
+    check_address(address)  # before anything is written
     settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports}
     with running(spec, out, resume=resume, data_root=data_root, **settings) as (job, done):  # type: ignore[arg-type]
         missing = Plan(spec).missing(done)

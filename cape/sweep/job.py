@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from cape import datasets, families
 from cape.config import SweepSpec
+from cape.datasets.known import KNOWN
 from cape.errors import SpecError, StoreError
 from cape.store import claims, reader
 from cape.store.location import Location
@@ -80,8 +81,13 @@ class Job:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-def check(spec: SweepSpec, data_root: str | Path | None, imports: Sequence[str] = ()) -> Path | None:
+def check(
+    spec: SweepSpec, data_root: str | Path | None, imports: Sequence[str] = (), *, download: bool = True
+) -> Path | None:
     """Check a sweep before anything is started; return the data root.
+
+    Args:
+        download: look at datasets also where torchvision would have to fetch them first.
 
     Raises:
         SpecError: an unknown family or dataset, two that do not fit each other, or a module that cannot be imported.
@@ -92,6 +98,8 @@ def check(spec: SweepSpec, data_root: str | Path | None, imports: Sequence[str] 
     for family in spec.families:
         families.get(family)
     for name in spec.datasets:
+        if root is None and name.removesuffix("_chars") in KNOWN and not download:
+            continue
         dataset = datasets.load(name, root)
         if spec.task is not None:
             dataset = dataset.with_task(spec.task)

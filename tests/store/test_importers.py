@@ -98,6 +98,7 @@ def test_a_trial_that_was_cut_short_is_censored(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "has no column dataset"),
         (f"{HEADER}\n{LINE.replace(',0.1,', ',1.5,')}\n", "line 2: ε must lie strictly between 0 and 1"),
         (f"{HEADER}\n{LINE}\n{LINE.replace(',5,True', ',0,True')}\n", "line 3: T_star must be a whole number"),
+        (f"{HEADER}\n{LINE.replace(',0.1,', ',nan,')}\n", "line 2: epsilon is empty or not a number"),
     ],
 )
 def test_what_is_not_a_meta_dataset_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
