@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     import xgboost as xgb
 
+T = TypeVar("T")
+U = TypeVar("U")
 Trainer = Callable[[Design, Preset], "dict[str, xgb.Booster]"]
 
 FEWEST_TRIALS = 8
@@ -69,14 +72,21 @@ def fit_table(
         )
     chosen, scores = select(rows, base, families, mapper) if base.select else (base, [])
     data = design(rows, chosen, families)
-    boosters = trainer(data, chosen) if trainer else train_boosters(data, chosen, device, threads)
+    used = rows if chosen.augmented else rows.take(~rows.augmented)
+    assigned = assign_folds(used, min(FOLDS, trials), seed)
+
+    def left_out() -> tuple[np.ndarray, np.ndarray] | None:
+        return out_of_fold(used, enough(used, assigned), chosen, families, mapper) if calibrate else None
+
+    if trainer is None:
+        boosters, found = train_boosters(data, chosen, device, threads), left_out()
+    else:
+        boosters, found = _beside(lambda: trainer(data, chosen), left_out)
     conformal, metrics, calibrated = Conformal(), {}, 0
     domain: Domain | None = None
     reach: Reach | None = None
-    if calibrate:
-        used = rows if chosen.augmented else rows.take(~rows.augmented)
-        assigned = assign_folds(used, min(FOLDS, trials), seed)
-        log_hat, width = out_of_fold(used, enough(used, assigned), chosen, families, mapper)
+    if found is not None:
+        log_hat, width = found
         index = np.isfinite(log_hat) & used.reached
         known, log_hat, width = used.take(index), log_hat[index], width[index]
         errors = np.abs(log_steps(known["t_star"]) - log_hat) / width
@@ -86,6 +96,19 @@ def fit_table(
         reach = Reach.fit(used, assigned, chosen.features, families, chosen.seed)
     card = _card(rows, calibrated, base, metrics, scores)
     return MetaModel(chosen, families, boosters, data.lines, data.surfaces, conformal, domain, reach, card)
+
+
+def _beside(waiting: Callable[[], T], working: Callable[[], U]) -> tuple[T, U]:
+    """Return what two functions give, the second one run in a thread while the first one waits for other processes.
+
+    Where the first one fails or is interrupted, nobody waits for the second.
+    """
+    pool = ThreadPoolExecutor(1)
+    other = pool.submit(working)
+    try:
+        return waiting(), other.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fit(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +34,16 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
     """
     try:
         import ray
-        import ray.train.xgboost  # absent where ray came without its train extra
+
+        mine = not ray.is_initialized()
+        with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one reads its modules
+            # Absent where ray came without its train extra.
+            modules = pool.submit(importlib.import_module, "ray.train.xgboost")
+            if mine:
+                _start(ray, address, workers)
+            modules.result()
     except ImportError as error:
         raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
-    mine = not ray.is_initialized()
-    if mine:
-        _start(ray, address, workers)
     directory.parent.mkdir(parents=True, exist_ok=True)
     storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
     try:
@@ -48,9 +54,10 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
                 f"{workers} workers need at least {workers + 1} CPUs and Ray has {cpus};"
                 " use fewer workers or more CPUs."
             )
+        spare = cpus - workers - 1
         yield (
             lambda data, preset: train_with_ray(data, preset, workers, storage),
-            lambda function, arguments: _map_tasks(function, arguments),
+            lambda function, arguments: _map_tasks(function, arguments, spare),
         )
     finally:
         shutil.rmtree(storage, ignore_errors=True)
@@ -69,20 +76,28 @@ def _start(ray: Any, address: str | None, workers: int) -> None:
         return
     ray.init(
         address="local",
-        num_cpus=max(workers + 1, os.cpu_count() or 1),
+        # Those of Ray Train mostly wait: every core is there for the folds beside them.
+        num_cpus=workers + 1 + (os.cpu_count() or 1),
         include_dashboard=False,
         **options,
     )
 
 
-def _map_tasks(function: Callable[..., np.ndarray], arguments: Iterable[tuple[Any, ...]]) -> list[np.ndarray]:
-    """Run calls as Ray tasks; a large argument that repeats is stored once."""
+def _map_tasks(
+    function: Callable[..., np.ndarray], arguments: Iterable[tuple[Any, ...]], spare: int
+) -> list[np.ndarray]:
+    """Run calls as Ray tasks on the spare CPUs; a large argument that repeats is stored once.
+
+    Where Ray Train needs every CPU for itself, one call at a time runs beside it and takes none.
+    """
     import ray
 
     held: dict[int, Any] = {}
-    task = ray.remote(num_cpus=1)(_call)
-    calls = []
+    task, most = ray.remote(num_cpus=min(1, spare))(_call), max(1, spare)
+    calls: list[Any] = []
     for first, *rest in arguments:
+        if len(calls) >= most:  # what waits in a queue would take the CPU that Ray Train waits for
+            ray.wait(calls, num_returns=len(calls) - most + 1)
         reference = held.setdefault(id(first), ray.put(first)) if id(first) not in held else held[id(first)]
         calls.append(task.remote(function, reference, *rest))
     return ray.get(calls)
