@@ -104,9 +104,11 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def _prediction_lines(p: Prediction, args: argparse.Namespace) -> list[tuple[str, str]]:
+    from cape.predict import in_words
+
     low, high = p.interval(args.level)
     lines = [
-        ("steps", f"{p.steps:.1f}"),
+        ("steps", in_words(p.steps)),
         (f"{100 * args.level:g} % interval", f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"),
         ("epochs", f"{p.epochs:.3g}"),
         ("time on this machine", f"{p.time():.3g} s"),

@@ -83,7 +83,7 @@ def run(out: Path, data_root: str | None = None, workers: int | None = None, spe
     )
     took = time.monotonic() - started
     low, high = prediction.interval(0.9)
-    print(f"predicted: {prediction.steps:.1f} steps to ε = {EPSILON:g} (90 % interval {low:.1f} to {high:.1f}),")
+    print(f"predicted: {prediction.steps:g} steps to ε = {EPSILON:g} (90 % interval {low:.1f} to {high:.1f}),")
     print(f"           {prediction.time():.2f} s on this machine; the prediction itself took {took:.2f} s")
     for warning in prediction.warnings:
         print(f"warning:   {warning}")

@@ -19,6 +19,7 @@ from cape.config import StoppingRule, check_count, check_epsilon, check_lr
 from cape.errors import SpecError, did_you_mean
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
+from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
 from cape.state import check_batch
@@ -96,7 +97,7 @@ class Prediction:
     """How many optimizer steps a model needs until its loss is ε times its first value.
 
     Attributes:
-        steps: predicted T*, at least 1, not rounded.
+        steps: predicted T*, at least 1; a whole number where the meta-regressor's preset makes it one.
         epochs: ``steps`` in passes over the training set.
         p_reach: probability that ε is reached at all, from the censored trials of the meta-dataset; NaN where that is
             not known: without calibration, and outside the domain.
@@ -118,6 +119,7 @@ class Prediction:
     lr: float
     batch_size: int
     dataset_size: int
+    _centre: float = field(repr=False, compare=False)
     _conformal: Conformal = field(repr=False, compare=False)
     _width: float = field(repr=False, compare=False)
     _timer: StepTimer = field(repr=False, compare=False)
@@ -127,7 +129,9 @@ class Prediction:
 
         The upper end is infinite where the family has too few calibration trials for the level, or none.
         """
-        return bounds(self.steps, self._width * self._conformal.half_width(self.family, check_level(level))[0])
+        half_width = self._conformal.half_width(self.family, check_level(level))[0]
+        unknown = math.isinf(self._width)
+        return bounds(self._centre, self.steps, math.inf if unknown else self._width * half_width)
 
     def time(self, step_seconds: float | None = None) -> float:
         """Return the seconds that ``steps`` take; without ``step_seconds`` a few real steps are timed, once, here."""
@@ -195,7 +199,8 @@ def predict(
     features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
     family = infer_family(model) if family is None else family
     row = row_from_features(features.as_dict(), family, epsilon)
-    steps = float(regressor.predict(row)[0])
+    log_hat = regressor.predict_log(row)
+    steps, centre = (float(in_steps(log_hat, whole)[0]) for whole in (regressor.preset.whole, False))
     inside = True
     warnings: list[str] = []
     if regressor.domain is not None:
@@ -220,6 +225,7 @@ def predict(
         lr=lr,
         batch_size=batch_size,
         dataset_size=dataset_size,
+        _centre=centre,
         _conformal=regressor.conformal,
         _width=float(regressor.width(row)[0]) if family in regressor.families else math.inf,
         _timer=StepTimer(model, batch, loss, lr, epsilon),
@@ -238,7 +244,10 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking(Sequence[Ranked]):
-    """Models in ascending order of predicted cost; ``print`` it for a table with intervals of ``level``."""
+    """Models in ascending order of predicted cost (of steps that are not rounded).
+
+    ``print`` it for a table, with intervals of ``level``.
+    """
 
     rows: tuple[Ranked, ...]
     level: float = 0.9
@@ -276,7 +285,7 @@ class Ranking(Sequence[Ranked]):
             span = f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"
             cost = [f"{r.usd:.3g}" if r.usd is not None else ""] if priced else []
             known = "yes" if r.prediction.in_domain else "no"
-            lines.append([str(i), r.name, f"{r.prediction.steps:.1f}", span, f"{r.seconds:.3g}", *cost, known])
+            lines.append([str(i), r.name, in_words(r.prediction.steps), span, f"{r.seconds:.3g}", *cost, known])
         widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
         left = (1, len(header) - 1)
         return "\n".join(
@@ -321,7 +330,13 @@ def rank(
         rows.append(Ranked(str(name), made, made.time(), usd))
     if not rows:
         raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
-    return Ranking(tuple(sorted(rows, key=lambda r: r.seconds)), level)
+    # By what is not rounded: two models may need the same number of steps.
+    return Ranking(tuple(sorted(rows, key=lambda r: r.prediction._centre * r.seconds / r.prediction.steps)), level)
+
+
+def in_words(steps: float) -> str:
+    """Return a number of steps for a person: with a decimal where it is not whole."""
+    return f"{steps:.0f}" if steps == round(steps) else f"{steps:.1f}"
 
 
 def _check_family(family: str | None, known: Sequence[str]) -> None:

@@ -86,7 +86,8 @@ def test_the_model_and_the_rng_are_left_as_they_were(meta_model: MetaModel, batc
 def test_intervals_nest_and_hold_the_prediction(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
     made = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
     narrow, wide = made.interval(0.5), made.interval(0.95)
-    assert 1 <= wide[0] < narrow[0] < made.steps < narrow[1] < wide[1] < math.inf
+    assert 1 <= wide[0] < narrow[0] <= made.steps <= narrow[1] < wide[1] < math.inf
+    assert made.steps == round(made.steps)
     with pytest.raises(SpecError, match="level"):
         made.interval(1.0)
 

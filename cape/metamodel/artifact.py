@@ -25,7 +25,7 @@ from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.line import POOLED, Line, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
-from cape.metamodel.regressors import load_booster, predict_log, xgboost
+from cape.metamodel.regressors import in_steps, load_booster, predict_log, xgboost
 from cape.metamodel.rows import as_rows
 from cape.metamodel.surface import Surface, smooth, spreads, widths
 
@@ -66,8 +66,8 @@ class MetaModel:
         return predict_log(self.boosters, self.lines, self.surfaces, as_rows(rows), self.preset, self.families)
 
     def predict(self, rows: Any) -> np.ndarray:
-        """Return T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
-        return np.maximum(1.0, np.exp(self.predict_log(rows)))
+        """Return T* in steps, float64 [n], at least 1; whole numbers where the preset says so."""
+        return in_steps(self.predict_log(rows), self.preset.whole)
 
     def width(self, rows: Any) -> np.ndarray:
         """Return by how much an interval is wider than usual, [n]: 1 among the trials fitted on where T* is long."""
@@ -78,9 +78,11 @@ class MetaModel:
     def interval(self, rows: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Return (low, high) in steps, each [n]; infinite where calibration trials are too few for the level."""
         rows = as_rows(rows)
+        log_hat = self.predict_log(rows)
+        around = [in_steps(log_hat, whole) for whole in (False, self.preset.whole)]
         pairs = [
-            bounds(t, s * self.conformal.half_width(f, level)[0])
-            for t, s, f in zip(self.predict(rows), self.width(rows), rows["family"], strict=True)
+            bounds(centre, steps, width * self.conformal.half_width(family, level)[0])
+            for centre, steps, width, family in zip(*around, self.width(rows), rows["family"], strict=True)
         ]
         low, high = zip(*pairs, strict=True) if pairs else ((), ())
         return np.array(low), np.array(high)

@@ -22,7 +22,7 @@ from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal
 from cape.metamodel.presets import Preset, preset_named
 from cape.metamodel.reach import Reach
-from cape.metamodel.regressors import Design, design, log_steps, train_boosters, xgboost
+from cape.metamodel.regressors import Design, design, in_steps, log_steps, train_boosters, xgboost
 from cape.metamodel.rows import Rows, as_rows, read_rows
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def fit_table(
         log_hat, width = found
         index = np.isfinite(log_hat) & used.reached
         known, log_hat, width = used.take(index), log_hat[index], width[index]
-        errors = np.abs(log_steps(known["t_star"]) - log_hat) / width
+        steps = in_steps(log_hat, chosen.whole)  # an interval holds it, whatever its level
+        errors = np.where(steps == known["t_star"], 0.0, np.abs(log_steps(known["t_star"]) - log_hat) / width)
         conformal = Conformal.calibrate(errors, known["family"], known.trials)
-        metrics, calibrated = _metrics(known, np.exp(log_hat), families), len(set(known["trial_id"]))
+        metrics, calibrated = _metrics(known, steps, families), len(set(known["trial_id"]))
         domain = Domain.fit(used, assigned, chosen.features)
         reach = Reach.fit(used, assigned, chosen.features, families, chosen.seed)
     card = _card(rows, calibrated, base, metrics, scores)

@@ -2,9 +2,10 @@
 
 Scores are |log T* - log prediction| on trials that the fit behind the prediction had not seen, over the width that the
 family's surface expects there (normalized conformal prediction: Papadopoulos et al. 2008): an interval is wider away
-from the training trials, and where T* is so short that one step is much of it; it still holds at its level. The rows of
-one trial (one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of
-them, level 1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
+from the training trials, and where T* is so short that one step is much of it; it still holds at its level. An interval
+always holds the prediction, a whole number beside its centre: where that is T* the score is 0. The rows of one trial
+(one per ε) are not exchangeable among themselves, so the finite-sample quantile counts *trials*: with n of them, level
+1 - a takes the ceil((n + 1)(1 - a))/n quantile of all their rows.
 """
 
 from __future__ import annotations
@@ -108,8 +109,11 @@ def _thin(ordered: np.ndarray) -> np.ndarray:
     return ordered[np.ceil(np.arange(1, KEPT_SCORES + 1) * len(ordered) / KEPT_SCORES).astype(int) - 1]
 
 
-def bounds(steps: float, half_width: float) -> tuple[float, float]:
-    """Return (low, high) in steps around a prediction; T* is at least 1, so neither bound is below it."""
-    low = 0.0 if math.isinf(half_width) else steps * math.exp(-half_width)
-    high = math.inf if half_width > 700 else steps * math.exp(half_width)
-    return max(1.0, low), max(1.0, high)
+def bounds(centre: float, steps: float, half_width: float) -> tuple[float, float]:
+    """Return (low, high) in steps: around the centre, and with the prediction, which may be its whole number.
+
+    T* is at least 1, so neither bound is below it.
+    """
+    low = 0.0 if math.isinf(half_width) else centre * math.exp(-half_width)
+    high = math.inf if half_width > 700 else centre * math.exp(half_width)
+    return max(1.0, min(low, steps)), max(1.0, high, steps)

@@ -38,6 +38,8 @@ class Preset(JsonConfig):
             them out.
         shares: ``surface`` by family, where selection has chosen it. far_shares: the same for trials far from those
             that were fitted on (``surface.FAR``), where it differs.
+        whole: predictions are whole numbers of updates, as T* is: the median of what it may be is one of them.
+            Intervals keep their centre.
         intervals: whether an evaluation scores its intervals, too (they take cross-fitting).
         early_stopping: rounds without a gain on a tenth of the trials after which trees stop being added (the booster
             is then fitted again on every row with as many); 0 fits all ``trees``.
@@ -65,6 +67,7 @@ class Preset(JsonConfig):
     shares: Mapping[str, float] = field(default_factory=dict)
     far_shares: Mapping[str, float] = field(default_factory=dict)
     early_stopping: int = 0
+    whole: bool = False
     intervals: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ _PRODUCT = Preset(
     line=LINE_TERMS,
     surface=0.5,
     augmented=0.1,
+    whole=True,
     intervals=True,
 )
 

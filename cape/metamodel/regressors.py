@@ -39,6 +39,12 @@ STOPPING_SHARE = 10
 """Early stopping watches one trial in so many."""
 
 
+def in_steps(log_hat: np.ndarray, whole: bool = False) -> np.ndarray:
+    """Return log T* as T* in steps, float64 [n], at least 1 (no ε below 1 is reached without an update)."""
+    steps = np.maximum(1.0, np.exp(log_hat))
+    return np.rint(steps) if whole else steps
+
+
 def log_steps(t_star: np.ndarray) -> np.ndarray:
     """Return log(max(T*, 0.5)), float64, NaN where T* is NaN."""
     return np.log(np.maximum(np.asarray(t_star, dtype=np.float64), FLOOR))

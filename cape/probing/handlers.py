@@ -212,10 +212,14 @@ def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
         return NotImplemented  # would update running statistics
     if not use_input_stats:
         return batch_norm(mode, func, (x, mean, var, w, b, False, momentum, eps), {})
-    return _affine(
-        mode, "instance_norm", x, w, b, _per_channel(x), lambda: _moments(x, range(2, x.dim()), eps),
-        lambda w, b: F.instance_norm(x, None, None, w, b, True, momentum, eps),
-    )  # fmt: skip
+
+    def run(w: Tensor | None, b: Tensor | None) -> Tensor:
+        y = F.instance_norm(x, None, None, w, b, True, momentum, eps)
+        if y.requires_grad:  # to torch it is batch norm of one sample, whose backward pass mis-reads transposed ones
+            y.register_hook(Tensor.contiguous)
+        return y
+
+    return _affine(mode, "instance_norm", x, w, b, _per_channel(x), lambda: _moments(x, range(2, x.dim()), eps), run)
 
 
 @handles(F.group_norm)

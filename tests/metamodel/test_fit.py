@@ -81,6 +81,20 @@ def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, m
         assert 0.84 < covered < 0.96  # some 215 and 360 rows: a standard error of about two points
 
 
+def test_predictions_are_whole_and_every_interval_holds_its_own(sample: Rows, model: MetaModel) -> None:
+    steps = model.predict(sample)
+    exact = np.maximum(1.0, np.exp(model.predict_log(sample)))
+    assert (steps == np.rint(steps)).all() and (steps >= 1).all() and (np.abs(steps - exact) <= 0.5).all()
+    before: tuple[np.ndarray, np.ndarray] | None = None
+    for level in (0.05, 0.5, 0.9):
+        low, high = model.interval(sample, level)
+        assert (low <= steps).all() and (low <= exact).all() and (exact <= high).all() and (steps <= high).all()
+        assert before is None or ((low <= before[0]).all() and (before[1] <= high).all())
+        before = low, high
+    plain = fit_table(sample, PRESETS["paper"], calibrate=False)
+    assert (plain.predict(sample) != np.rint(plain.predict(sample))).any()  # the paper's are what its trees say
+
+
 def test_every_preset_fits_and_knows_its_families(sample: Rows) -> None:
     few = sample.take(np.arange(len(sample)) % 8 == 0)
     for name, per_family in (("paper", True), ("paper_pooled", False), ("static", True)):

@@ -70,8 +70,11 @@ def test_thinned_scores_never_narrow_an_interval_and_survive_json() -> None:
 
 
 def test_bounds_never_go_below_one_step() -> None:
-    assert bounds(3.0, 2.0) == (1.0, pytest.approx(3.0 * math.exp(2.0)))
-    assert bounds(3.0, math.inf) == (1.0, math.inf)
+    assert bounds(3.0, 3.0, 2.0) == (1.0, pytest.approx(3.0 * math.exp(2.0)))
+    assert bounds(3.0, 3.0, math.inf) == (1.0, math.inf)
+    # Around the centre, and no further from it on the other side than it says; the prediction is always inside.
+    assert bounds(2.45, 2.0, 0.1) == (2.0, pytest.approx(2.45 * math.exp(0.1)))
+    assert bounds(2.55, 3.0, 0.1) == (pytest.approx(2.55 * math.exp(-0.1)), 3.0)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.5, float("nan"), "0.9", True])

@@ -288,6 +288,48 @@ def test_a_sample_without_a_label_has_no_gradient(loss: nn.CrossEntropyLoss) -> 
     assert g2[1] == 0.0 and torch.allclose(g2, named)
 
 
+class _TakesTurns(torch.autograd.Function):
+    """Identity whose backward pass looks at numbers, so that vmap cannot carry all cotangents through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 1.0 if float(grads[0].abs().max()) > 0 else grads[0]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_transposed_gradients_of_an_instance_norm(turns: bool) -> None:
+    """torch's own backward pass mis-reads them (its gradient of the norm's weight is off by more than its size)."""
+
+    def composed(norm: Any, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+        return (x - mean) * (var + norm.eps).rsqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    torch.manual_seed(0)
+    parts = {
+        "conv": nn.Conv2d(3, 4, 3),
+        "norm": nn.InstanceNorm2d(4, affine=True),
+        "mix": nn.MultiheadAttention(4, 2, batch_first=True),
+        "head": nn.Linear(4, 10),
+    }
+
+    def model(norm: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            t = norm(m.norm, m.conv(x)).tanh().flatten(2).mT
+            out = m.head(m.mix(t, t, t)[0].mean(1))
+            return _TakesTurns.apply(out) if turns else out
+
+        return Functional(forward, **parts).double()
+
+    data = torch.randn(3, 3, 7, 7, dtype=torch.float64), labels(3)
+    ours = cape.per_sample_norms(model(lambda norm, x: norm(x)), data)
+    expected = per_sample_norms_reference(model(composed), data)
+    assert max(map(relative, ours, expected)) < 1e-10
+
+
 def test_hooks_of_parameters_stay_silent() -> None:
     """An optimizer that steps in the backward pass must not step, nor may a hook bend a gradient."""
     case = NAMED["parameters in a list"]
