@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cape.errors import ModelError, SpecError, did_you_mean
+from cape.errors import ModelError, SpecError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -167,4 +167,4 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".") + "."
+    return first_line(error) + "."

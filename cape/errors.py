@@ -34,6 +34,11 @@ class DependencyError(CapeError, ImportError):
     """An optional library is missing; the message names the extra to install."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of somebody else's code says, without its full stop."""
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or the list of known names."""
     names = sorted(known)

@@ -81,6 +81,11 @@ def _glibc() -> ctypes.CDLL | None:
     return library
 
 
+def device_failed(error: Exception) -> bool:
+    """Return whether an error is a device's, broken or full, and no fault of the model or the batch on it."""
+    return isinstance(error, torch.AcceleratorError) or out_of_memory(error)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Return whether a device or the host had no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -129,9 +129,8 @@ class Prediction:
 
         The upper end is infinite where the family has too few calibration trials for the level, or none.
         """
-        half_width = self._conformal.half_width(self.family, check_level(level))[0]
-        unknown = math.isinf(self._width)
-        return bounds(self._centre, self.steps, math.inf if unknown else self._width * half_width)
+        half_width = self._width * self._conformal.half_width(self.family, check_level(level))[0]
+        return bounds(self._centre, self.steps, half_width)
 
     def time(self, step_seconds: float | None = None) -> float:
         """Return the seconds that ``steps`` take; without ``step_seconds`` a few real steps are timed, once, here."""
@@ -226,8 +225,8 @@ def predict(
         batch_size=batch_size,
         dataset_size=dataset_size,
         _centre=centre,
-        _conformal=regressor.conformal,
-        _width=float(regressor.width(row)[0]) if family in regressor.families else math.inf,
+        _conformal=regressor.conformal if family in regressor.families else Conformal(),
+        _width=float(regressor.width(row)[0]),
         _timer=StepTimer(model, batch, loss, lr, epsilon),
     )
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cape.errors import CapeError, ModelError
-from cape.memory import out_of_memory
+from cape.errors import CapeError, ModelError, first_line
+from cape.memory import device_failed
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -94,10 +94,8 @@ class Kept:
 
 def _put_back(collection: Any, items: Any) -> None:
     """Let a list, dict or set hold the very objects that it held."""
-    now, then = (list(c.items()) if type(c) is dict else list(c) for c in (collection, items))
-    flat = [x for pair in now for x in pair] if type(collection) is dict else now
-    known = [x for pair in then for x in pair] if type(collection) is dict else then
-    if len(flat) == len(known) and all(map(operator.is_, flat, known)):
+    now, then = ([*c, *c.values()] if isinstance(c, dict) else list(c) for c in (collection, items))
+    if len(now) == len(then) and all(map(operator.is_, now, then)):
         return
     collection.clear()
     (collection.extend if type(collection) is list else collection.update)(items)
@@ -228,10 +226,10 @@ def running(model: nn.Module, how: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (CapeError, torch.AcceleratorError)) or out_of_memory(error):
+        if isinstance(error, CapeError) or device_failed(error):
             raise
         name, where = type(model).__name__, f" {how}" if how else ""
-        first = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        first = first_line(error)
         few = " Use a batch of at least 2 samples." if "more than 1 value per channel" in first else ""
         raise ModelError(f"{name} cannot run on this batch{where} ({type(error).__name__}: {first}).{few}") from error
 

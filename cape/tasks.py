@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.config import TASKS
-from cape.errors import ModelError, SpecError, did_you_mean
-from cape.memory import out_of_memory
+from cape.errors import ModelError, SpecError, did_you_mean, first_line
+from cape.memory import device_failed
 
 LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
 
@@ -235,10 +235,9 @@ class Loss:
             with torch.enable_grad():
                 value = self._function(outputs.detach().requires_grad_(), targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if out_of_memory(error):
+            if device_failed(error):
                 raise
-            first = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
-            raise ModelError(f"The loss '{self.name}' cannot be computed of {shapes} ({first}).") from error
+            raise ModelError(f"The loss '{self.name}' cannot be computed of {shapes} ({first_line(error)}).") from error
         if not isinstance(value, Tensor):
             raise ModelError(f"The loss '{self.name}' returned {type(value).__name__}; return a tensor.")
         if not value.requires_grad:

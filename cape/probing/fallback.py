@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.errors import ModelError
+from cape.memory import device_failed
 from cape.probing import ops
 from cape.state import Inputs, call, map_tensors, slice_inputs
 
@@ -60,7 +61,7 @@ def _looped(
         try:
             out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
         except (RuntimeError, IndexError, ValueError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or batch_size <= 2:
+            if device_failed(error) or batch_size <= 2:
                 raise
             raise ModelError(
                 f"The model runs on {batch_size} samples but not on two ({error}), so that no sample can be looked at"
