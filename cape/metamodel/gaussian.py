@@ -52,8 +52,8 @@ class GaussianProcess:
         points: standardized features of the trials that the kernels are centred on, float64 [m, k], plain ones first;
             each is a float16, which is how a file holds it: a centre is as good a little beside its trial.
         lengths: float64 [1 or 2, k]. amplitudes: float64 [1 or 2]. weight: float64 [m + the deviation's points].
-        noise: learned standard deviation of a trial's value around the process. extra: what an augmented trial's has
-            beside it.
+        noise: learned standard deviation of a trial's value around the process, where log B is ``log_batch``.
+        extra: what an augmented trial's has beside it. fall: power of 1/B by which the noise falls.
     """
 
     features: tuple[str, ...]
@@ -65,6 +65,8 @@ class GaussianProcess:
     weight: np.ndarray
     noise: float
     extra: float
+    fall: float
+    log_batch: float
 
     @classmethod
     def fit(
@@ -100,11 +102,15 @@ class GaussianProcess:
         known = np.bincount(trial, np.where(bound, 0.0, values))
         unsure = np.bincount(trial, np.where(bound, 0.0, variance)) / np.maximum(1.0, crossed) ** 2
 
+        log_batch = rows["log_b"][first]
+        usual = float(np.nanmean(log_batch)) if np.isfinite(log_batch).any() else 0.0
+        larger = np.nan_to_num(log_batch - usual)
+
         order = np.random.default_rng(0).permutation(len(first))
         able = order[crossed[order] > 0]
         learned = process.average(
             [
-                process.learn(z[some], known[some] / crossed[some], augmented[some], unsure[some])
+                process.learn(z[some], known[some] / crossed[some], augmented[some], unsure[some], larger[some])
                 for some in _subsets(able, augmented, size.learned_from)
             ]
         )
@@ -113,10 +119,20 @@ class GaussianProcess:
         deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
         weight = np.zeros(len(points) + deviating)
         made = cls(
-            names, centre, scale, points, learned.lengths, learned.amplitudes, weight, learned.noise, learned.extra
+            features=names,
+            centre=centre,
+            scale=scale,
+            points=points,
+            lengths=learned.lengths,
+            amplitudes=learned.amplitudes,
+            weight=weight,
+            noise=learned.noise,
+            extra=learned.extra,
+            fall=learned.fall,
+            log_batch=usual,
         )
 
-        precision = 1.0 / (learned.noise**2 + learned.extra**2 * augmented + unsure)
+        precision = 1.0 / (made._noise_variance(larger) + learned.extra**2 * augmented + unsure)
         basis = made._basis()
         gram, right = made._normal(basis, z[able], augmented[able], precision[able], known[able] / crossed[able])
         gram += np.eye(len(gram))
@@ -147,6 +163,19 @@ class GaussianProcess:
         plain ones when each is left out.
         """
         return self._by_chunk(rows, self._deviation) / self.typical
+
+    def extra_noise(self, rows: Rows) -> np.ndarray:
+        """Return what a trial's variance has beside the square of its ``spread``, for its batch size: float64 [n].
+
+        It is negative where the batch is larger than usual. The spread itself knows nothing of it: how much is known of
+        a trial and how much its seed decides are two things.
+        """
+        larger = np.nan_to_num(rows["log_b"] - self.log_batch)
+        return (self._noise_variance(larger) - self.noise**2) / self.typical**2
+
+    def _noise_variance(self, larger: np.ndarray) -> np.ndarray:
+        """Return the variance that seeds make, [n], of trials whose log B is so much larger than usual."""
+        return self.noise**2 * np.exp(-2.0 * self.fall * larger)
 
     def _by_chunk(self, rows: Rows, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return a function of the standardized features [m, k] over all rows, a part at a time: float64 [n]."""
@@ -185,7 +214,7 @@ class GaussianProcess:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
         arrays = {name: getattr(self, name) for name in ("centre", "scale", "lengths", "amplitudes", "weight")}
-        noises = np.array([self.noise, self.extra])
+        noises = np.array([self.noise, self.extra, self.fall, self.log_batch])
         points = self.points.astype(np.float16)
         return {"features": np.array(self.features, dtype=np.str_), "points": points, "noises": noises, **arrays}
 
@@ -194,8 +223,10 @@ class GaussianProcess:
         """Read what ``to_arrays`` made."""
         names = ("centre", "scale", "points", "lengths", "amplitudes", "weight")
         numbers = {n: np.asarray(arrays[n], dtype=np.float64) for n in names}
-        noise, extra = (float(v) for v in arrays["noises"])
-        return cls(tuple(str(f) for f in arrays["features"]), **numbers, noise=noise, extra=extra)
+        noises = np.append(arrays["noises"], [0.0, 0.0])  # models were saved before the noise knew of B
+        noise, extra, fall, log_batch = (float(v) for v in noises[:4])
+        named = tuple(str(f) for f in arrays["features"])
+        return cls(named, **numbers, noise=noise, extra=extra, fall=fall, log_batch=log_batch)
 
     def _centres(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the length scales of each function and the points that it is centred on, in them."""

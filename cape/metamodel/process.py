@@ -1,5 +1,8 @@
 """What a Gaussian process learns from its trials: a length scale for every feature, amplitudes and noises.
 
+The noise of a trial is what its seed decides, and falls as its batch grows: a larger one's mean loss varies less from
+draw to draw. It is a power of B, learned too.
+
 Plain trials are what is to be predicted, augmented ones tell of it from further away (Kennedy & O'Hagan 2000): one
 function is common to both, a second one is what plain trials deviate from it by, and augmented trials have a noise of
 their own beside that of all. Far from plain trials the common function is left.
@@ -29,6 +32,10 @@ AMPLITUDE, DEVIATION, NOISE, EXTRA = 0.5, 0.1, 0.07, 0.1
 _JITTER = 1e-6
 _LOG_LENGTHS = (-3.0, 8.0)  # a feature with the largest says nothing
 _LOG_LEVELS = (-6.0, 3.0)
+_FALLS = (0.0, 1.0)
+FALL, _FALL_SCALE = 0.25, 0.25
+"""Mean and standard deviation of the prior of the power: initial values do not care for B (0), draws are means of B
+samples (1/2)."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,15 @@ class Learned:
     Attributes:
         lengths: length scales of the common function and, where some trials are augmented, of the deviation, float64
             [1 or 2, k]. amplitudes: standard deviations of these functions, [1 or 2].
-        noise: standard deviation of a trial around them. extra: beside it, of an augmented trial; 0 where none is.
+        noise: standard deviation of a trial around them, where its log B is 0 (see ``learn``). fall: power of 1/B by
+            which it falls. extra: standard deviation beside it, of an augmented trial; 0 where none is.
     """
 
     lengths: np.ndarray
     amplitudes: np.ndarray
     noise: float
     extra: float
+    fall: float
 
 
 def one_thread() -> AbstractContextManager[object]:
@@ -66,11 +75,12 @@ def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _matern(squares, *_distance_and_decay(squares))
 
 
-def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray) -> Learned:
+def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray, log_batch: np.ndarray) -> Learned:
     """Learn from standardized features ``z`` [n, k] and values ``y`` [n] of mean about zero.
 
     Args:
         augmented: bool [n]. variance: what is known of each value's error, beside the noises, [n].
+        log_batch: log B around some mean, [n].
 
     Work: at most some 100 times n³ + 2kn² floating-point operations, twice the second part where some are augmented.
     """
@@ -80,22 +90,28 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
     parts = 2 if augmented.any() else 1
     usual = 0.5 * np.log(2.0 * max(1, k))
     levels = np.log([AMPLITUDE, DEVIATION][:parts] + [NOISE, EXTRA][:parts])
-    medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels])
-    bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts)]
+    medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels, [FALL]])
+    scales = np.append(np.ones(len(medians) - 1), _FALL_SCALE)
+    bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts), _FALLS]
 
-    def split(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return lengths [parts, k], amplitudes [parts] and noises [parts]."""
-        values = np.exp(theta)
-        return values[: parts * k].reshape(parts, k), *np.split(values[parts * k :], 2)
+    def split(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Return lengths [parts, k], amplitudes [parts], noises [parts] and the power by which the first falls."""
+        values = np.exp(theta[:-1])
+        return values[: parts * k].reshape(parts, k), *np.split(values[parts * k :], 2), float(theta[-1])
 
     def loss(
-        theta: np.ndarray, z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray
+        theta: np.ndarray,
+        z: np.ndarray,
+        y: np.ndarray,
+        augmented: np.ndarray,
+        variance: np.ndarray,
+        log_batch: np.ndarray,
     ) -> tuple[float, np.ndarray]:
         """Return -log p(y | θ) - log p(θ), less constants, and its gradient."""
-        lengths, amplitudes, noises = split(theta)
+        lengths, amplitudes, noises, fall = split(theta)
         count = len(z)
         who = [np.arange(count), np.flatnonzero(~augmented)]  # the trials that each function counts in
-        noisy = np.stack([np.ones(count), augmented.astype(np.float64)])[:parts]
+        noisy = np.stack([np.exp(-2.0 * fall * log_batch), augmented.astype(np.float64)])[:parts]
         total = np.zeros((count, count))
         functions = []
         for index, length, amplitude in zip(who[:parts], lengths, amplitudes, strict=True):
@@ -109,7 +125,7 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
         variances = noises[:, None] ** 2 * noisy
         total.flat[:: count + 1] += variances.sum(axis=0) + variance + _JITTER
         fitted, inverse, half_log_determinant = _solve(total, y)
-        far = theta - medians
+        far = (theta - medians) / scales
         value = 0.5 * float(y @ fitted) + half_log_determinant + 0.5 * float(far @ far)
         pull = np.outer(fitted, fitted) - inverse  # the gradient by θ is -½ tr(pull · dK/dθ)
         by_length, by_amplitude = [], []
@@ -118,28 +134,30 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
             by_amplitude.append(-np.vdot(mine, covariance))
             slope *= mine
             by_length.append((x * (slope @ x)).sum(axis=0) - slope.sum(axis=1) @ x**2)
-        gradient = np.concatenate([*by_length, by_amplitude, -variances @ np.diag(pull)])
-        return value, gradient + far
+        by_noise = -variances * np.diag(pull)
+        by_fall = -by_noise[0] @ log_batch
+        gradient = np.concatenate([*by_length, by_amplitude, by_noise.sum(axis=1), [by_fall]])
+        return value, gradient + far / scales
 
     theta = medians
     for some in (slice(None, None, COARSE), slice(None)):
         theta = minimize(
             loss,
             theta,
-            args=(z[some], y[some], augmented[some], variance[some]),
+            args=(z[some], y[some], augmented[some], variance[some], log_batch[some]),
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
             options={"maxiter": ITERATIONS, "ftol": _ENOUGH},
         ).x
-    lengths, amplitudes, noises = split(theta)
-    return Learned(lengths, amplitudes, float(noises[0]), float(noises[1]) if parts == 2 else 0.0)
+    lengths, amplitudes, noises, fall = split(theta)
+    return Learned(lengths, amplitudes, float(noises[0]), float(noises[1]) if parts == 2 else 0.0, fall)
 
 
 def average(learned: Sequence[Learned]) -> Learned:
     """Return the geometric means of what was learned from several sets of trials, each with or without augmented ones.
 
-    An ``extra`` of zero, where none is augmented, stays zero.
+    An ``extra`` of zero, where none is augmented, stays zero; of powers it is the mean.
     """
 
     lengths, amplitudes = (
@@ -147,7 +165,7 @@ def average(learned: Sequence[Learned]) -> Learned:
     )
     noises = np.array([[one.noise, one.extra] for one in learned])
     noise, extra = np.exp(np.log(noises, where=noises > 0, out=np.full_like(noises, -np.inf)).mean(axis=0))
-    return Learned(lengths, amplitudes, float(noise), float(extra))
+    return Learned(lengths, amplitudes, float(noise), float(extra), float(np.mean([one.fall for one in learned])))
 
 
 def _solve(covariance: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

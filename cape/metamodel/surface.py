@@ -86,13 +86,14 @@ class Surface:
         """Return how uncertain the level of a trial is, float64 [n]; see ``GaussianProcess.spread``."""
         return self.level.spread(rows)
 
-    def width(self, log_steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        """Return how uncertain log T* is, [n]: the spread, and that T* is whole, which tells where it is short.
+    def width(self, rows: Rows, log_steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        """Return how uncertain log T* is, [n]: the spread, by the batch size, and that T* is whole where it is short.
 
         Args:
             log_steps: log T* by line and surface, [n]. spread: of the same trials, [n].
         """
-        return np.sqrt(spread**2 + ROUNDING * np.exp(-2.0 * log_steps) / self.level.typical**2)
+        whole = ROUNDING * np.exp(-2.0 * log_steps) / self.level.typical**2
+        return np.sqrt(spread**2 + self.level.extra_noise(rows) + whole)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a file (``numpy.savez``), none of which needs pickle."""
@@ -173,7 +174,9 @@ def spreads(surfaces: Mapping[str, Surface], rows: Rows) -> np.ndarray:
 
 def widths(surfaces: Mapping[str, Surface], rows: Rows, log_steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
     """Return ``Surface.width`` of each row from what ``smooth`` and ``spreads`` say of it, [n]; 1 without a surface."""
-    return _by_family(surfaces, rows, 1.0, lambda surface, mine: surface.width(log_steps[mine], spread[mine]))
+    return _by_family(
+        surfaces, rows, 1.0, lambda surface, mine: surface.width(rows.take(mine), log_steps[mine], spread[mine])
+    )
 
 
 def _by_family(
