@@ -31,6 +31,14 @@ _CELLS: dict[Any, recurrent_ops.Cell] = {
     torch.rnn_tanh: recurrent_ops.Elman("tanh"),
     torch.rnn_relu: recurrent_ops.Elman("relu"),
 }
+_LAYERS: dict[Any, recurrent_ops.Cell] = {
+    func: recurrent_ops.TorchLayer(func, cell.own_hidden_side) for func, cell in _CELLS.items()
+}
+
+
+def cell_of(func: Any, x: Tensor) -> recurrent_ops.Cell:
+    """Return how a layer's cells step through ``x``: cuDNN's way where it takes such a tensor."""
+    return (_LAYERS if torch.backends.cudnn.is_acceptable(x) else _CELLS)[func]
 
 
 class _Sequence(torch.autograd.Function):
@@ -44,8 +52,8 @@ class _Sequence(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, cell: recurrent_ops.Cell, sinks: list[Sink], x: Tensor, *rest: Any) -> Any:
         w_ih, w_hh, b_ih, b_hh, *states = rest
         outputs, saved = cell.forward(F.linear(x, w_ih, b_ih), w_hh, b_hh, states)
-        ctx.save_for_backward(w_ih, w_hh, *states, *saved)
-        ctx.cell, ctx.sinks, ctx.states = cell, sinks, len(states)
+        ctx.save_for_backward(w_ih, w_hh, *states, *(() if cell.saves_graph else saved))
+        ctx.cell, ctx.sinks, ctx.states, ctx.graph = cell, sinks, len(states), saved if cell.saves_graph else ()
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
@@ -55,7 +63,7 @@ class _Sequence(torch.autograd.Function):
         # Outside the function mode and the gradient tape: these many small operators hold no parameter use.
         with torch._C.DisableTorchFunction(), torch.no_grad():
             (grad_h, *grad_last), rewrap = physical(*grads)
-            states, saved = rest[: ctx.states], rest[ctx.states :]
+            states, saved = rest[: ctx.states], (*rest[ctx.states :], *ctx.graph)
             sides, d_states = ctx.cell.backward(grad_h.transpose(0, 1), grad_last, w_hh, states, saved)
             for sink, side in zip(ctx.sinks, sides, strict=False):
                 sink(side.transpose(0, 1))
@@ -111,7 +119,7 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run one direction of one layer over [T, B, d]; return h [T, B, H] and the last states."""
     w_ih, w_hh, *biases = (w.detach() for w in weights)
-    cell = _CELLS[func]
+    cell = cell_of(func, x)
     b_ih, b_hh = biases or (None, None)
     if b_ih is not None and b_hh is not None and not cell.own_hidden_side:
         b_ih, b_hh = b_ih + b_hh, None

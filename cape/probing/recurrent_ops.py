@@ -1,16 +1,19 @@
 """Recurrent cells over a whole sequence: forward, and backward to the gates for K cotangents at once.
 
 ``pre`` [T, B, gates·H] holds the input projections, biases included; gradients are [T, K, B, ...]. On a CPU a native
-operator runs each cell's steps; elsewhere, and as its twin, plain torch does.
+operator runs each cell's steps, on a GPU cuDNN's layer; elsewhere, and as the operator's twin, plain torch does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from cape.probing import ops
 
@@ -19,6 +22,7 @@ class Cell(Protocol):
     """How one kind of recurrent layer steps."""
 
     own_hidden_side: bool  # the hidden projections' gradient differs from that of the input projections
+    saves_graph: bool  # what is saved holds a graph, which a checkpoint would cut off
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
@@ -40,6 +44,7 @@ class LSTM:
     """Gates i, f, g, o."""
 
     own_hidden_side = False
+    saves_graph = False
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
@@ -65,6 +70,7 @@ class GRU:
     """Gates r, z, n. The hidden side of the new gate is multiplied by r, so it has a gradient of its own."""
 
     own_hidden_side = True
+    saves_graph = False
 
     def forward(
         self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
@@ -90,6 +96,7 @@ class Elman:
     """h_t = act(pre_t + W_hh h_{t-1}) for ``tanh`` or ``relu``."""
 
     own_hidden_side = False
+    saves_graph = False
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
@@ -119,6 +126,82 @@ class Elman:
             torch.mul(dh + grad_h[t], slope, out=d_pre[t])
             dh = d_pre[t] @ w_hh
         return [d_pre], [dh]
+
+
+class TorchLayer:
+    """Any of these cells by torch's own layer: on a GPU that is cuDNN's, a few launches for a whole sequence.
+
+    Under an identity for W_ih, which is exact, the gradients at the layer's inputs are those at the gates; those of its
+    weights are never asked for. The cotangents take turns.
+    """
+
+    saves_graph = True
+
+    def __init__(self, layer: Callable[..., tuple[Tensor, ...]], own_hidden_side: bool = False) -> None:
+        """Args: ``layer`` is ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``."""
+        self.layer = layer
+        self.own_hidden_side = own_hidden_side
+
+    def forward(
+        self, pre: Tensor, w_hh: Tensor, b_hh: Tensor | None, states: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        weights = [torch.eye(len(w_hh), dtype=w_hh.dtype, device=w_hh.device), w_hh]
+        if b_hh is not None:
+            weights += [torch.zeros_like(b_hh), b_hh]
+        leaves = [t.detach().requires_grad_() for t in (pre, *states)]
+        with torch.enable_grad(), _exact(pre.device), saved_tensors_hooks(_itself, _itself):
+            first = tuple(s.unsqueeze(0) for s in leaves[1:])
+            h, *last = self.layer(
+                leaves[0], first if len(first) > 1 else first[0], weights, b_hh is not None, 1, 0.0, True, False, False
+            )
+            outputs = [h, *(state.squeeze(0) for state in last[1:])]  # an LSTM's cell state
+        return tuple(t.detach() for t in outputs), (*outputs, *leaves, *weights[3:])
+
+    def backward(
+        self,
+        grad_h: Tensor,
+        grad_last: Sequence[Tensor],
+        w_hh: Tensor,
+        states: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        made = 1 + len(grad_last)
+        outputs, leaves, bias = saved[:made], saved[made : made + 1 + len(states)], saved[made + 1 + len(states) :]
+        with _exact(grad_h.device):
+            turns = [
+                torch.autograd.grad(outputs, leaves, (g, *one), retain_graph=True)
+                for g, *one in zip(grad_h.unbind(1), *grad_last, strict=True)
+            ]
+        d_pre, *d_states = (torch.stack(grads, 0 if i else 1) for i, grads in enumerate(zip(*turns, strict=True)))
+        if not self.own_hidden_side:
+            return [d_pre], d_states
+        hidden = w_hh.shape[1]  # a GRU: the hidden side of its new gate is multiplied by the reset gate
+        before = torch.cat([states[0].unsqueeze(0), outputs[0].detach()[:-1]])
+        reset = leaves[0].detach()[..., :hidden] + before @ w_hh[:hidden].t()
+        d_side = d_pre.clone()
+        d_side[..., 2 * hidden :] *= (reset + bias[0][:hidden] if bias else reset).sigmoid_().unsqueeze(1)
+        return [d_pre, d_side], d_states
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to TF32, its default, and quiet about weights that lie apart."""
+    if device.type != "cuda":
+        yield
+        return
+    layers: Any = torch.backends.cudnn.rnn
+    before = layers.fp32_precision
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        layers.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            layers.fp32_precision = before
 
 
 def _op(name: str, like: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
