@@ -41,6 +41,8 @@ def check_epsilons(epsilons: typing.Iterable[float]) -> tuple[float, ...]:
     """Return distinct ε in descending order (the order in which a trajectory crosses them)."""
     if isinstance(epsilons, Real):
         epsilons = (float(epsilons),)
+    if not isinstance(epsilons, typing.Iterable) or isinstance(epsilons, str):
+        raise SpecError(f"epsilons must be numbers between 0 and 1, not {epsilons!r}.")
     values = tuple(sorted({check_epsilon(e) for e in epsilons}, reverse=True))
     if not values:
         raise SpecError("At least one ε is needed.")
@@ -60,6 +62,11 @@ def _check_choice(value: str, choices: tuple[str, ...], what: str) -> str:
     return value
 
 
+def check_precision(precision: str) -> str:
+    """Return one of ``PRECISIONS``, or raise ``SpecError``."""
+    return _check_choice(precision, PRECISIONS, "precision")
+
+
 @dataclass(frozen=True)
 class StoppingRule(JsonConfig):
     """When a trajectory ends (paper §4; design: plateau exit, cap, divergence).
@@ -76,10 +83,11 @@ class StoppingRule(JsonConfig):
 
     def __post_init__(self) -> None:
         check_count(self.max_steps, "max_steps")
-        if self.plateau_window < 2:
+        if check_count(self.plateau_window, "plateau_window") < 2:
             raise SpecError(f"plateau_window must be at least 2, not {self.plateau_window!r}.")
-        if not (math.isfinite(self.plateau_tolerance) and self.plateau_tolerance >= 0):
-            raise SpecError(f"plateau_tolerance must be zero or more, not {self.plateau_tolerance!r}.")
+        tolerance = self.plateau_tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
+            raise SpecError(f"plateau_tolerance must be zero or more, not {tolerance!r}.")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cape.errors import CapeError, ModelError, first_line
 from cape.memory import device_failed
@@ -19,6 +21,7 @@ from cape.memory import device_failed
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_COLLECTIONS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 class Kept:
@@ -31,13 +34,16 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
-        collections = (v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE)
-        self._collections = [(c, copy(c)) for c in collections if type(c) in (list, dict, set)]
+        own = [v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE]
+        self._collections = [(c, copy(c)) for c in own if type(c) in _COLLECTIONS]
+        self._arrays = [(a, a.copy()) for a in own if isinstance(a, np.ndarray)]
+        self._generators = [(g, _state_of(g)) for g in own if isinstance(g, _GENERATORS)]
         tables: list[dict[str, Any]] = [t for m in plain for t in (m._parameters, m._buffers, m._modules)]
         self._tables = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
         self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
-        buffers = list(model.buffers())
+        self._places = [(p, p.data) for p in self._params if _has_a_place(p)]
+        buffers = [*model.buffers(), *(t for t in own if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))]
         self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         if parameters:
@@ -59,9 +65,12 @@ class Kept:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Put back what forward passes may change: buffers, attributes, and the parameters remembered."""
-        for p, value in self._values.values():
-            p.copy_(value)
+        """Put back what forward passes may change: buffers, attributes, generators, and the parameters remembered."""
+        for p, place in self._places:  # a forward may have given a parameter other memory
+            if not p.is_set_to(place):
+                p.data = place
+        for q, value in self._values.values():
+            q.copy_(value)
         for table, held in self._tables:  # a forward may have rebound a buffer to a new tensor
             if list(table) != list(held) or not all(map(operator.is_, table.values(), held.values())):
                 table.clear()
@@ -73,6 +82,11 @@ class Kept:
                     del now[name]
         for collection, held_items in self._collections:
             _put_back(collection, held_items)
+        for array, values in self._arrays:
+            if array.tobytes() != values.tobytes():
+                array[...] = values
+        for generator, state in self._generators:
+            _set_state(generator, state)
         for b, value, marks in self._buffers:
             if not _same(b, value):
                 b.copy_(value)
@@ -80,29 +94,51 @@ class Kept:
             vars(b).update(marks)
 
     def restore(self) -> None:
-        """Put everything back."""
-        self.rewind()
-        for p, requires_grad, grad in self._flags:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        for table, held in self._hooks:
-            table.update(held)
-        for module, training in self._modes:
-            if module.training is not training:  # a module looks long at what it is given
-                module.training = training
+        """Put everything back; where a value cannot be, all the rest is."""
+        try:
+            self.rewind()
+        finally:
+            for p, requires_grad, grad in self._flags:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            for table, held in self._hooks:
+                table.update(held)
+            for module, training in self._modes:
+                if module.training is not training:  # a module looks long at what it is given
+                    module.training = training
 
 
 def _put_back(collection: Any, items: Any) -> None:
-    """Let a list, dict or set hold the very objects that it held."""
+    """Let a list, dict, set or deque hold the very objects that it held."""
     now, then = ([*c, *c.values()] if isinstance(c, dict) else list(c) for c in (collection, items))
     if len(now) == len(then) and all(map(operator.is_, now, then)):
         return
     collection.clear()
-    (collection.extend if type(collection) is list else collection.update)(items)
+    (collection.extend if isinstance(collection, (list, deque)) else collection.update)(items)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device.type == "cpu" and torch.equal(a, b)
+    return a.device.type == "cpu" and a.layout is torch.strided and torch.equal(a, b)
+
+
+def _has_a_place(p: Tensor) -> bool:
+    return p.layout is torch.strided and not is_lazy(p)
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        (generator.set_state if isinstance(generator, torch.Generator) else generator.setstate)(state)
 
 
 @contextmanager
@@ -115,14 +151,23 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
         parameters: also restore parameter values (needed only by what trains the model).
     """
     kept = Kept(model, parameters)
-    others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=kept.devices):
+    with unmoved_draws(kept.devices):
         try:
             if seed is not None:
                 seed_draws(seed, kept.devices)
             yield kept
         finally:
             kept.restore()
+
+
+@contextmanager
+def unmoved_draws(devices: Iterable[int] = ()) -> Iterator[None]:
+    """Run a block and put the global generators back: torch's, on some GPUs too, Python's and NumPy's."""
+    others = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
             random.setstate(others[0])
             np.random.set_state(others[1])
 
@@ -140,7 +185,8 @@ def seed_draws(seed: int, devices: Iterable[int] = ()) -> None:
 def has_hooks(model: nn.Module) -> bool:
     """Return whether code of the caller's runs within a forward or backward pass of a model."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(m, table) for m in model.modules() for table in tables)
+    of_parameters = (hooks for p in model.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks))
+    return any(getattr(m, table) for m in model.modules() for table in tables) or any(of_parameters)
 
 
 def call(model: nn.Module, x: Inputs) -> Any:

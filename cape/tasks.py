@@ -13,6 +13,7 @@ A loss is anything that gives one number per sample; a scalar (mean) loss is rea
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from cape.config import TASKS
 from cape.errors import ModelError, SpecError, did_you_mean, first_line
 from cape.memory import device_failed
+from cape.state import preserved
 
 LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
 
@@ -105,6 +107,11 @@ class Loss:
             self._function = loss
         else:
             raise SpecError(f"A loss is a name, an nn.Module or a callable, not {loss!r}.")
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that computes the loss, with parameters and buffers of its own perhaps; None where none does."""
+        return self._function if isinstance(self._function, nn.Module) else None
 
     @property
     def is_named(self) -> bool:
@@ -232,7 +239,9 @@ class Loss:
                 " go with cross_entropy, or as one number for each class."
             )
         try:
-            with torch.enable_grad():
+            # Whatever it draws, or keeps, it has another time for the loss that counts.
+            once = nullcontext() if self.is_named else preserved(self.module or nn.Identity())
+            with once, torch.enable_grad():
                 value = self._function(outputs.detach().requires_grad_(), targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if device_failed(error):

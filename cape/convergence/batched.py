@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import torch
 
-from cape.config import StoppingRule
+from cape.config import StoppingRule, check_count, check_precision
 from cape.convergence.convert import Unstackable
 from cape.convergence.engine import width_for
 from cape.convergence.single import measure
 from cape.convergence.stack import Subject
 from cape.convergence.training import Live, Outcome, Training, shape_of
-from cape.errors import ModelError
+from cape.errors import first_line
 from cape.logs import log_once
 from cape.memory import out_of_memory
 from cape.tasks import Loss, LossLike
@@ -42,8 +42,8 @@ def measure_many(
 
     On a CPU, stacked layers reproduce the plain engine's float32 numbers bit for bit, dropout included; recurrent
     layers and ``vmap`` agree with it to rounding. What cannot be stacked runs through ``measure``, one after the other,
-    and one line of the log says why; so does a trial that is not like the first (other shapes). An out-of-memory error
-    halves the stack and begins its trials anew.
+    and one line of the log says why; so does a trial that is not like the first (other shapes, layers or settings). An
+    out-of-memory error halves the stack and begins its trials anew.
 
     Args:
         subjects: taken one by one, as slots become free. Where making one raises an out-of-memory error, the stack is
@@ -55,10 +55,11 @@ def measure_many(
         count: how many trials there are at most, where that is known: no stack is made for more.
 
     Yields:
-        One ``Outcome`` for each trial, in the order in which they finish. A trial whose model fails (``ModelError``,
-        out of memory at a width of one, any other ``RuntimeError``) has an error and disturbs no other.
+        One ``Outcome`` for each trial, in the order in which they finish. A trial that fails (``ModelError``, out of
+        memory at a width of one, whatever else its model raises) has an error and disturbs no other.
 
     Raises:
+        SpecError: an unknown precision, or a width below 1.
         RuntimeError: the device itself failed (``torch.AcceleratorError``).
     """
     found = measure_in_lane(
@@ -87,6 +88,9 @@ def measure_in_lane(
     The other arguments, the outcomes and the errors are those of ``measure_many``.
     """
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    check_precision(precision)
+    if width is not None:
+        check_count(width, "width")
     queue = _Queue(subjects)
     while (head := queue.peek()) is not None:
         running: list[Live] = []
@@ -103,7 +107,7 @@ def measure_in_lane(
             log_once(_LOG, logging.WARNING, f"{type(head.model).__name__} runs singly: {why}.")
             queue.put_back(running)
             singly = queue
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model raises, it is one trial's
             full = out_of_memory(error)
             if isinstance(error, torch.AcceleratorError) or (error is queue.error and not full):
                 raise
@@ -113,6 +117,10 @@ def measure_in_lane(
                 _LOG.warning("Out of memory: the stack shrinks to %d trials and begins them anew.", width)
             elif error is not queue.error:
                 # One of them broke the stack: each runs alone, so that the error is that one's own.
+                log_once(
+                    _LOG, logging.WARNING,
+                    f"A stack of {type(head.model).__name__} broke, and its trials run singly: {first_line(error)}",
+                )  # fmt: skip
                 singly = [queue.pop() for _ in range(max(1, len(running)))]
             queue.error = None
         finally:
@@ -132,7 +140,7 @@ def measure_singly(
                 subject.model, subject.batch, loss=loss, lr=subject.lr, epsilons=subject.epsilons,
                 stopping=subject.stopping, seed=subject.seed, precision=precision,
             )  # fmt: skip
-        except (ModelError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
             yield Outcome(index, None, error)
@@ -158,6 +166,11 @@ class _Queue:
     def __iter__(self) -> Iterator[tuple[int, Subject]]:
         while self.peek() is not None:
             yield self.pop()
+
+    @property
+    def index(self) -> int:
+        """The number of the trial that ``peek`` has returned."""
+        return self._front[0][0]
 
     def pop(self) -> tuple[int, Subject]:
         return self._front.popleft()
@@ -187,11 +200,11 @@ def _run(training: Training, queue: _Queue) -> Iterator[Outcome | None]:
     running = training.running
     while True:
         while len(running) < training.stack.capacity and (subject := queue.peek()) is not None:
-            index, _ = queue.pop()
             if shape_of(subject) != training.like:
-                yield from measure_singly([(index, subject)], loss=training.criterion, precision=training.precision)
+                yield from measure_singly([queue.pop()], loss=training.criterion, precision=training.precision)
                 continue
-            training.load(index, subject)
+            training.load(queue.index, subject)
+            queue.pop()  # only now: where it cannot be loaded, it is not lost
         if not running:
             return
         if not training.waits:

@@ -70,9 +70,15 @@ def _recurrent(model: RecurrentNet) -> list[Callable[[int], Layer]]:
     return [*front, partial(Recurrent, rnn, last=not tokens), *_chain(model.head)]
 
 
-def refuse_special(model: nn.Module) -> None:
-    """Raise ``Unstackable`` for what no stack reproduces: frozen parameters and hooks."""
+def special(model: nn.Module) -> str | None:
+    """Return what a model has that no stack reproduces, frozen parameters or hooks, or None."""
     if any(not p.requires_grad for p in model.parameters()):
-        raise Unstackable("it has frozen parameters")
-    if has_hooks(model):
-        raise Unstackable("it has hooks")
+        return "it has frozen parameters"
+    return "it has hooks" if has_hooks(model) else None
+
+
+def refuse_special(model: nn.Module) -> None:
+    """Raise ``Unstackable`` for what no stack reproduces, see ``special``."""
+    why = special(model)
+    if why is not None:
+        raise Unstackable(why)

@@ -78,6 +78,10 @@ def make_stack(subject: Subject, criterion: Loss, capacity: int, precision: str)
         Unstackable: there is none; the message says why.
     """
     _refuse(subject, criterion)
+    if subject.batch[1].shape[0] == 1 and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in subject.model.modules()
+    ):
+        raise Unstackable("it has batch norms, and a batch of one sample")
     if precision != "bf16" and _has_layers(subject.model):
         return LayerStack(layers_of(subject.model, capacity), subject, criterion, capacity)
     return VmapStack(subject, criterion, capacity, precision)

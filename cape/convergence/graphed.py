@@ -134,7 +134,7 @@ class RepeatedStep:
         # float64 holds every loss exactly, whatever the model's dtype. A replay finds its row on the device.
         self._table = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
-        self._host = None if model is None else _Host(model, device)
+        self._host = None if model is None else Host(model, device)
         self._unless = unless or _unseen(model)
         self._graph: Graph | None = None
         self._width = 0
@@ -170,7 +170,7 @@ class RepeatedStep:
         for _ in range(steps):
             self._once(for_capture=self._looks == LOOKS_BEFORE_CAPTURE - 1 and not self._given_up)
         self._looks += 1
-        if watched and before and not _same(before, watched.state()):
+        if watched and before and not same_host(before, watched.state()):
             self._give_up("a step changes something on the host, which a replay would not")
 
     def _once(self, for_capture: bool) -> None:
@@ -206,8 +206,8 @@ def _unseen(model: nn.Module | None) -> str | None:
     return None
 
 
-class _Host:
-    """What a step could change on the host."""
+class Host:
+    """What a step could change on the host: the numbers and tensors that modules hold, and where generators are."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._modules = list(model.modules())
@@ -229,7 +229,7 @@ class _Host:
         return values, tensors
 
 
-def _same(before: tuple[list[object], list[Tensor]], after: tuple[list[object], list[Tensor]]) -> bool:
+def same_host(before: tuple[list[object], list[Tensor]], after: tuple[list[object], list[Tensor]]) -> bool:
     """Return whether two states are equal; tensors are where they are the same objects, whatever is in them."""
     same_tensors = len(before[1]) == len(after[1]) and all(a is b for a, b in zip(before[1], after[1]))
     return same_tensors and before[0] == after[0]

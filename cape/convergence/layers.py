@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
-from cape.probing.chain import Elementwise, dense, dense_back
+from cape.probing.chain import FEW_MULTIPLICATIONS, Elementwise, dense, dense_back
 from cape.probing.ops import native_module
 
 # Products of fewer rows go through another kernel for one matrix than for many (seen with MKL): one at a time.
@@ -109,7 +109,8 @@ class Linear(Layer):
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write aᵀ b into ``out`` [k, p, d], for a [k, n, p] and b [k, n, d]."""
-    if a.shape[2] > _FEW_ROWS or a.device.type != "cpu":
+    multiplications = a.shape[1] * a.shape[2] * b.shape[2]
+    if a.device.type != "cpu" or (a.shape[2] > _FEW_ROWS and multiplications >= FEW_MULTIPLICATIONS):
         return torch.bmm(a.transpose(1, 2), b, out=out)
     for i in range(len(a)):
         torch.mm(a[i].t(), b[i], out=out[i])
@@ -248,12 +249,17 @@ class Dropout(Layer):
         self._p = p
 
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
-        mask = draws.keep(torch.empty_like(x), 1.0 - self._p).div_(1.0 - self._p)
+        mask = scaled_mask(draws, torch.empty_like(x), self._p)
         self.saved = [mask]
         return x * mask
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
         return grad * self.saved[0]
+
+
+def scaled_mask(draws: Draws, out: Tensor, p: float) -> Tensor:
+    """Fill ``out`` [k, ...] with zeros with probability p, else 1/(1 - p). Nothing is drawn where nothing is kept."""
+    return out.zero_() if p >= 1.0 else draws.keep(out, 1.0 - p).div_(1.0 - p)
 
 
 class Flatten(Layer):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
@@ -311,7 +312,9 @@ class Embedding(Layer):
 
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
         self.saved = [x]
-        return torch.stack([table[tokens] for table, tokens in zip(self.parameters[0].value, x, strict=False)])
+        return torch.stack(
+            [F.embedding(tokens, table) for table, tokens in zip(self.parameters[0].value, x, strict=False)]
+        )
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
         table = self.parameters[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cape.config import PRECISIONS, StoppingRule, check_epsilon, check_epsilons, check_lr
+from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision
 from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_maker
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
-from cape.errors import ModelError, SpecError, did_you_mean
-from cape.state import Inputs, Untouched, call, check_batch, preserved, running, trainable
+from cape.errors import ModelError
+from cape.memory import device_failed
+from cape.state import Inputs, Untouched, call, check_batch, map_tensors, preserved, running, trainable
 from cape.tasks import Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -58,7 +60,7 @@ class Trajectory:
 
     def reached(self, epsilon: float) -> bool:
         """Return whether the loss fell to ε·L_0 before the trajectory ended (any ε, also one not asked for)."""
-        return bool((self.losses <= check_epsilon(epsilon) * self.l0).any())
+        return bool((np.isfinite(self.losses) & (self.losses <= check_epsilon(epsilon) * self.l0)).any())
 
 
 def measure(
@@ -98,22 +100,26 @@ def measure(
     """
     check_lr(lr)
     epsilons = check_epsilons(epsilons)
-    if precision not in PRECISIONS:
-        raise SpecError(f"Unknown precision '{precision}'.{did_you_mean(precision, PRECISIONS)}")
-    if read_every is not None and read_every < 1:
-        raise SpecError(f"read_every must be at least 1, not {read_every!r}.")
+    check_precision(precision)
+    if read_every is not None:
+        check_count(read_every, "read_every")
     x, y, _ = check_batch(batch)
-    parameters = list(trainable(model).values())
+    named = trainable(model)
+    _check_memory(named)
+    parameters = list(named.values())
     device = parameters[0].device
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    trained = model if criterion.module is None else nn.ModuleList([model, criterion.module])
     scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
     with (
-        preserved(model, seed, parameters=True),
+        preserved(trained, seed, parameters=True),
         fixed_precision(precision, device),
+        no_autocast(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         handed_over(side_stream(device)),
     ):
+        y = y.clone() if y.is_inference() else y
         run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision, read_every or 32)
         seconds, step_seconds = _follow(run, scan, read_every)
     return trajectory_of(scan, seconds, step_seconds)
@@ -142,15 +148,19 @@ def not_above_zero(l0: float) -> str:
 
 def move(inputs: Inputs, device: torch.device) -> Inputs:
     """Return the inputs with every tensor on ``device``."""
+    return map_tensors(lambda t: t.to(device), inputs)
 
-    def put(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
 
-    if isinstance(inputs, Mapping):
-        return {k: put(v) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(put(v) for v in inputs)
-    return put(inputs)
+def _check_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ``ModelError`` for a parameter of which two numbers are one place in memory: no optimizer can train it."""
+    for name, p in parameters.items():
+        if p.layout is torch.strided and p.numel() > 1 + sum((n - 1) * abs(s) for n, s in zip(p.shape, p.stride())):
+            raise ModelError(f"Numbers of the parameter '{name}' share their memory; make it of a clone (`.clone()`).")
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Return whether a tensor lies in memory without gaps: torch's fused kernels on a CPU read nothing of strides."""
+    return p.permute(sorted(range(p.dim()), key=p.stride, reverse=True)).is_contiguous()
 
 
 class _Run:
@@ -171,10 +181,11 @@ class _Run:
         self._inputs = Untouched(x)
         self.device = parameters[0].device
         self._autocast = precision == "bf16"
+        self.made = 0  # losses of the last ``updates`` that are there, also where it broke off
         for p in model.parameters():
             p.grad = None  # the caller's gradients are put back by `preserved`
         # Measured on CPU, MLPs of width 128 to 1024, B = 32: fused 1.3-1.6 times as fast a step as foreach.
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_dense(p) for p in parameters)
         self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused)
         self.loss = self._forward(check=True)
         # float64 holds every loss exactly, whatever the model's dtype.
@@ -191,7 +202,13 @@ class _Run:
             outputs = outputs.float()
         if check:  # shapes and labels; a NaN is no error here, it is a trajectory that diverged at step 0
             self.criterion.check(outputs.detach().nan_to_num() if isinstance(outputs, Tensor) else outputs, self.y)
-        return self.criterion.mean(outputs, self.y)
+        loss = self.criterion.mean(outputs, self.y)
+        if check and not loss.requires_grad:
+            raise ModelError(
+                "The model's outputs do not depend on its parameters; do not detach them, or compute them"
+                " without gradients."
+            )
+        return loss
 
     def repeated(self) -> RepeatedStep | None:
         """Return steps that a graph may replay, or None on a device that has none.
@@ -208,14 +225,20 @@ class _Run:
 
     def updates(self, count: int, repeated: RepeatedStep | None) -> Tensor:
         """Make some updates and return the loss after each, float64 [count], on the device."""
+        self.made = 0
         if repeated is None:
             for i in range(count):
                 self._losses[i] = self._update()
+                self.made = i + 1
             return self._losses[:count]
         if self.loss.requires_grad:  # L_0 is at hand; from here on a step begins with its forward pass
             self._back()
             self.loss = self.loss.detach()
         return repeated.run(count)[:, 0]
+
+    def made_losses(self) -> NDArray[np.float64]:
+        """Return the losses that ``updates`` got to before it broke off."""
+        return np.asarray(self._losses[: self.made].cpu().numpy())
 
     def _update(self) -> Tensor:
         """Make one update and return the loss after it, detached."""
@@ -258,7 +281,7 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     """Train until the rule ends the trajectory; return (seconds, seconds of one warmed-up step)."""
     began = time.perf_counter()
     l0 = float(run.loss.detach())
-    if l0 <= 0.0:
+    if math.isfinite(l0) and l0 <= 0.0:
         raise ModelError(not_above_zero(l0))
     ended = scan.feed(l0)
     updates = 0
@@ -268,7 +291,12 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     while not ended or (scan.stop_reason != "diverged" and len(timed) < _TIMED_UPDATES):
         chunk = read_every or (1 if run.device.type == "cpu" else min(32, max(4, updates // 4)))
         start = time.perf_counter()
-        losses = run.updates(chunk, repeated).cpu().numpy()  # the one synchronization
+        try:
+            losses = run.updates(chunk, repeated).cpu().numpy()  # the one synchronization
+        except Exception as error:  # steps after the end are no part of the trajectory
+            if device_failed(error) or not (ended or scan.feed(run.made_losses())):
+                raise
+            break
         stop = time.perf_counter()
         if updates >= _WARMUP_UPDATES and not (repeated and repeated.captured):
             timed += [(stop - start) / chunk] * chunk
@@ -277,6 +305,12 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
             ended = scan.feed(losses)
             seconds = stop - began
     return seconds, float(np.median(timed)) if timed else float("nan")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a block without the caller's autocast: what a step computes in is ``precision``'s to say."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 @contextmanager

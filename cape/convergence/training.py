@@ -6,17 +6,21 @@ it the work, and ``Training.end`` waits for the losses.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from cape.config import check_lr
+from cape.convergence.convert import special
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
-from cape.convergence.single import Trajectory, fixed_precision, not_above_zero, trajectory_of
+from cape.convergence.single import Trajectory, fixed_precision, no_autocast, not_above_zero, trajectory_of
 from cape.convergence.stack import Stack, Subject
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import Readback, handed_over, on, side_stream
@@ -97,9 +101,11 @@ class Training:
         self._outputs: Tensor | None = None  # [1, B, ...], once a forward pass has shown what a trial's are like
 
     def load(self, index: int, subject: Subject) -> None:
-        self.running.append(Live(index, subject, TrajectoryScan(subject.stopping, subject.epsilons)))
+        check_lr(subject.lr)
+        one = Live(index, subject, TrajectoryScan(subject.stopping, subject.epsilons))
         with handed_over(self._stream), torch.no_grad():
             self.stack.load(subject)
+        self.running.append(one)
 
     def look(self) -> list[Outcome]:
         """Do what ``begin`` and ``end`` do, where there is nothing to wait for."""
@@ -162,7 +168,7 @@ class Training:
         for slot in range(width - 1, -1, -1):
             one = running[slot]
             begins = not len(one.scan)
-            if begins and losses[0, slot] <= 0.0:
+            if begins and math.isfinite(losses[0, slot]) and losses[0, slot] <= 0.0:
                 outcomes.append(Outcome(one.index, None, ModelError(not_above_zero(losses[0, slot]))))
             elif one.scan.feed(losses[:, slot]):
                 seconds = one.seconds + (look.seconds + time.perf_counter() - began) / width
@@ -187,6 +193,7 @@ class Training:
             fixed_precision(self.precision, self.device),
             torch.inference_mode(False),
             torch.no_grad(),
+            no_autocast(self.device),
             on(self._stream),
         ):
             yield
@@ -225,6 +232,20 @@ def shape_of(subject: Subject | None) -> object:
     if subject is None:
         return None
     x, y = subject.batch
-    parameters = tuple((name, p.shape, p.dtype, p.device) for name, p in subject.model.named_parameters())
+    parameters = tuple((name, *_form(p)) for name, p in subject.model.named_parameters())
     inputs = (x.shape, x.dtype) if isinstance(x, Tensor) else None
-    return type(subject.model), parameters, inputs, y.shape, y.dtype
+    modules = tuple((name, type(m), *_settings(m)) for name, m in subject.model.named_modules())
+    return modules, parameters, special(subject.model), inputs, y.shape, y.dtype
+
+
+def _form(p: Tensor) -> tuple[object, ...]:
+    return (type(p),) if is_lazy(p) else (p.shape, p.dtype, p.device)
+
+
+def _settings(module: nn.Module) -> Iterator[object]:
+    """Yield the numbers, words and tensors that a module holds beside parameters and buffers, with their names."""
+    for name, value in vars(module).items():
+        if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None))):
+            yield name, str(value)
+        elif isinstance(value, Tensor) and value.layout is torch.strided:
+            yield name, value.shape, value.dtype, str(value.detach().flatten().tolist())

@@ -18,8 +18,10 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vmap
 
 from cape.convergence.convert import Unstackable, refuse_special
 from cape.convergence.draws import Draws, draws_for
-from cape.convergence.layers import StackedParameter
+from cape.convergence.graphed import Host, same_host
+from cape.convergence.layers import StackedParameter, scaled_mask
 from cape.convergence.stack import Stack, StackedAdamW, Subject, stacked_losses
+from cape.state import unmoved_draws
 from cape.tasks import Loss
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -49,7 +51,7 @@ class _MaskedDropout(nn.Module):
 
     def draw(self, draws: Draws, width: int, like: Tensor) -> Tensor:
         """Return the masks of ``width`` trials, [width, *shape of the input]."""
-        mask = draws.keep(like.new_empty(width, *self.shape), 1.0 - self.p).div_(1.0 - self.p)
+        mask = scaled_mask(draws, like.new_empty(width, *self.shape), self.p)
         back = [self.order.index(d) + 1 for d in range(len(self.order))]
         return mask.permute(0, *back)
 
@@ -171,6 +173,8 @@ def _template(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[tuple[str, _
     if recurrent:
         raise Unstackable(f"torch.func has no rule for {recurrent[0]}")
     template = copy.deepcopy(model).train()
+    if not all(m.training for m in template.modules()):
+        raise Unstackable("parts of it stay in eval mode")
     # Stacked parameters are told apart by name: tied ones would count twice.
     if len(list(template.named_parameters())) != len(list(template.named_parameters(remove_duplicate=False))):
         raise Unstackable("two of its parameters are one")
@@ -187,9 +191,14 @@ def _template(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[tuple[str, _
     order: list[_MaskedDropout] = []
     dropouts = {name: m for name, m in template.named_modules() if isinstance(m, _MaskedDropout)}
     handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in dropouts.values()]
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    host = Host(template, torch.device("cpu"))  # torch's own draws are refused by vmap
+    with torch.no_grad(), unmoved_draws([x.device.index] if x.is_cuda else []):
+        before = host.state()
         template(x)
+        changed = not same_host(before, host.state())
     for handle in handles:
         handle.remove()
+    if changed:
+        raise Unstackable("its forward changes something on the host, or draws from it")
     names = {id(m): name for name, m in dropouts.items()}
     return template, [(names[id(m)], m) for m in order]

@@ -48,7 +48,7 @@ ELEMENTWISE: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
     nn.Sigmoid: lambda _: Elementwise(torch.sigmoid, _aten.sigmoid_backward, of_output=True),
     nn.SiLU: lambda _: Elementwise(F.silu, _aten.silu_backward, of_output=False),
 }
-_FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
+FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
 _IDLE = (nn.Dropout, nn.Identity)  # in eval mode
 _KNOWN: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_IDLE, nn.Sequential, nn.Flatten, nn.Linear, nn.BatchNorm1d)
 _FORWARDS = {kind: kind.forward for kind in _KNOWN}  # as they are when this module is imported
@@ -74,7 +74,7 @@ def dense_back(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _apart(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < _FEW_MULTIPLICATIONS
+    return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < FEW_MULTIPLICATIONS
 
 
 def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:

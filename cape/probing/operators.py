@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PLAIN = (type(None), bool, int, float, str)  # asking whether they are mappings takes longer
+# Types that hold no tensor: asking for these first, and by type, takes a third of the time.
+_PLAIN = frozenset({
+    type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format,
+})  # fmt: skip
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -20,12 +23,17 @@ def tensors_in(values: Any) -> list[Tensor]:
     stack = [values]
     while stack:
         value = stack.pop()
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if kind is tuple or kind is list:
+            stack += value
+        elif isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            stack.extend(value)
-        elif not isinstance(value, _PLAIN) and isinstance(value, Mapping):
-            stack.extend(value.values())
+            stack += value
+        elif isinstance(value, Mapping):
+            stack += value.values()
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cape.config import PRECISIONS
+from cape.config import check_precision
 from cape.errors import DependencyError, SpecError
 
 # Largest number of elements of a transient that holds several samples' unfolded inputs or gradients.
@@ -126,8 +126,7 @@ def use_precision(precision: str) -> Iterator[None]:
 
     ``float32`` (three TF32 products, which keep float32's accuracy), ``tf32`` or ``bf16``.
     """
-    if precision not in PRECISIONS:
-        raise SpecError(f"Unknown precision '{precision}'. Known: {', '.join(PRECISIONS)}.")
+    check_precision(precision)
     token = _precision.set(precision)
     try:
         yield
