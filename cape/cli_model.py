@@ -104,6 +104,8 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
 
     from cape.state import call, preserved
 
+    if not -(2**63) <= seed < 2**64:
+        raise SpecError(f"--seed must be a whole number of 64 bits, not {seed}.")
     factory = _import(path)
     arguments = _json_object(kwargs)
     torch.manual_seed(seed)

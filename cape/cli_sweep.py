@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,10 @@ def store(args: argparse.Namespace) -> None:
     else:
         from cape.store.compact import compact
 
+        if not 0.0 < args.target_mb < math.inf:
+            raise SpecError(f"--target-mb must be more than zero, not {args.target_mb}.")
+        if not 0.0 <= args.keep_seconds < math.inf:
+            raise SpecError(f"--keep-seconds must be zero or more, not {args.keep_seconds}.")
         size = int(args.target_mb * 2**20)
         print(compact(args.meta_dir, out=args.out, target_bytes=size, keep_seconds=args.keep_seconds))
 

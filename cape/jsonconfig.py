@@ -129,7 +129,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SpecError(f"{where} must be a number, not {value!r}.")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise SpecError(f"{where} must be a number that a float64 holds.") from error
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise SpecError(f"{where} must be a whole number, not {value!r}.")

@@ -108,10 +108,9 @@ class Loss:
         else:
             raise SpecError(f"A loss is a name, an nn.Module or a callable, not {loss!r}.")
 
-    @property
-    def module(self) -> nn.Module | None:
-        """The module that computes the loss, with parameters and buffers of its own perhaps; None where none does."""
-        return self._function if isinstance(self._function, nn.Module) else None
+    def beside(self, model: nn.Module) -> nn.Module:
+        """Return a module that holds a model and, where the loss is one, the loss: what a pass may change."""
+        return nn.ModuleList([model, self._function]) if isinstance(self._function, nn.Module) else model
 
     @property
     def is_named(self) -> bool:
@@ -240,7 +239,7 @@ class Loss:
             )
         try:
             # Whatever it draws, or keeps, it has another time for the loss that counts.
-            once = nullcontext() if self.is_named else preserved(self.module or nn.Identity())
+            once = nullcontext() if self.is_named else preserved(self.beside(nn.Identity()))
             with once, torch.enable_grad():
                 value = self._function(outputs.detach().requires_grad_(), targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

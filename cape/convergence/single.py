@@ -109,10 +109,9 @@ def measure(
     parameters = list(named.values())
     device = parameters[0].device
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
-    trained = model if criterion.module is None else nn.ModuleList([model, criterion.module])
     scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
     with (
-        preserved(trained, seed, parameters=True),
+        preserved(criterion.beside(model), seed, parameters=True),
         fixed_precision(precision, device),
         no_autocast(device),
         torch.inference_mode(False),

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cape.errors import SpecError, StoreError
+from cape.errors import StoreError
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.line import POOLED, Line, margins
@@ -101,7 +102,6 @@ class MetaModel:
             StoreError: the directory holds something that is not a meta-regressor.
         """
         out = check_out(directory)
-        out.mkdir(parents=True, exist_ok=True)
         files = {_file(name): bytes(b.save_raw("ubj")) for name, b in self.boosters.items()}
         files |= {_surface_file(name): _npz(surface.to_arrays()) for name, surface in self.surfaces.items()}
         if self.reach is not None and self.reach.booster is not None:
@@ -122,12 +122,13 @@ class MetaModel:
             "surfaces": sorted(self.surfaces),
             "files": {n: hashlib.blake2b(d, digest_size=16).hexdigest() for n, d in sorted(files.items())},
         }
+        files["card.json"] = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode()  # the last
         for stale in [*out.glob("model*.ubj"), *out.glob("surface-*.npz"), *out.glob("reach.ubj")]:
             if stale.name not in files:
                 stale.unlink()
+        out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             _write(out / name, data)
-        _write(out / "card.json", json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode())
         return out
 
     @classmethod
@@ -158,9 +159,9 @@ class MetaModel:
                 raw = files.get("reach.ubj")
                 reach = Reach(calibration["reach"]["rates"], _booster(raw) if raw else None)
             families = tuple(card["families"])
-        except (KeyError, TypeError, ValueError, SpecError) as error:  # whatever an altered card can lead to
-            if isinstance(error, StoreError):
-                raise
+        except StoreError:
+            raise
+        except Exception as error:  # whatever an altered file can lead to
             raise StoreError(f"The meta-regressor in {path} is damaged ({error}); run `cape fit` again.") from error
         return cls(preset, families, boosters, lines, surfaces, conformal, domain, reach, card)
 
@@ -191,9 +192,13 @@ class _Boosters(Mapping[str, "xgb.Booster"]):
 
 
 def check_out(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory as a path, or raise ``StoreError`` where it holds anything but a meta-regressor."""
+    """Return the directory as a path, or raise ``StoreError`` where it holds anything but a meta-regressor.
+
+    What a fit left that was killed while it saved is no reason to refuse.
+    """
     out = Path(directory)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "card.json").is_file())):
+    whole = out.is_dir() and (out / "card.json").is_file()
+    if out.exists() and not whole and not (out.is_dir() and all(_OWN.fullmatch(f.name) for f in out.iterdir())):
         raise StoreError(f"{out} exists and holds no meta-regressor; name an empty or new directory to write one.")
     return out
 
@@ -213,6 +218,9 @@ def resolve(meta_model: MetaModel | str | os.PathLike[str] | None) -> MetaModel:
     if meta_model is None:
         return default_model()
     return meta_model if isinstance(meta_model, MetaModel) else MetaModel.load(meta_model)
+
+
+_OWN = re.compile(r"\.?(model.*\.ubj|surface-.*\.npz|reach\.ubj|calibration\.json|card\.json)(\.\d+)?")
 
 
 def _file(name: str) -> str:

@@ -158,8 +158,8 @@ class Domain:
 
 
 def _ranges(rows: Rows) -> dict[str, tuple[float, float]]:
-    names = [name for name, *_ in RANGED if np.isfinite(rows[name]).any()]
-    return {name: (float(np.nanmin(rows[name])), float(np.nanmax(rows[name]))) for name in names}
+    known = {name: rows[name][np.isfinite(rows[name])] for name, *_ in RANGED}
+    return {name: (float(values.min()), float(values.max())) for name, values in known.items() if len(values)}
 
 
 def _bounded(x: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def _metrics(known: Rows, steps: np.ndarray, families: Sequence[str]) -> dict[st
     for family in families:
         mine = known["family"] == family
         if mine.any():
-            relative = float(np.median(error[mine] / known["t_star"][mine]))
+            relative = float(np.median(error[mine] / np.maximum(1.0, known["t_star"][mine])))
             out[family] = {"rows": int(mine.sum()), "mae": float(error[mine].mean()), "median_relative_error": relative}
     return out
 

@@ -92,7 +92,9 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
     levels = np.log([AMPLITUDE, DEVIATION][:parts] + [NOISE, EXTRA][:parts])
     medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels, [FALL]])
     scales = np.append(np.ones(len(medians) - 1), _FALL_SCALE)
-    bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts), _FALLS]
+    falls = _FALLS if np.ptp(log_batch) > 0 else (0.0, 0.0)  # trials of one batch size say nothing of others
+    medians[-1] = np.clip(FALL, *falls)
+    bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts), falls]
 
     def split(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Return lengths [parts, k], amplitudes [parts], noises [parts] and the power by which the first falls."""

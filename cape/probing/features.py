@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.config import check_count, check_lr
-from cape.errors import ModelError
+from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
 from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
@@ -208,8 +208,12 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         seed_draws(seed, [y.device.index] if y.is_cuda else [])
         return call(model, inputs.again())
 
-    with preserved(model, seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
+    most = min(torch.finfo(p.dtype).max for p in params)
+    if lr * LINE[-1] > most:
+        raise SpecError(f"A learning rate of {lr:g} takes the parameters beyond what their type holds ({most:.1e}).")
+    with preserved(criterion.beside(model), seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
         inputs = Untouched(x)
+        y = y.clone() if y.is_inference() else y
         model.train()
         with running(model, "in train mode"):
             outputs = outputs_now()

@@ -112,7 +112,7 @@ def all_norms(
             return Norms.joined([chain_norms([chain], x[None, p], y[None, p], wanted)[0] for p in pieces])
     with (
         torch.inference_mode(False),
-        preserved(model, seed=0) as kept,
+        preserved(wanted.criterion.beside(model), seed=0) as kept,
         ops.use_backend(backend),
         torch.enable_grad(),
         _eagerly(),

@@ -39,9 +39,7 @@ def claim(meta_dir: reader.Where, spec: SweepSpec, *, resume: bool = False) -> N
         StoreError: it holds another sweep (the message names what differs), or rows of this one while ``resume`` is
             False, or is not a folder.
     """
-    location = Location.of(meta_dir)
-    if location.folder is not None and location.folder.exists() and not location.folder.is_dir():
-        raise StoreError(f"{location} is a file; a sweep needs a folder of its own.")
+    location = check_home(meta_dir)
     held = reader.read_spec(location)
     if held is not None and held != spec:
         lost = differences(held, spec)
@@ -59,6 +57,14 @@ def claim(meta_dir: reader.Where, spec: SweepSpec, *, resume: bool = False) -> N
             location.write(f"{SPEC_HISTORY}/{known.spec_hash}.json", known.to_json(indent=2).encode())
         location.write(SPEC_FILE, spec.to_json(indent=2).encode())
     location.remove_abandoned()
+
+
+def check_home(meta_dir: reader.Where) -> Location:
+    """Return where a sweep is to live, or raise ``StoreError`` where that is a file."""
+    location = Location.of(meta_dir)
+    if location.folder is not None and location.folder.exists() and not location.folder.is_dir():
+        raise StoreError(f"{location} is a file; a sweep needs a folder of its own.")
+    return location
 
 
 def differences(held: SweepSpec, wanted: SweepSpec) -> list[str]:
@@ -156,7 +162,11 @@ def _at_work(location: Location, held: dict[str, Any]) -> bool:
         since = _started(held.get("pid"))
         return since is not None and since == held.get("since")
     status = _json(location, STATUS_FILE)
-    return status.get("run") == held.get("run") and time.time() - float(status.get("updated", 0)) < _SILENT_S
+    return status.get("run") == held.get("run") and time.time() - _number(status.get("updated")) < _SILENT_S
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _started(pid: Any) -> str | None:

@@ -214,7 +214,13 @@ def _merge_all(
 
 def _union(location: Location, names: list[str]) -> pa.Table:
     try:
-        tables = [pq.read_table(location.path(n), partitioning=None, filesystem=location.filesystem) for n in names]
+        # What a turned bit made wrong must not get a new checksum.
+        tables = [
+            pq.read_table(
+                location.path(n), partitioning=None, filesystem=location.filesystem, page_checksum_verification=True
+            )
+            for n in names
+        ]
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(
             f"A file of {location} cannot be read, nothing was changed; `cape store verify` names it: {error}"

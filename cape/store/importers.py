@@ -6,14 +6,14 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from cape.config import check_epsilon
+from cape.config import check_epsilon, check_lr
 from cape.errors import CapeError, DataError, SpecError
 from cape.jsonconfig import stable_hash
 from cape.store.schema import ROW_SCHEMA
@@ -60,6 +60,9 @@ def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it is not a CAPE meta-dataset.")
+    twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
+    if twice:
+        raise DataError(f"{path} has two columns {twice[0]}.")
     if table.num_rows == 0:
         raise DataError(f"{path} holds no rows.")
     replicates: Counter[tuple[Any, ...]] = Counter()
@@ -90,25 +93,29 @@ def _read(path: Path) -> tuple[pa.Table, str]:
 
 
 def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
-    for name in ("batch_size", "learning_rate", "epsilon", "dataset"):
-        if record[name] is None:
-            raise DataError(f"{name} is empty or not a number.")
-    steps = record["T_star"]
-    converged = bool(record.get("converged", True))
-    if converged and (steps is None or steps != int(steps) or steps < 1):
-        raise DataError(f"T_star must be a whole number of at least 1, not {steps!r}.")
-    epsilon = check_epsilon(record["epsilon"])
-    batch_size, lr = int(record["batch_size"]), float(record["learning_rate"])
-    l0, final = (_exp(record.get(name)) for name in ("logInitLoss", "logFinalLoss"))
+    if record["dataset"] is None:
+        raise DataError("dataset is empty.")
+    converged = _truth("converged", record.get("converged", True))
+    steps = _count("T_star", record["T_star"]) if converged or record["T_star"] is not None else None
+    epsilon, lr = (check(_number(name, record[name])) for name, check in _CHECKED.items())
+    batch_size = _count("batch_size", record["batch_size"])
+    features = {
+        ours: None if record.get(theirs) is None and theirs not in _REQUIRED else _number(theirs, record[theirs])
+        for theirs, ours in _FEATURES.items()
+    }
+    l0, final = (
+        None if record.get(n) is None else math.exp(_number(n, record[n])) for n in ("logInitLoss", "logFinalLoss")
+    )
+    architecture = record.get("architecture")
     row: dict[str, Any] = {name: value for name, value in record.items() if name not in _HANDLED}
     for name in [n for n in row if n in ROW_SCHEMA.names]:
         row[f"csv_{name}"] = row.pop(name)  # not ours, whatever it is: it does not take our column's place
-    row.update({ours: record.get(theirs) for theirs, ours in _FEATURES.items()})
+    row.update(features)
     return {
         **row,
         "sweep_hash": IMPORTED,
         "family": family,
-        "architecture": record.get("architecture"),
+        "architecture": None if architecture is None else str(architecture),
         "dataset": _dataset(record["dataset"]),
         "task": "classification",
         "batch_size": batch_size,
@@ -117,17 +124,42 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
         "log_b": row["log_b"] if row["log_b"] is not None else math.log(batch_size),
         "log_lr": row["log_lr"] if row["log_lr"] is not None else math.log(lr),
         "log_epsilon": math.log(epsilon),
-        "t_star": int(steps) - 1 if converged else None,
+        "t_star": steps - 1 if converged and steps is not None else None,
         "converged": converged,
         "stop_reason": None if converged else _reason(record.get("censored_reason")),
-        "stopped_at": int(steps) - 1 if steps is not None else None,
+        "stopped_at": steps - 1 if steps is not None else None,
         "l0": l0,
         "final_loss": final,
     }
 
 
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value)
+_CHECKED: dict[str, Callable[[float], float]] = {"epsilon": check_epsilon, "learning_rate": check_lr}
+_MOST = 2**31 - 1  # what a column of counts holds
+_WORDS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True}
+_WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False, "0.0": False}
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a finite number of a CSV, or raise ``DataError``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{name} must be a finite number, not {value!r}.")
+    return float(value)
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1, or raise ``DataError``."""
+    number = _number(name, value)
+    if number != int(number) or not 1 <= number <= _MOST:
+        raise DataError(f"{name} must be a whole number from 1 to {_MOST}, not {value!r}.")
+    return int(number)
+
+
+def _truth(name: str, value: Any) -> bool:
+    """Return yes or no as people and programs write them, or raise ``DataError``."""
+    found = _WORDS.get(str(value).strip().lower())
+    if found is None:
+        raise DataError(f"{name} must be true or false, not {value!r}.")
+    return found
 
 
 def _dataset(name: Any) -> str:

@@ -29,6 +29,11 @@ from cape.store.schema import (
 
 Where = str | Path | Location
 
+# A bit that turned over is an error, never another number.
+_CHECKED = pds.ParquetFileFormat(
+    default_fragment_scan_options=pds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
+
 
 def rows_folder(meta_dir: Where) -> str:
     """Return where the rows are now, relative to the meta-dataset: the generation that ``META/rows`` points to.
@@ -41,8 +46,15 @@ def rows_folder(meta_dir: Where) -> str:
     try:
         return os.readlink(location.path(ROWS))
     except FileNotFoundError:
-        legacy = any(location.folder.glob("family=*/dataset=*"))  # as cape 0.1.0 wrote them
-        return "" if legacy else ROWS
+        if any(location.folder.glob("family=*/dataset=*")):  # as cape 0.1.0 wrote them
+            return ""
+        lost = sorted({path.parts[-4] for path in location.folder.glob("_rows.*/family=*/dataset=*/*.parquet")})
+        if lost:  # a copy that left symbolic links out
+            raise StoreError(
+                f"{location} has lost the link '{ROWS}' to its rows ({', '.join(lost)}); restore it with"
+                f" `ln -s {lost[-1]} {location}/{ROWS}`."
+            ) from None
+        return ROWS
     except OSError:  # a folder, where the file system has no symbolic links
         return ROWS
 
@@ -131,7 +143,7 @@ def _dataset(location: Location, base: str, files: Sequence[str], schema: pa.Sch
     return pds.dataset(
         [location.path(name) for name in files],
         schema=schema,
-        format="parquet",
+        format=_CHECKED,
         filesystem=location.filesystem,
         partitioning=pds.partitioning(PARTITION_SCHEMA, flavor="hive"),
         partition_base_dir=location.path(base),
@@ -196,10 +208,11 @@ def id_numbers(trial_ids: Sequence[str]) -> np.ndarray:
     try:
         return np.fromiter((int(i, 16) for i in trial_ids), np.uint64, len(trial_ids))
     except (ValueError, TypeError, OverflowError):  # a foreign file; `cape store verify` names it
-        return np.asarray([int(i, 16) for i in trial_ids if _is_id(i)], np.uint64)
+        return np.asarray([int(i, 16) for i in trial_ids if is_id(i)], np.uint64)
 
 
-def _is_id(text: object) -> bool:
+def is_id(text: object) -> bool:
+    """Return whether something is the id of a trial of a sweep: 16 hex digits."""
     return isinstance(text, str) and len(text) == 16 and set(text) <= set("0123456789abcdef")
 
 
@@ -225,16 +238,41 @@ def done_trials(meta_dir: Where, family: str, dataset: str) -> set[str]:
 
 
 def unreadable_chunks(meta_dir: Where) -> list[tuple[str, str]]:
-    """Return (name, reason) of every committed file that is no whole Parquet file or whose trial ids cannot be read."""
+    """Return (name, reason) of every committed file that is not whole to its last page, or holds no rows of ours."""
     location = Location.of(meta_dir)
     found = []
     for name in list_chunks(location):
         try:
-            with pq.ParquetFile(location.path(name), filesystem=location.filesystem) as file:
-                file.read(columns=["trial_id"])
+            table = read_chunk(location, name)
         except (pa.ArrowInvalid, OSError) as error:
             found.append((name, _first_line(error)))
+        else:
+            if table is None:
+                found.append((name, NOT_ROWS))
     return found
+
+
+NOT_ROWS = "no rows of a meta-dataset"
+_OF_EVERY_ROW = frozenset({"trial_id", "sweep_hash", "epsilon", "stop_reason"})
+
+
+def read_chunk(location: Location, name: str) -> pa.Table | None:
+    """Return a file's rows, every page's checksum checked; None where it is Parquet of another kind."""
+    with pq.ParquetFile(location.path(name), filesystem=location.filesystem, page_checksum_verification=True) as file:
+        schema = file.schema_arrow
+        ours = [f for f in schema if f.name in ROW_SCHEMA.names]
+        alike = all(_kind(f.type) in (_kind(ROW_SCHEMA.field(f.name).type), "null") for f in ours)
+        return file.read() if alike and set(schema.names) >= _OF_EVERY_ROW else None
+
+
+def _kind(kind: pa.DataType) -> str:
+    """Return what sort of values a type holds: numbers of any width are one sort."""
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind):
+        return f"list of {_kind(kind.value_type)}"
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+        return "number"
+    return "text" if types.is_string(kind) or types.is_large_string(kind) else str(kind)
 
 
 def _file_schema(location: Location, name: str) -> pa.Schema:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cape.config import SweepSpec
 from cape.errors import StoreError
@@ -99,12 +98,12 @@ def verify(
             foreign.append((name, "not a name that a sweep gives"))
             continue
         try:
-            table = _read(location, name)
+            table = reader.read_chunk(location, name)
         except (pa.ArrowInvalid, OSError) as error:
             unreadable.append((name, (str(error).strip().splitlines() or ["unreadable"])[0]))
             continue
         if table is None:
-            foreign.append((name, "no rows of a meta-dataset"))
+            foreign.append((name, reader.NOT_ROWS))
         elif matched["hash"] not in chunk_name(table["trial_id"].to_pylist()):
             foreign.append((name, "its trials are not those that its name stands for"))
         else:
@@ -131,14 +130,6 @@ def aside(location: Location, name: str) -> str:
     location.write(kept, location.read(name) or b"")
     location.delete(name)
     return kept
-
-
-def _read(location: Location, name: str) -> pa.Table | None:
-    """Return a file's rows, every page's checksum checked; None where it is Parquet of another kind."""
-    with pq.ParquetFile(location.path(name), filesystem=location.filesystem, page_checksum_verification=True) as file:
-        if not set(_COLUMNS) <= set(file.schema_arrow.names):
-            return None
-        return file.read()
 
 
 def _count(

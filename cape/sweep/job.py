@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from cape import datasets, families
 from cape.config import SweepSpec
 from cape.datasets.known import KNOWN
-from cape.errors import SpecError, StoreError
+from cape.errors import SpecError, StoreError, first_line
 from cape.store import claims, reader
 from cape.store.location import Location
 from cape.store.provenance import provenance
@@ -122,8 +122,8 @@ def load_imports(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str
     for name in names:
         try:
             module = importlib.import_module(name)
-        except ImportError as error:
-            raise SpecError(f"The module '{name}' cannot be imported: {error}.") from error
+        except Exception as error:  # the user's own code: whatever it raises is the answer to show
+            raise SpecError(f"The module '{name}' cannot be imported: {first_line(error)}.") from error
         if module.__spec__ is not None and module.__spec__.origin is not None:
             levels = name.count(".") + (module.__spec__.submodule_search_locations is not None)
             found.append(str(Path(module.__spec__.origin).resolve().parents[levels]))
@@ -158,9 +158,10 @@ def running(
     began = time.monotonic()
     root = check(spec, data_root, imports)
     location = Location.of(out)
-    claims.claim(location, spec, resume=resume)
+    claims.check_home(location)
     run = claims.start_run(location)
     try:
+        claims.claim(location, spec, resume=resume)  # only now: another run's spec is not ours to extend
         done = _done(location) if resume else np.empty(0, np.uint64)
         job = Job(
             spec,
@@ -181,14 +182,8 @@ def running(
 
 
 def _done(location: Location) -> np.ndarray:
-    """Return what is committed; files that are no whole Parquet files are set aside, and their trials run again."""
-    try:
-        return reader.done_ids(location)
-    except StoreError:
-        broken = reader.unreadable_chunks(location)
-        if not broken:
-            raise
-    for name, reason in broken:
+    """Return what is committed; files that are not whole, or no rows, are set aside, and their trials run again."""
+    for name, reason in reader.unreadable_chunks(location):
         print(f"{location}/{name} cannot be read ({reason}); set aside as {aside(location, name)}.", file=sys.stderr)
     return reader.done_ids(location)
 
@@ -211,7 +206,9 @@ def finish(job: Job, error: str | None = None) -> SweepResult:
             (pc.value_counts(table["trial_id"]), False),
             (pc.value_counts(table.filter(pc.field("stop_reason") == "failed")["trial_id"]), True),
         ):
-            mine = np.isin(reader.id_numbers(counted.field("values").to_pylist()), ids)
+            trial_ids = counted.field("values").to_pylist()
+            mine = np.array([reader.is_id(i) for i in trial_ids], dtype=bool)  # else imported, or foreign
+            mine[mine] = np.isin(reader.id_numbers([i for i, ours in zip(trial_ids, mine) if ours]), ids)
             if is_failed:
                 failed = int(mine.sum())
             else:
@@ -221,6 +218,13 @@ def finish(job: Job, error: str | None = None) -> SweepResult:
         raise StoreError(
             f"{len(plan) - trials} of {len(plan)} trials are missing in {job.location}; what is there is kept. Run the"
             f" sweep again with --resume.{why}"
+        )
+    extra = rows - trials * len(job.spec.epsilons)
+    if extra > 0:
+        print(
+            f"{extra} rows of {job.location} are there more than once (a file was copied into it?);"
+            f" `cape store compact {job.location}` leaves each once.",
+            file=sys.stderr,
         )
     out = job.location.folder or str(job.location)
     return SweepResult(rows, trials, failed, time.monotonic() - job.began, out)

@@ -111,11 +111,14 @@ class Flight:
         if self._location.folder is None:
             self._location.write(self._name, content)
             return
-        if self._handle is None:
-            path = self._location.path(self._name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        os.pwrite(self._handle, content, 0)
+        try:
+            if self._handle is None:
+                path = self._location.path(self._name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.pwrite(self._handle, content, 0)
+        except OSError as failed:  # a full disk, say: no trial's fault
+            raise self._location.failure(self._name, failed) from failed
 
 
 class ShardRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -173,6 +174,28 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="no meta-regressor"):
         model.save(tmp_path / "other")
+
+
+def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:
+    whole = model.save(tmp_path / "m")
+    (whole / "card.json").unlink()
+    (whole / ".model.ubj.4711").write_bytes(b"half")
+    assert MetaModel.load(model.save(whole)).families == model.families
+
+
+def test_what_cannot_be_written_leaves_no_directory(model: MetaModel, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(model, card={**model.card, "metrics": float("inf")})
+    with pytest.raises(ValueError, match="JSON"):
+        wrong.save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_trials_that_begin_below_epsilon_and_features_without_end_can_be_fitted(sample: Rows, tmp_path: Path) -> None:
+    changed = {name: values.copy() for name, values in sample.columns.items()}
+    changed["t_star"][::7] = 0.0
+    changed["log_p"][::11] = np.inf
+    made = fit_table(Rows(changed), SMALL.replace(surface=0.0))
+    assert np.isfinite(MetaModel.load(made.save(tmp_path / "m")).predict(sample)).all()
 
 
 def test_too_small_or_unreached_is_one_clear_sentence(sample: Rows) -> None:

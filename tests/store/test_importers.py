@@ -98,7 +98,7 @@ def test_a_trial_that_was_cut_short_is_censored(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "has no column dataset"),
         (f"{HEADER}\n{LINE.replace(',0.1,', ',1.5,')}\n", "line 2: ε must lie strictly between 0 and 1"),
         (f"{HEADER}\n{LINE}\n{LINE.replace(',5,True', ',0,True')}\n", "line 3: T_star must be a whole number"),
-        (f"{HEADER}\n{LINE.replace(',0.1,', ',nan,')}\n", "line 2: epsilon is empty or not a number"),
+        (f"{HEADER}\n{LINE.replace(',0.1,', ',nan,')}\n", "line 2: epsilon must be a finite number"),
     ],
 )
 def test_what_is_not_a_meta_dataset_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
@@ -124,3 +124,53 @@ def test_imports_and_a_sweep_can_share_a_folder(make_rows: MakeRows, tmp_path: P
     path.write_text(f"{HEADER}\n{LINE}\n")
     import_csv(path, "mlp", tmp_path)
     assert reader.count_rows(tmp_path) == 5
+
+
+@pytest.mark.parametrize(
+    ("word", "converged"), [("no", False), ("N", False), (" False", False), ("yes", True), ("1", True)]
+)
+def test_yes_and_no_are_read_as_they_are_meant(tmp_path: Path, word: str, converged: bool) -> None:
+    path = tmp_path / "words.csv"
+    path.write_text(f"{HEADER}\n{LINE.replace('5,True', f'5,{word}')}\n{LINE.replace('5,True', '5,maybe?')}\n")
+    with pytest.raises(DataError, match="line 3: converged must be true or false, not 'maybe\\?'"):
+        import_csv(path, "mlp", tmp_path / "meta")
+    path.write_text(f"{HEADER}\n{LINE.replace('5,True', f'5,{word}')}\n")
+    import_csv(path, "mlp", tmp_path / "meta")
+    (row,) = reader.read(tmp_path / "meta").to_pylist()
+    assert (row["converged"], row["t_star"]) == (converged, 4 if converged else None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (",32,", ",0,", "batch_size must be a whole number from 1"),
+        (",32,", ",32.5,", "batch_size must be a whole number from 1"),
+        (",32,", ",1e300,", "batch_size must be a whole number from 1"),
+        (",0.001,", ",-1,", "learning rate must be a positive number"),
+        (",0.001,", ",inf,", "learning_rate must be a finite number"),
+        (",13.4,", ",inf,", "logP must be a finite number"),
+        (",13.4,", ",,", "logP must be a finite number"),
+        (",13.4,", ",abc,", "logP must be a finite number, not 'abc'"),
+        (",5,True", ",1e12,True", "T_star must be a whole number from 1"),
+        (",5,True", ",inf,True", "T_star must be a finite number"),
+        (",5,True", ",0,False", "T_star must be a whole number from 1"),
+        (",5,True", ",7.9,False", "T_star must be a whole number from 1"),
+        (",5,True", ",5,", "converged must be true or false"),
+        (",0.99,", ",text,", "logInitLoss must be a finite number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, old: str, new: str, sentence: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(f"{HEADER}\n{LINE.replace(old, new, 1)}\n")
+    with pytest.raises(DataError, match=f"line 2: .*{sentence}"):
+        import_csv(path, "mlp", tmp_path / "meta")
+
+
+def test_two_columns_of_one_name_are_refused_and_a_numeric_architecture_is_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text(f"{HEADER},logP\n{LINE},9.9\n")
+    with pytest.raises(DataError, match="two columns logP"):
+        import_csv(path, "mlp", tmp_path / "meta")
+    path.write_text(f"{HEADER},architecture\n{LINE},50\n")
+    import_csv(path, "mlp", tmp_path / "meta")
+    assert reader.read(tmp_path / "meta")["architecture"].to_pylist() == ["50"]
