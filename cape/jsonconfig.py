@@ -88,7 +88,7 @@ class JsonConfig:
         """Build the configuration from JSON text; raises ``SpecError`` where it is not valid."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets without end
             raise SpecError(f"{cls.__name__} is not valid JSON: {error}.") from error
         return cls.from_dict(data)
 

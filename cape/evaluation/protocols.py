@@ -60,8 +60,8 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
     trials = _reached_trials(rows)
     if trials < 2 * FEWEST_TRIALS:
         raise DataError(
-            f"Only {trials} trials reached their ε; an evaluation needs at least {2 * FEWEST_TRIALS}."
-            " Run a larger sweep."
+            f"Only {trials} trials that are not augmented reached their ε; an evaluation needs at least"
+            f" {2 * FEWEST_TRIALS}. Run a larger sweep."
         )
     if protocol == "in-corpus":
         made, notes = _folds(rows)

@@ -66,9 +66,10 @@ def fit_table(
     families = rows.families
     trials = len(set(rows["trial_id"][~rows.augmented]))
     if trials < FEWEST_TRIALS or not rows.reached.any():
+        kind = "trials that are not augmented" if rows.augmented.any() else "usable trials"
         raise DataError(
-            f"The meta-dataset has {trials} usable trials and {int(rows.reached.sum())} rows that reached ε; fitting"
-            f" needs at least {FEWEST_TRIALS} trials, some of which reach it. Run a larger sweep."
+            f"The meta-dataset has {trials} {kind} and {int(rows.reached.sum())} rows that reached ε; fitting needs at"
+            f" least {FEWEST_TRIALS} such trials, some of which reach it. Run a larger sweep."
         )
     chosen, scores = select(rows, base, families, mapper) if base.select else (base, [])
     data = design(rows, chosen, families)

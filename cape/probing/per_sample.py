@@ -106,7 +106,8 @@ def all_norms(
         return norms.first(1)
     chain = chain_of(model, x)
     if chain is not None and isinstance(x, Tensor):
-        drawing = contextlib.nullcontext() if wanted.criterion.is_named else preserved(model, seed=0)
+        criterion = wanted.criterion
+        drawing = contextlib.nullcontext() if criterion.is_named else preserved(criterion.beside(model), seed=0)
         with torch.inference_mode(False), ops.use_backend(backend), kept_memory(y.device), drawing:
             pieces = pieces_of(batch_size, micro_batch or batch_size)
             return Norms.joined([chain_norms([chain], x[None, p], y[None, p], wanted)[0] for p in pieces])

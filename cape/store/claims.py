@@ -157,6 +157,13 @@ def _json(location: Location, name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def at_work(meta_dir: reader.Where) -> bool:
+    """Return whether a run is writing, as far as that can be seen from here."""
+    location = Location.of(meta_dir)
+    held = _json(location, RUN_FILE)
+    return bool(held) and _at_work(location, held)
+
+
 def _at_work(location: Location, held: dict[str, Any]) -> bool:
     if held.get("host") == socket.gethostname():
         since = _started(held.get("pid"))

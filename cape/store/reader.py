@@ -112,7 +112,9 @@ def _spec_at(location: Location, name: str) -> SweepSpec | None:
     try:
         return SweepSpec.from_json(content.decode())
     except (SpecError, UnicodeDecodeError) as error:
-        raise StoreError(f"{location}/{name} does not describe a sweep: {error}") from error
+        raise StoreError(
+            f"{location}/{name} does not describe a sweep: {error} Put the spec of the sweep in its place."
+        ) from error
 
 
 def open_dataset(meta_dir: Where) -> pds.Dataset:

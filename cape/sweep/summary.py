@@ -68,7 +68,7 @@ def status(meta_dir: str | Path) -> str:
         age = time.time() - state["updated"]
         where = f"process {state['pid']} on {state['host']}"
         said = state["state"]
-        if said == "running" and age > _SILENT_S:
+        if said == "running" and (age > _SILENT_S or not claims.at_work(location)):
             said = f"silent for {clock(age)}: killed, or its machine is gone; resume it"
         error = f"\nerror: {state['error']}" if state.get("error") else ""
         return f"{said} ({where}, {clock(age)} ago)\n{status_line(state)}{error}"

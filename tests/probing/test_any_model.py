@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cape
-from cape.errors import ModelError
+from cape.errors import ModelError, SpecError
 from cape.probing.per_sample import all_norms
 from cape.probing.reference import per_sample_norms_reference
 from tests.cases import CASES, Case, Functional, labels, vectors, weight
@@ -357,3 +357,29 @@ def test_a_derivative_inside_the_model_leaves_no_graph_behind() -> None:
     before = tensors()
     all_norms(model, batch, loss=case.loss)
     assert not tensors() - before
+
+
+def test_a_loss_with_buffers_is_left_as_it_was_and_targets_may_be_made_in_inference_mode() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            return nn.functional.cross_entropy(outputs, targets)
+
+    model, (x, y) = NAMED["mlp"].make()
+    loss = Counting()
+    with torch.inference_mode():
+        targets = y.clone()
+        found = cape.probe(model, (x, targets), lr=1e-3, dataset_size=100, loss=loss)
+    assert not loss.calls
+    expected = cape.probe(model, (x, y), lr=1e-3, dataset_size=100)
+    assert found.log_g2 == pytest.approx(expected.log_g2, rel=1e-5)
+
+
+def test_a_learning_rate_that_no_parameter_holds_gets_one_sentence() -> None:
+    model, batch = NAMED["mlp"].make()
+    with pytest.raises(SpecError, match="beyond what their type holds"):
+        cape.probe(model, batch, lr=1e300, dataset_size=100)

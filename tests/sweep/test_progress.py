@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cape.store import claims
 from cape.store.location import Location
 from cape.sweep.progress import LOG_FILE, Progress, Reporter, clock, status_line
+from cape.sweep.summary import status
 
 
 class Terminal(io.StringIO):
@@ -86,6 +88,15 @@ def test_silence_is_silence_and_counting_goes_on() -> None:
     line.close()
     assert stream.getvalue() == ""
     assert (line.trials, line.rows, line.failed) == (3, 9, 1)
+
+
+def test_a_driver_that_was_killed_is_not_said_to_run(tmp_path: Path) -> None:
+    run = claims.start_run(tmp_path)
+    Reporter(Location.of(tmp_path), run, Progress({"mlp": 3}, {"mlp": 1}, enabled=False))
+    assert status(tmp_path).startswith("running (process ")
+    held = json.loads((tmp_path / "_run.json").read_text())
+    (tmp_path / "_run.json").write_text(json.dumps({**held, "since": "another process's"}))
+    assert "killed, or its machine is gone; resume it" in status(tmp_path)
 
 
 def test_a_run_leaves_a_status_and_a_log(tmp_path: Path) -> None:
