@@ -11,7 +11,8 @@ import pytest
 
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import StoreError
-from cape.store import reader, writer
+from cape.store import claims, reader, writer
+from cape.store.compact import compact
 from cape.store.verify import verify
 from cape.sweep.inline import run_inline
 from cape.sweep.plan import Plan
@@ -44,6 +45,15 @@ def meta(swept: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(swept, tmp_path / "meta", symlinks=True))
 
 
+def turn_a_bit(path: Path, column: str) -> None:
+    """Change a number of a column so that only its page's checksum tells."""
+    group = pq.read_metadata(path).row_group(0)
+    found = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column)
+    content = bytearray(path.read_bytes())
+    content[found.data_page_offset + found.total_compressed_size - 3] ^= 0x01
+    path.write_bytes(content)
+
+
 def test_a_finished_sweep_is_sound(meta: Path) -> None:
     found = verify(meta, ids)
     assert found.sound and str(found).endswith("\nsound")
@@ -55,11 +65,7 @@ def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -
     truncated, flipped = reader.list_files(meta)[:2]
     whole = reader.read(meta, columns=["trial_id", "epsilon", "t_star", "log_g2"]).to_pylist()
     truncated.write_bytes(truncated.read_bytes()[:-100])
-    content = bytearray(flipped.read_bytes())
-    group = pq.read_metadata(flipped).row_group(0)
-    column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "l0")
-    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0x01  # one bit of a page
-    flipped.write_bytes(content)
+    turn_a_bit(flipped, "l0")
     foreign = truncated.parent / "notes.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)
     renamed = truncated.parent / f"{'0' * 16}.parquet"
@@ -108,3 +114,74 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
         verify(tmp_path / "absent")
     empty = verify(tmp_path)
     assert empty.sound and empty.files == 0 and empty.planned is None
+
+
+# ---- what must never be done silently: read a turned bit, lose the rows, take another run's place ----
+
+
+def test_a_turned_bit_is_an_error_gets_no_new_checksum_and_a_resume_mends_it(
+    meta: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = {(r["trial_id"], r["epsilon"]): r["log_g2"] for r in reader.read(meta).to_pylist()}
+    path = reader.list_files(meta)[0]
+    turn_a_bit(path, "log_g2")
+    with pytest.raises(StoreError, match=f"{path.name} cannot be read .*--resume"):
+        reader.read(meta)
+    with pytest.raises(StoreError, match="nothing was changed"):
+        compact(meta, keep_seconds=0)
+    run_inline(SPEC, meta, resume=True, progress=False)
+    assert path.name in capsys.readouterr().err and verify(meta, ids).sound
+    assert {(r["trial_id"], r["epsilon"]): r["log_g2"] for r in reader.read(meta).to_pylist()} == whole
+
+
+@pytest.mark.parametrize("foreign", [{"a": [1]}, {"trial_id": ["x"], "t_star": ["many"]}], ids=["other", "text"])
+def test_parquet_of_another_kind_is_set_aside(meta: Path, foreign: dict[str, list[object]]) -> None:
+    path = reader.list_files(meta)[0].with_name(f"{'b' * 16}.parquet")
+    rest = {"sweep_hash": ["s"], "epsilon": [0.1], "stop_reason": ["cap"]} if "trial_id" in foreign else {}
+    pq.write_table(pa.table({**foreign, **rest}), path)
+    assert [name.rsplit("/", 1)[-1] for name, _ in verify(meta, ids).foreign] == [path.name]
+    assert run_inline(SPEC, meta, resume=True, progress=False).trials == 8
+    assert not path.exists() and verify(meta, ids).sound
+
+
+def test_rows_without_their_link_are_not_taken_for_none(meta: Path) -> None:
+    compact(meta, keep_seconds=3600)
+    kept = (meta / "rows").readlink()
+    (meta / "rows").unlink()
+    for look in (reader.read, verify, lambda m: run_inline(SPEC, m, resume=True, progress=False)):
+        with pytest.raises(StoreError, match=f"lost the link 'rows'.*ln -s {kept} "):
+            look(meta)
+    (meta / "rows").symlink_to(kept)
+    assert verify(meta, ids).sound
+
+
+def test_rows_that_are_there_twice_are_said(meta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = reader.list_files(meta)[0]
+    shutil.copy(path, path.with_name(f"{'c' * 16}.parquet"))
+    run_inline(SPEC, meta, resume=True, progress=False)
+    assert "there more than once" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_leaves_the_others_spec(meta: Path) -> None:
+    before = (meta / "_spec.json").read_bytes()
+    run = claims.start_run(meta)
+    with pytest.raises(StoreError, match="Another run writes"):
+        run_inline(SPEC.replace(trials_per_cell=3), meta, resume=True, progress=False)
+    assert (meta / "_spec.json").read_bytes() == before
+    claims.end_run(meta, run)
+
+
+def test_a_status_that_is_no_status_stops_nobody(meta: Path) -> None:
+    (meta / "_run.json").write_text('{"run": "r", "host": "elsewhere", "pid": 1}')
+    (meta / "_status.json").write_text('{"run": "r", "updated": "yesterday"}')
+    assert run_inline(SPEC, meta, resume=True, progress=False).trials == 8
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cape.sweep.shard_run.os.pwrite", full)
+    with pytest.raises(StoreError, match=f"Cannot write {tmp_path}/.*No space left on device.*kept"):
+        run_inline(SPEC, tmp_path / "new", progress=False)
