@@ -44,6 +44,8 @@ class Kept:
         self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
         self._places = [(p, p.data) for p in self._params if _has_a_place(p)]
         buffers = [*model.buffers(), *(t for t in own if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))]
+        # What was made in inference mode, or of which numbers share a place, cannot be written into here.
+        buffers = [b for b in buffers if not (is_lazy(b) or b.is_inference() or overlaps(b))]
         self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         if parameters:
@@ -119,6 +121,11 @@ def _put_back(collection: Any, items: Any) -> None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "cpu" and a.layout is torch.strided and torch.equal(a, b)
+
+
+def overlaps(t: Tensor) -> bool:
+    """Return whether two numbers of a tensor must be one place in memory, as where it was expanded."""
+    return t.layout is torch.strided and t.numel() > 1 + sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride()))
 
 
 def _has_a_place(p: Tensor) -> bool:

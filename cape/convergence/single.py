@@ -20,7 +20,7 @@ from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
 from cape.errors import ModelError
 from cape.memory import device_failed
-from cape.state import Inputs, Untouched, call, check_batch, map_tensors, preserved, running, trainable
+from cape.state import Inputs, Untouched, call, check_batch, map_tensors, overlaps, preserved, running, trainable
 from cape.tasks import Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -153,7 +153,7 @@ def move(inputs: Inputs, device: torch.device) -> Inputs:
 def _check_memory(parameters: Mapping[str, Tensor]) -> None:
     """Raise ``ModelError`` for a parameter of which two numbers are one place in memory: no optimizer can train it."""
     for name, p in parameters.items():
-        if p.layout is torch.strided and p.numel() > 1 + sum((n - 1) * abs(s) for n, s in zip(p.shape, p.stride())):
+        if overlaps(p):
             raise ModelError(f"Numbers of the parameter '{name}' share their memory; make it of a clone (`.clone()`).")
 
 

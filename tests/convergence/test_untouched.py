@@ -89,6 +89,7 @@ class Changing(Base):
     def __init__(self) -> None:
         super().__init__()
         self.plain, self.array = torch.zeros(3), np.zeros(3)
+        self.spread = torch.full((1,), float("nan")).expand(4)
         self.recent: deque[int] = deque([1, 2], maxlen=2)
         self.seen: Counter[str] = Counter(first=1)
         self.own = torch.Generator().manual_seed(3)
