@@ -128,6 +128,11 @@ def overlaps(t: Tensor) -> bool:
     return t.layout is torch.strided and t.numel() > 1 + sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride()))
 
 
+def is_dense(t: Tensor) -> bool:
+    """Return whether a strided tensor's numbers lie side by side in memory, in whatever order of its dimensions."""
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).is_contiguous()
+
+
 def _has_a_place(p: Tensor) -> bool:
     return p.layout is torch.strided and not is_lazy(p)
 

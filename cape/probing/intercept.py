@@ -43,6 +43,20 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
+# Operator -> how it runs on data alone where the cotangents go back together; see ``pulled``.
+PULLED: dict[Any, Handler] = {}
+
+
+def pulls(function: Any) -> Callable[[Handler], Handler]:
+    """Register how an operator on data alone runs, or that it runs as it is (``NotImplemented``)."""
+
+    def register(handler: Handler) -> Handler:
+        PULLED[function] = handler
+        return handler
+
+    return register
+
+
 @dataclass
 class Recorded:
     """A use seen in the recording phase, and the latest gradients that reached it, [K, *shape].
@@ -165,7 +179,12 @@ class Interceptor(TorchFunctionMode):
         ):
             self.steered = True
         if not any(map(self.of_parameters, found)):
-            result = func(*args, **kwargs)
+            pulled = PULLED.get(func) if data and self.direct and self.verdicts is not None else None
+            result = NotImplemented
+            if pulled is not None and torch.is_grad_enabled() and not self._transforming():
+                result = pulled(self, func, args, kwargs)
+            if result is NotImplemented:
+                result = func(*args, **kwargs)
             if not data or func in operators.CONSTANTS:
                 return result
             self.reduced |= isinstance(result, Tensor) and result.numel() == 1 < found[0].numel()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cape.errors import ModelError
 from cape.memory import kept_memory
-from cape.probing import handlers, ops, products, raw, recurrent
+from cape.probing import handlers, ops, products, pulled, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.chain import chain_norms, chain_of
 from cape.probing.cotangents import hidden
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 _backward = opened(torch.autograd.backward) or torch.autograd.backward
 _grad = opened(torch.autograd.grad) or torch.autograd.grad
 
-_HANDLER_MODULES = (handlers, products, raw, recurrent)  # importing them registers the handlers
+_HANDLER_MODULES = (handlers, products, pulled, raw, recurrent)  # importing them registers the handlers
 
 
 def per_sample_norms(
