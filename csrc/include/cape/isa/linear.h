@@ -79,14 +79,17 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
   scalar* kept = panels + columns * deepest;  // the tiles of A A^T, weighed, one after the other
   int64_t* offset = scratch.offsets;
   alignas(64) scalar e[T::kRows * T::kCols];
+  // One position behind full panels (a class token before 64 patches) is not worth a panel of its own.
+  const bool single = s.t > T::kCols && s.t % T::kCols == 1;
+  const int64_t packed = s.t - single;
 
   // Visit the tiles of one operand's Gram matrix in a fixed order; `take(tile values, row, r, column, width)`.
   const auto visit = [&](Strided<scalar> m, int64_t depth, auto take, scalar* into, bool advance) {
-    for (int64_t j = 0; j < s.t; j += T::kCols) {
-      T::pack(m.data + j * m.row, m.col, m.row, depth, least(T::kCols, s.t - j), T::kCols, panels + j * depth);
+    for (int64_t j = 0; j < packed; j += T::kCols) {
+      T::pack(m.data + j * m.row, m.col, m.row, depth, least(T::kCols, packed - j), T::kCols, panels + j * depth);
     }
     for (int64_t x = 0; x < depth; ++x) offset[x] = x * T::kCols;
-    for (int64_t row = 0; row < s.t;) {
+    for (int64_t row = 0; row < packed;) {
       const int r = T::fill(s.t - row);
       for (int64_t column = 0; column < row + r; column += T::kCols) {
         const int v = tile_columns<scalar>(row, r, column), width = v * T::kWidth;
@@ -98,6 +101,16 @@ void linear_gram(const LinearShape& s, Strided<scalar> a, Strided<scalar> g, int
       }
       row += r;
     }
+    if (!single) return;
+    const scalar* last = m.data + packed * m.row;
+    for (int64_t column = 0; column < packed; column += T::kCols) {
+      T::row(last, m.col, panels + column * depth, depth, into);
+      take(into, packed, 1, column, T::kCols);
+      if (advance) into += T::kCols;
+    }
+    for (int j = 0; j < T::kWidth; ++j) into[j] = scalar(0);
+    into[0] = T::square(last, m.col, depth);
+    take(into, packed, 1, packed, T::kWidth);
   };
 
   visit(

@@ -80,6 +80,33 @@ struct Tile {
     return product<1, 1>(a, offset, b, ldb, depth, c);
   }
 
+  // c[j] = sum_k a[k * step] * b[k * kCols + j] for j < kCols; four sums of each hide the latency.
+  static CAPE_INLINE void row(const scalar* a, int64_t step, const scalar* b, int64_t depth, scalar* c) {
+    Vector acc[4][2] = {};
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        for (int q = 0; q < 2; ++q) acc[i][q] += a[(k + i) * step] * load(b + (k + i) * kCols + q * kWidth);
+      }
+    }
+    for (; k < depth; ++k) {
+      for (int q = 0; q < 2; ++q) acc[0][q] += a[k * step] * load(b + k * kCols + q * kWidth);
+    }
+    for (int q = 0; q < 2; ++q) store(c + q * kWidth, (acc[0][q] + acc[1][q]) + (acc[2][q] + acc[3][q]));
+  }
+
+  // The sum of a[k * step]^2, in float64 until the end.
+  static CAPE_INLINE scalar square(const scalar* a, int64_t step, int64_t depth) {
+    double sums[8] = {};
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8) {
+      for (int i = 0; i < 8; ++i) sums[i] += double(a[(k + i) * step]) * double(a[(k + i) * step]);
+    }
+    for (; k < depth; ++k) sums[0] += double(a[k * step]) * double(a[k * step]);
+    return scalar(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+  }
+
   // The smallest tile height that holds n rows, and the largest that n rows fill.
   static int cover(int64_t n) { return n >= kRows ? kRows : n > 4 ? 8 : n > 2 ? 4 : int(n); }
   static int fill(int64_t n) { return n >= kRows ? kRows : n >= 4 ? 4 : n >= 2 ? 2 : 1; }
