@@ -49,6 +49,8 @@ def rows_folder(meta_dir: Where) -> str:
         if any(location.folder.glob("family=*/dataset=*")):  # as cape 0.1.0 wrote them
             return ""
         lost = sorted({path.parts[-4] for path in location.folder.glob("_rows.*/family=*/dataset=*/*.parquet")})
+        if lost and os.path.lexists(location.path(ROWS)):  # made since: the first file was just written
+            return rows_folder(location)
         if lost:  # a copy that left symbolic links out
             raise StoreError(
                 f"{location} has lost the link '{ROWS}' to its rows ({', '.join(lost)}); restore it with"
