@@ -16,6 +16,7 @@ $python -c "import torch, cape._C as c; print(torch.cuda.get_device_name(), c.bu
 echo "== C++ tests"
 ctest --test-dir "$($python setup.py --quiet build_dir)" --output-on-failure --no-tests=error
 
+# With ray and xgboost installed also the fits of the meta-regressor (tests/metamodel/test_gpu_fit.py).
 echo "== tests on the GPU"
 $python -m pytest -m gpu tests --junitxml="$out/gpu_tests.xml"
 
