@@ -71,7 +71,9 @@ inline double shifted(TileSize tile, const ConvShape& s) {
 inline double winograd(TileSize tile, const ConvShape& s) {
   if (!s.three_by_three()) return 1e300;
   const double n = double((s.out[1] + 1) / 2) * double((s.out[2] + 1) / 2), k = double(s.cotangents);
-  const double c = double(s.group_channels()), o = double(s.group_outputs());
+  // The transforms take whole vectors of channels, however few there are.
+  const double c = double(round_to(s.group_channels(), tile.width)),
+               o = double(round_to(s.group_outputs(), tile.width));
   const double products = k * 16.0 * n * product(tile, s.group_channels(), s.group_outputs());
   return double(s.groups) *
          (kWinograd * products + 16.0 * n * kTransform * (c + k * o) + kTurn * 4.0 * n * (c + k * o));
