@@ -248,4 +248,5 @@ def _settings(module: nn.Module) -> Iterator[object]:
         if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None))):
             yield name, str(value)
         elif isinstance(value, Tensor) and value.layout is torch.strided:
-            yield name, value.shape, value.dtype, str(value.detach().flatten().tolist())
+            numbers = value.detach().cpu().flatten().view(torch.uint8)
+            yield name, value.shape, value.dtype, numbers.numpy().tobytes()
