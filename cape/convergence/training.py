@@ -248,5 +248,6 @@ def _settings(module: nn.Module) -> Iterator[object]:
         if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None))):
             yield name, str(value)
         elif isinstance(value, Tensor) and value.layout is torch.strided:
-            numbers = value.detach().cpu().flatten().view(torch.uint8)
+            plain = value.detach().resolve_conj().resolve_neg().cpu()
+            numbers = plain.flatten().contiguous().view(torch.uint8)
             yield name, value.shape, value.dtype, numbers.numpy().tobytes()

@@ -63,8 +63,9 @@ def hooked() -> nn.Module:
         lambda: [chain(), hooked()],
         lambda: [Own(1.0), Own(2.0)],
         lambda: [Own(torch.ones(12)), Own(torch.full((12,), 2.0))],
+        lambda: [Own(torch.ones(1).expand(12)), Own(torch.tensor([2.0]).expand(12))],
     ],
-    ids=["activations", "dropout", "frozen", "gradient hooks", "a number", "a tensor"],
+    ids=["activations", "dropout", "frozen", "gradient hooks", "a number", "a tensor", "an expanded one"],
 )
 def test_a_trial_that_is_not_like_the_first_runs_beside_the_stack(models: Callable[[], list[nn.Module]]) -> None:
     trials = [subject(m) for m in models()]
