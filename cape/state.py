@@ -197,8 +197,12 @@ def seed_draws(seed: int, devices: Iterable[int] = ()) -> None:
 def has_hooks(model: nn.Module) -> bool:
     """Return whether code of the caller's runs within a forward or backward pass of a model."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    of_parameters = (hooks for p in model.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks))
-    return any(getattr(m, table) for m in model.modules() for table in tables) or any(of_parameters)
+    return any(getattr(m, table) for m in model.modules() for table in tables)
+
+
+def has_gradient_hooks(parameters: Iterable[Tensor]) -> bool:
+    """Return whether code of the caller's changes a parameter's gradient."""
+    return any(p._backward_hooks for p in parameters)
 
 
 def call(model: nn.Module, x: Inputs) -> Any:
@@ -254,6 +258,11 @@ def tensors_of(value: Any) -> list[Tensor]:
 def samples_of(x: Inputs, batch_size: int) -> list[Tensor]:
     """Return every tensor of the inputs whose first dimension is the batch, in order."""
     return [t for t in tensors_of(x) if t.dim() and len(t) == batch_size]
+
+
+def ordinary_tensor(t: Tensor) -> Tensor:
+    """Return a tensor that a graph may hold: a copy of one that was made in inference mode, which must be off here."""
+    return t.clone() if t.is_inference() else t
 
 
 def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:

@@ -11,7 +11,7 @@ from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Lay
 from cape.convergence.recurrent import Embedding, Recurrent
 from cape.families.rnn import RecurrentNet
 from cape.probing.chain import ELEMENTWISE, ordinary
-from cape.state import has_hooks
+from cape.state import has_gradient_hooks, has_hooks
 
 
 class Unstackable(Exception):
@@ -74,7 +74,7 @@ def special(model: nn.Module) -> str | None:
     """Return what a model has that no stack reproduces, frozen parameters or hooks, or None."""
     if any(not p.requires_grad for p in model.parameters()):
         return "it has frozen parameters"
-    return "it has hooks" if has_hooks(model) else None
+    return "it has hooks" if has_hooks(model) or has_gradient_hooks(model.parameters()) else None
 
 
 def refuse_special(model: nn.Module) -> None:

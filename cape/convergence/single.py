@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,10 @@ from cape.state import (
     Untouched,
     call,
     check_batch,
+    has_gradient_hooks,
     is_dense,
     map_tensors,
+    ordinary_tensor,
     overlaps,
     preserved,
     running,
@@ -124,13 +126,12 @@ def measure(
     with (
         preserved(criterion.beside(model), seed, parameters=True),
         fixed_precision(precision, device),
-        no_autocast(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         handed_over(side_stream(device)),
     ):
-        y = y.clone() if y.is_inference() else y
-        run = _Run(model, move(x, device), y.to(device), criterion, parameters, lr, precision, read_every or 32)
+        targets = ordinary_tensor(y).to(device)
+        run = _Run(model, move(x, device), targets, criterion, parameters, lr, precision, read_every or 32)
         seconds, step_seconds = _follow(run, scan, read_every)
     return trajectory_of(scan, seconds, step_seconds)
 
@@ -148,9 +149,11 @@ def trajectory_of(scan: TrajectoryScan, seconds: float, step_seconds: float) -> 
     )
 
 
-def not_above_zero(l0: float) -> str:
-    """Return what to tell someone whose loss has no fraction to aim at."""
-    return (
+def not_above_zero(l0: float) -> ModelError | None:
+    """Return the error of a loss that has no fraction to aim at, else None: what is not finite has diverged."""
+    if not math.isfinite(l0) or l0 > 0.0:
+        return None
+    return ModelError(
         f"The loss is {l0:g} before any update, so that no fraction of it can be aimed at; use a loss that starts above"
         " zero."
     )
@@ -278,7 +281,7 @@ def _no_graph(criterion: Loss, parameters: list[nn.Parameter], fused: bool) -> s
         return f"what the loss '{criterion.name}' does on the host is not known"
     if len({p.device for p in parameters}) > 1:
         return "its parameters lie on several devices"
-    if any(p._backward_hooks for p in parameters):
+    if has_gradient_hooks(parameters):
         return "its parameters have hooks, which a replay would not call"
     return None if fused else "there is no fused AdamW for its parameters"
 
@@ -287,8 +290,8 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     """Train until the rule ends the trajectory; return (seconds, seconds of one warmed-up step)."""
     began = time.perf_counter()
     l0 = float(run.loss.detach())
-    if math.isfinite(l0) and l0 <= 0.0:
-        raise ModelError(not_above_zero(l0))
+    if (refused := not_above_zero(l0)) is not None:
+        raise refused
     ended = scan.feed(l0)
     updates = 0
     timed: list[float] = []
@@ -313,15 +316,16 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
     return seconds, float(np.median(timed)) if timed else float("nan")
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a block without the caller's autocast: what a step computes in is ``precision``'s to say."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
 @contextmanager
 def fixed_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Fix what CUDA may do to float32 products, and ask cuDNN for deterministic kernels, inside the block."""
+    """Switch the caller's autocast off inside the block, whose steps compute in what ``precision`` says.
+
+    On CUDA, fix what it may do to float32 products and ask cuDNN for deterministic kernels.
+    """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), fixed_precision(precision, device):
+            yield
+        return
     if device.type != "cuda":
         yield
         return

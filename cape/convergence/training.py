@@ -6,7 +6,6 @@ it the work, and ``Training.end`` waits for the losses.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from cape.config import check_lr
 from cape.convergence.convert import special
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
-from cape.convergence.single import Trajectory, fixed_precision, no_autocast, not_above_zero, trajectory_of
+from cape.convergence.single import Trajectory, fixed_precision, not_above_zero, trajectory_of
 from cape.convergence.stack import Stack, Subject
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import Readback, handed_over, on, side_stream
@@ -167,9 +166,9 @@ class Training:
         running, width = self.running, len(self.running)
         for slot in range(width - 1, -1, -1):
             one = running[slot]
-            begins = not len(one.scan)
-            if begins and math.isfinite(losses[0, slot]) and losses[0, slot] <= 0.0:
-                outcomes.append(Outcome(one.index, None, ModelError(not_above_zero(losses[0, slot]))))
+            refused = None if len(one.scan) else not_above_zero(losses[0, slot])
+            if refused is not None:
+                outcomes.append(Outcome(one.index, None, refused))
             elif one.scan.feed(losses[:, slot]):
                 seconds = one.seconds + (look.seconds + time.perf_counter() - began) / width
                 outcomes.append(Outcome(one.index, trajectory_of(one.scan, seconds, self._step_seconds)))
@@ -193,7 +192,6 @@ class Training:
             fixed_precision(self.precision, self.device),
             torch.inference_mode(False),
             torch.no_grad(),
-            no_autocast(self.device),
             on(self._stream),
         ):
             yield

@@ -17,7 +17,18 @@ from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
-from cape.state import Inputs, Untouched, call, check_batch, preserved, running, samples_of, seed_draws, trainable
+from cape.state import (
+    Inputs,
+    Untouched,
+    call,
+    check_batch,
+    ordinary_tensor,
+    preserved,
+    running,
+    samples_of,
+    seed_draws,
+    trainable,
+)
 from cape.tasks import Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -213,7 +224,7 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         raise SpecError(f"A learning rate of {lr:g} takes the parameters beyond what their type holds ({most:.1e}).")
     with preserved(criterion.beside(model), seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
         inputs = Untouched(x)
-        y = y.clone() if y.is_inference() else y
+        y = ordinary_tensor(y)
         model.train()
         with running(model, "in train mode"):
             outputs = outputs_now()

@@ -33,25 +33,15 @@ Handler = Callable[["Interceptor", Any, Sequence[Any], dict[str, Any]], Any]
 HANDLERS: dict[Any, Handler] = {}
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
-    """Register a handler for operators (``None`` entries, absent in some versions, are passed over)."""
-
-    def register(handler: Handler) -> Handler:
-        HANDLERS.update({f: handler for f in functions if f is not None})
-        return handler
-
-    return register
-
-
 # Operator -> how it runs on data alone where the cotangents go back together; see ``pulled``.
 PULLED: dict[Any, Handler] = {}
 
 
-def pulls(function: Any) -> Callable[[Handler], Handler]:
-    """Register how an operator on data alone runs, or that it runs as it is (``NotImplemented``)."""
+def handles(*functions: Any, table: dict[Any, Handler] = HANDLERS) -> Callable[[Handler], Handler]:
+    """Register a handler for operators (``None`` entries, absent in some versions, are passed over)."""
 
     def register(handler: Handler) -> Handler:
-        PULLED[function] = handler
+        table.update({f: handler for f in functions if f is not None})
         return handler
 
     return register
@@ -179,7 +169,7 @@ class Interceptor(TorchFunctionMode):
         ):
             self.steered = True
         if not any(map(self.of_parameters, found)):
-            pulled = PULLED.get(func) if data and self.direct and self.verdicts is not None else None
+            pulled = PULLED.get(func) if data and self.direct else None
             result = NotImplemented
             if pulled is not None and torch.is_grad_enabled() and not self._transforming():
                 result = pulled(self, func, args, kwargs)

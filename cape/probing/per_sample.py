@@ -34,7 +34,18 @@ from cape.probing.operators import opened
 from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
 from cape.probing.taps import leaves_behind
 from cape.probing.wanted import Norms, Wanted
-from cape.state import Inputs, Kept, call, check_batch, map_tensors, preserved, running, slice_inputs, trainable
+from cape.state import (
+    Inputs,
+    Kept,
+    call,
+    check_batch,
+    map_tensors,
+    ordinary_tensor,
+    preserved,
+    running,
+    slice_inputs,
+    trainable,
+)
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
@@ -97,7 +108,7 @@ def all_norms(
     """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
     wanted = Wanted(Loss(loss), tau, probes)
     with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
-        x, y, batch_size = check_batch(map_tensors(lambda t: t.clone() if t.is_inference() else t.detach(), batch))
+        x, y, batch_size = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach(), batch))
     params = trainable(model)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
         pair = torch.tensor([0, 0], device=y.device)

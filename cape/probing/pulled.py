@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cape.probing.cotangents import physical
 from cape.probing.handlers import bind
-from cape.probing.intercept import Interceptor, pulls
+from cape.probing.intercept import PULLED, Interceptor, handles
+from cape.probing.taps import once
 from cape.state import is_dense
 
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -41,11 +41,11 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, sums = ctx.saved_tensors  # inside the mode: a checkpoint recomputes its forward pass here
         causal, scale = ctx.settings
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             (g,), rewrap = physical(*grads)
             made = [_room(len(g), t) for t in (q, k, v)]
             for i, one in enumerate(g):
@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
             return (*(rewrap(room) if need else None for room, need in needed), None, None)
 
 
-@pulls(F.scaled_dot_product_attention)
+@handles(F.scaled_dot_product_attention, table=PULLED)
 def attention(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Attention without mask and dropout, where torch would take its fused kernel for a CPU."""
     q, k, v, mask, dropout, causal, scale, grouped = bind(
@@ -84,10 +84,10 @@ class _Elementwise(torch.autograd.Function):
         return run(x)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             (g,), rewrap = physical(*grads)
             made = _room(len(g), x)
             for one, room in zip(g, made, strict=True):
@@ -95,7 +95,7 @@ class _Elementwise(torch.autograd.Function):
             return rewrap(made), None, None
 
 
-@pulls(F.gelu)
+@handles(F.gelu, table=PULLED)
 def gelu(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """GELU, exact or by tanh."""
     x, approximate = bind("input approximate", args, kwargs, approximate="none")

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,15 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
         raise DataError("dataset is empty.")
     converged = _truth("converged", record.get("converged", True))
     steps = _count("T_star", record["T_star"]) if converged or record["T_star"] is not None else None
-    epsilon, lr = (check(_number(name, record[name])) for name, check in _CHECKED.items())
+    epsilon = check_epsilon(_number("epsilon", record["epsilon"]))
+    lr = check_lr(_number("learning_rate", record["learning_rate"]))
     batch_size = _count("batch_size", record["batch_size"])
     features = {
-        ours: None if record.get(theirs) is None and theirs not in _REQUIRED else _number(theirs, record[theirs])
+        ours: (_number if theirs in _REQUIRED else _perhaps)(theirs, record.get(theirs))
         for theirs, ours in _FEATURES.items()
     }
-    l0, final = (
-        None if record.get(n) is None else math.exp(_number(n, record[n])) for n in ("logInitLoss", "logFinalLoss")
-    )
+    logs = (_perhaps(name, record.get(name)) for name in ("logInitLoss", "logFinalLoss"))
+    l0, final = (None if log is None else math.exp(log) for log in logs)
     architecture = record.get("architecture")
     row: dict[str, Any] = {name: value for name, value in record.items() if name not in _HANDLED}
     for name in [n for n in row if n in ROW_SCHEMA.names]:
@@ -133,7 +133,6 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
 
 
-_CHECKED: dict[str, Callable[[float], float]] = {"epsilon": check_epsilon, "learning_rate": check_lr}
 _MOST = 2**31 - 1  # what a column of counts holds
 _WORDS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True}
 _WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False, "0.0": False}
@@ -144,6 +143,11 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise DataError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
+
+
+def _perhaps(name: str, value: Any) -> float | None:
+    """Return a finite number, or None for an empty cell."""
+    return None if value is None else _number(name, value)
 
 
 def _count(name: str, value: Any) -> int:

@@ -257,7 +257,7 @@ def unreadable_chunks(meta_dir: Where) -> list[tuple[str, str]]:
 
 
 NOT_ROWS = "no rows of a meta-dataset"
-_OF_EVERY_ROW = frozenset({"trial_id", "sweep_hash", "epsilon", "stop_reason"})
+OF_EVERY_ROW = ("trial_id", "sweep_hash", "epsilon", "stop_reason")
 
 
 def read_chunk(location: Location, name: str) -> pa.Table | None:
@@ -266,7 +266,7 @@ def read_chunk(location: Location, name: str) -> pa.Table | None:
         schema = file.schema_arrow
         ours = [f for f in schema if f.name in ROW_SCHEMA.names]
         alike = all(_kind(f.type) in (_kind(ROW_SCHEMA.field(f.name).type), "null") for f in ours)
-        return file.read() if alike and set(schema.names) >= _OF_EVERY_ROW else None
+        return file.read() if alike and set(schema.names) >= set(OF_EVERY_ROW) else None
 
 
 def _kind(kind: pa.DataType) -> str:

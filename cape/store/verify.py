@@ -19,7 +19,6 @@ from cape.store.schema import CHUNK_PATH
 from cape.store.writer import chunk_name
 
 CORRUPT = "_corrupt"  # files that are set aside go here
-_COLUMNS = ["trial_id", "sweep_hash", "epsilon", "stop_reason"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def verify(
             foreign.append((name, "its trials are not those that its name stands for"))
         else:
             versions[(table.schema.metadata or {}).get(b"cape_schema_version", b"?").decode()] += 1
-            parts.append(table.select(_COLUMNS).replace_schema_metadata(None))
+            parts.append(table.select(list(reader.OF_EVERY_ROW)).replace_schema_metadata(None))
     table = pa.concat_tables(parts) if parts else None
     counts = _count(table, specs, plan_ids)
     if set_aside:
