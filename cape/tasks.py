@@ -145,6 +145,21 @@ class Loss:
             rows = [self._function(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
             return torch.stack(rows)
 
+    def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
+        """Raise ``ModelError`` where a sample's loss is another in a batch of one."""
+        one = slice(len(outputs) // 2, len(outputs) // 2 + 1)
+        try:
+            alone = self._function(outputs[one], targets[one])
+        except Exception:  # it cannot take one sample: it holds something of the whole batch
+            return
+        if alone.dim() == 0 or len(alone) == 1:
+            gap = (_mean_per_sample(alone.reshape(1, -1)) - losses[one]).abs()
+            if bool((gap > torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()).any()):
+                raise ModelError(
+                    f"The loss '{self.name}' gives a sample another number in a batch than alone, so that it has no"
+                    " loss of its own; return each sample's loss, unweighted by the others, or their mean."
+                )
+
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
         values = self._function(outputs, targets)
@@ -186,7 +201,10 @@ class Loss:
             losses = -(logs.gather(1, index) * valid).squeeze(1)
             return losses, (logs.exp() - of_logit) * valid, of_logit
         leaf = outputs.detach().requires_grad_()
+        drawn = torch.get_rng_state()
         losses = self.per_sample(leaf, targets)
+        if not self.is_named and torch.equal(drawn, torch.get_rng_state()):
+            self._check_alone(leaf.detach(), targets, losses.detach())
         (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
         (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)
         return losses.detach(), of_loss, of_logit

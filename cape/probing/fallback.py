@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cape.errors import ModelError
 from cape.memory import device_failed
 from cape.probing import ops
+from cape.probing.taps import gradients_kept, leaves_behind
 from cape.state import Inputs, call, map_tensors, slice_inputs
 
 
@@ -60,7 +61,7 @@ def _looped(
         # Two copies: torch's batch-norm backward mis-reads transposed gradients of a batch of one (see reference.py).
         try:
             out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, AssertionError) as error:
             if device_failed(error) or batch_size <= 2:
                 raise
             raise ModelError(
@@ -69,15 +70,16 @@ def _looped(
             ) from error
         if not out.requires_grad:
             continue
-        for k, v in enumerate(cotangents):
-            last = k == len(cotangents) - 1
-            # backward() rather than grad(): re-entrant checkpoints know no other. The caller holds the gradients.
-            first = torch.stack([v[b], torch.zeros_like(v[b])])
-            torch.autograd.backward(out, first, retain_graph=not last)
-            for p in params:
-                if p.grad is not None:
-                    result[k, b] += _square(p.grad)
-            model.zero_grad(set_to_none=True)
+        with gradients_kept(leaves_behind([out])):  # of tensors that are no parameters; the caller holds those of these
+            for k, v in enumerate(cotangents):
+                last = k == len(cotangents) - 1
+                # backward() rather than grad(): re-entrant checkpoints know no other.
+                first = torch.stack([v[b], torch.zeros_like(v[b])])
+                torch.autograd.backward(out, first, retain_graph=not last)
+                for p in params:
+                    if p.grad is not None:
+                        result[k, b] += _square(p.grad)
+                model.zero_grad(set_to_none=True)
     return result
 
 

@@ -216,6 +216,7 @@ def instance_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
     def run(w: Tensor | None, b: Tensor | None) -> Tensor:
         y = F.instance_norm(x, None, None, w, b, True, momentum, eps)
         if y.requires_grad:  # to torch it is batch norm of one sample, whose backward pass mis-reads transposed ones
+            y = y.clone() if y._is_view() else y  # see Interceptor.tap
             y.register_hook(Tensor.contiguous)
         return y
 

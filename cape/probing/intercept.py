@@ -70,7 +70,8 @@ class Interceptor(TorchFunctionMode):
             record cannot be trusted.
         unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
-        reduced: one number was made of data: samples may have met in it.
+        reduced: one number was made of data, or what runs along its first dimension: samples may have met in it.
+        hooked: the model has put a hook of its own on a gradient.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
         dropped: those whose uses a derivative inside the model may pass through: a second-order use is not recorded.
@@ -96,6 +97,7 @@ class Interceptor(TorchFunctionMode):
         self.mismatch = False
         self.steered = False
         self.reduced = False
+        self.hooked = False
         self.late: set[int] = set()
         self.recorded: set[int] = set()
         self.dropped: set[int] = set()
@@ -163,6 +165,9 @@ class Interceptor(TorchFunctionMode):
             self._write(written, data)
         if func in operators.DERIVATIVES and not self._transforming():
             self._differentiate(func)
+        self.hooked |= func is Tensor.register_hook
+        if data and func in operators.RUNNING and found[0].dim() > 1:
+            self.reduced |= kwargs.get("dim", args[-1]) in (0, -found[0].dim())
         if data and (
             func in operators.READING
             or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
@@ -239,7 +244,7 @@ class Interceptor(TorchFunctionMode):
         known, version = self._cores.get(id(p), (p, p._version))
         if version != p._version:
             return p
-        for d in range(known.dim()):
+        for d in range(0 if known.is_nested else known.dim()):
             if known.stride(d) == 0 and known.shape[d] > 1:
                 known = known.narrow(d, 0, 1)
                 self._derived[id(known)] = known
@@ -283,9 +288,7 @@ class Interceptor(TorchFunctionMode):
             if arrival is not None:
                 arrival.recorded.pulls = data.requires_grad
             return Watched.apply(self.anchor, data, lambda: run(*detached), back, take)
-        y = run(*detached)
-        self.tap(y, arrival.arrive if arrival is not None else None)
-        return y
+        return self.tap(run(*detached), arrival.arrive if arrival is not None else None)
 
     @staticmethod
     def plain(*tensors: Tensor | None) -> bool:
@@ -356,15 +359,18 @@ class Interceptor(TorchFunctionMode):
         self.uses.append(recorded)
         return _Arrival(self, recorded)
 
-    def tap(self, y: Tensor, sink: GradSink | None) -> None:
-        """Arrange that ``sink`` receives the gradient of ``y`` in every backward pass.
+    def tap(self, y: Tensor, sink: GradSink | None) -> Tensor:
+        """Return ``y``, arranged so that ``sink`` receives its gradient in every backward pass.
 
         Without a sink (while scanning, or recomputing) ``y`` still requires a gradient, as it does while recording.
         """
         if not y.requires_grad:
-            Tap.apply(y, self.anchor, sink or ignore)
-        elif sink is not None:
+            return Tap.apply(y, self.anchor, sink or ignore)
+        if sink is not None:
+            if y._is_view():  # what the model then writes into it would take the hook away
+                y = y.clone()
             y.register_hook(sink)
+        return y
 
     def expand(self, p: Tensor, shape: Sequence[int], sink: GradSink | None) -> Tensor:
         """Return a detached parameter expanded to ``shape``; ``sink`` receives the gradient there."""

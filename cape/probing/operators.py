@@ -68,6 +68,12 @@ READING = {
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
     Tensor.__array__,
 }  # fmt: skip
+# Functions that go along a dimension: along the first one, the samples of a batch see those before them.
+RUNNING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+}
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Derivatives inside the model: what they consume of a parameter goes past the operators that the mode watches.

@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError
-from cape.memory import kept_memory
+from cape.memory import device_failed, kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
 from cape.probing.assemble import group_norms, plan
 from cape.probing.chain import chain_norms, chain_of
@@ -31,8 +31,8 @@ from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import opened
-from cape.probing.scan import INTERACTING, Scan, automatic_chunk, pieces_of, scan
-from cape.probing.taps import leaves_behind
+from cape.probing.scan import INTERACTING, INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
+from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind
 from cape.probing.wanted import Norms, Wanted
 from cape.state import (
     Inputs,
@@ -215,6 +215,7 @@ class _Engine:
             mode.release()
 
     def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, size: int, places: dict[int, int]) -> Norms:
+        ends = self._ends(x, size)  # first: the model may write into what the recorded pass has kept
         self.kept.rewind()
         with mode:
             out = call(self.model, mode.inputs(x))
@@ -224,7 +225,7 @@ class _Engine:
         losses, cotangents = self.wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
-        self._check_interaction(x, out.detach(), places, puzzling, mode.reduced)
+        self._check_interaction(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
         if leaked:
@@ -238,35 +239,63 @@ class _Engine:
         seen = self.seen.outputs
         return isinstance(out, Tensor) and seen is not None and out.shape[1:] == seen.shape[1:]
 
-    def _check_interaction(self, x: Inputs, out: Tensor, places: dict[int, int], suspect: bool, reduced: bool) -> None:
+    def _check_interaction(
+        self, x: Inputs, out: Tensor, ends: dict[int, Tensor], places: dict[int, int], suspect: bool, anyone: bool
+    ) -> None:
         """Raise where a sample's output depends on which samples it is in one batch with.
 
         Args:
+            ends: outputs of the first and the last sample beside each other. places: of the two that were scanned.
             suspect: something made the samples' rows differ a little: the last digit counts.
-            reduced: the model made one number of the batch, which may be of another sample than the two scanned.
+            anyone: one number was made of the whole batch, or data chose rows: any sample may depend on any other.
         """
         size = len(out)
-
-        def look(inputs: Inputs) -> Tensor:
-            self.kept.rewind()
-            torch.random.default_generator.manual_seed(0)
-            # With a graph: the model may take derivatives of its own.
-            return call(self.model, map_tensors(Tensor.clone, inputs)).detach()
-
+        doubtful = [place for place, beside in ends.items() if moved(out[place], beside, 0.6)]
         for k, place in places.items():
             # A second scan has changed the other sample already.
             share = 0.7 if self.seen.once else 0.5
             alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share)
-            if alike and not suspect and not reduced:
-                continue  # the same as beside one other sample
-            others = torch.full((size,), (place + 1) % size, device=out.device)  # not another order of the same
-            others[others[0]] = place - 1
-            others[place] = place
-            here, there = look(x)[place], look(slice_inputs(x, others, size))[place]
-            # The last digit counts, where there is reason to look at it and the device repeats it.
-            faint = suspect and moved(here, there, 1.05) and torch.equal(here, look(x)[place])
-            if faint or moved(here, there, 0.7):
+            if suspect or not alike:  # else the same as beside one other sample
+                doubtful.append(place)
+        here = self._look(x) if doubtful or anyone else out
+        for place in dict.fromkeys(doubtful):
+            for other in dict.fromkeys(((place + 1) % size, (place + size // 2) % size, (place - 1) % size)):
+                if other == place:
+                    continue
+                others = torch.full((size,), other, device=out.device)  # not another order of the same
+                others[other] = place - 1 if (place - 1) % size != other else (place + 1) % size
+                others[place] = place
+                there = self._look(slice_inputs(x, others, size))[place]
+                # The last digit counts, where there is reason to look at it and the device repeats it.
+                faint = suspect and moved(here[place], there, 1.05) and torch.equal(here[place], self._look(x)[place])
+                if faint or moved(here[place], there, 0.7):
+                    raise ModelError(INTERACTING)
+        for parity in (0, 1) if anyone and size > 2 else ():
+            mine = torch.arange(size, device=out.device) % 2 == parity
+            every = torch.arange(size, device=out.device)
+            there = self._look(slice_inputs(x, torch.where(mine, every, (every + 1) % size), size))
+            if moved(here[mine], there[mine], 0.7):
                 raise ModelError(INTERACTING)
+
+    def _look(self, x: Inputs) -> Tensor:
+        """Return the model's outputs on inputs, its state and its draws as ever."""
+        self.kept.rewind()
+        torch.random.default_generator.manual_seed(0)
+        # With a graph: the model may take derivatives of its own.
+        return call(self.model, map_tensors(Tensor.clone, x)).detach()
+
+    def _ends(self, x: Inputs, size: int) -> dict[int, Tensor]:
+        """Return the outputs of the first and the last sample beside each other; none where two cannot be run."""
+        if size <= 2 or self.seen.outputs is None:
+            return {}
+        pair = [size - 1, 0]
+        try:
+            out = self._look(slice_inputs(x, torch.tensor(pair), size))
+        except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
+            if device_failed(error):
+                raise
+            return {}
+        return dict(zip(pair, out, strict=True)) if out.dim() > 0 and len(out) == 2 else {}
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
@@ -294,58 +323,78 @@ class _Engine:
                 recorded.gradient = None
 
         mode.in_backward = True
-        if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
-            return total, everything
-        mode.on_gradient = consume
-        # With no leaf but the anchor, the anchor reaches every use; other leaves would gather gradients of their own.
-        together = self.together and all(leaf is mode.anchor for leaf in leaves)
-        passes = list(cotangents) if together else [v for many in cotangents for v in many.split(1)]
-        done = 0
-        for v in passes:
-            rows = total[done : done + len(v)]
-            done += len(v)
-            try:
-                with mode:  # stays active: a checkpoint recomputes its forward pass in here
-                    if together:
-                        _pull_together(mode, out, v, retain_graph=done < count)
-                    else:
-                        _backward(out, v[0], retain_graph=done < count)
-            except torch.utils.checkpoint.CheckpointError:  # one use was recorded, an equal one was not
-                return torch.zeros_like(total), everything
-            if mode.mismatch or mode.late & mode.recorded:
-                return torch.zeros_like(total), everything
-            for leaf in leaves:
-                leaf.grad = None
-            for parameters, items in work.groups:
-                if parameters:
-                    rows.add_(group_norms(parameters, items, len(v), size))
-            for recorded in mode.uses:
-                recorded.gradient = None
+        with gradients_kept(leaves):
+            if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
+                return total, everything
+            if (mode.hooked or has_own_backward(out)) and not self._stays_alone(mode, out, cotangents[0][0]):
+                raise ModelError(INTERACTING_BACKWARD)
+            mode.on_gradient = consume
+            # With no leaf but the anchor, it reaches every use; other leaves would gather gradients of their own.
+            together = self.together and all(leaf is mode.anchor for leaf in leaves)
+            passes = list(cotangents) if together else [v for many in cotangents for v in many.split(1)]
+            done = 0
+            for v in passes:
+                rows = total[done : done + len(v)]
+                done += len(v)
+                try:
+                    with mode:  # stays active: a checkpoint recomputes its forward pass in here
+                        if together:
+                            _pull_together(mode, out, v, retain_graph=done < count)
+                        else:
+                            _backward(out, v[0], retain_graph=done < count)
+                except torch.utils.checkpoint.CheckpointError:  # one use was recorded, an equal one was not
+                    return torch.zeros_like(total), everything
+                if mode.mismatch or mode.late & mode.recorded:
+                    return torch.zeros_like(total), everything
+                for leaf in leaves:
+                    leaf.grad = None
+                for parameters, items in work.groups:
+                    if parameters:
+                        rows.add_(group_norms(parameters, items, len(v), size))
+                for recorded in mode.uses:
+                    recorded.gradient = None
         return total, leaked | mode.late
 
-    @staticmethod
-    def _in_order(mode: Interceptor, out: Tensor, v: Tensor) -> bool:
+    @classmethod
+    def _in_order(cls, mode: Interceptor, out: Tensor, v: Tensor) -> bool:
         """Whether every use met the samples in their own order, where data could have permuted them.
 
         Scaling each sample's cotangent by a number of its own must scale its rows of every gradient by just that.
         """
         size = out.shape[0]
         scale = 1 + torch.arange(size, dtype=torch.float64, device=out.device) / size
-        weights: list[dict[int, Tensor]] = [{}, {}]
-        for seen, cotangent in zip(weights, (v, v * scale.to(v.dtype).view(-1, *[1] * (v.dim() - 1))), strict=True):
-
-            def weigh(recorded: Recorded, seen: dict[int, Tensor] = seen) -> None:
-                if recorded.gradient is not None:
-                    seen[id(recorded)] = recorded.use.weight_of_samples(recorded.gradient)[0]
-                recorded.gradient = None
-
-            mode.on_gradient = weigh
-            with mode:
-                _backward(out, cotangent, retain_graph=True)
-        for p in mode.parameters.values():
-            p.grad = None
-        plain, scaled = weights
+        plain = cls._weights(mode, out, v)
+        scaled = cls._weights(mode, out, v * scale.to(v.dtype).view(-1, *[1] * (v.dim() - 1)))
         return all(
             torch.allclose(scaled[k], plain[k] * scale.square(), rtol=0.25 / size, atol=1e-12 * float(plain[k].max()))
             for k in plain
         )
+
+    @classmethod
+    def _stays_alone(cls, mode: Interceptor, out: Tensor, v: Tensor) -> bool:
+        """Whether a sample's gradients are the same where no other sample has a cotangent, and no other's arise."""
+        only = torch.zeros_like(v)
+        only[len(v) // 2] = v[len(v) // 2]
+        every, alone = cls._weights(mode, out, v), cls._weights(mode, out, only)
+        for k, weights in alone.items():
+            here = weights > 1e-9 * every[k].max()
+            if int(here.sum()) > 1 or not torch.allclose(weights[here], every[k][here], rtol=0.01):
+                return False
+        return True
+
+    @staticmethod
+    def _weights(mode: Interceptor, out: Tensor, v: Tensor) -> dict[int, Tensor]:
+        """Return how much of every use's gradient is each sample's, [B], for one cotangent."""
+        seen: dict[int, Tensor] = {}
+
+        def weigh(recorded: Recorded) -> None:
+            if recorded.gradient is not None:
+                seen[id(recorded)] = recorded.use.weight_of_samples(recorded.gradient)[0]
+            recorded.gradient = None
+
+        mode.on_gradient = weigh
+        with mode:
+            _backward(out, v, retain_graph=True)
+        for p in mode.parameters.values():
+            p.grad = None
+        return seen

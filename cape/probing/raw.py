@@ -84,7 +84,7 @@ def prelu(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, A
         return NotImplemented
     with mode:  # as watched operators
         slope = w.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 1 else w
-        return torch.where(x >= 0, x, slope * x)
+        return torch.where(x > 0, x, slope * x)  # at zero torch's derivative is the slope
 
 
 @handles(torch.cat, torch.concat, torch.concatenate, torch.stack)

@@ -110,6 +110,8 @@ def layers(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
             for kept, value in zip(lasts, last, strict=True):
                 kept.append(value)
         seq = torch.cat(outputs, 2) if bidirectional else outputs[0]
+    if not bidirectional and len(states) == 1:
+        seq = seq.clone()  # the backward pass reads these very states, and the model may write into what it is given
     out = seq.transpose(0, 1) if batch_first else seq
     return (out, *(torch.stack(kept) for kept in lasts))
 

@@ -22,6 +22,11 @@ INTERACTING = (
     " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
     " normalization."
 )
+INTERACTING_BACKWARD = (
+    "The model's samples influence each other in its backward pass (one sample's gradient depends on another's), so"
+    " there is no per-sample gradient; a hook or a custom function that normalizes gradients over the batch does this:"
+    " take it out, or normalize each sample's alone."
+)
 _WEIGHT_KINDS = ("convolution", "grouped convolution", "linear", "product", "contract")
 _CONVOLUTION_CHUNK = 16  # samples of a network of dense convolutions
 _CHUNK = 64  # samples of any other network: no slower than 128 where it was measured, and half the memory

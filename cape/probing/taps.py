@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from cape.probing.cotangents import physical
 
@@ -30,6 +31,10 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         ctx.sink(grads[0])
         return None, None, None
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def once(backward: Any) -> Any:
@@ -55,7 +60,11 @@ class Watched(torch.autograd.Function):
         ctx: Any, anchor: Tensor, data: Tensor, run: Callable[[], Tensor], back: Back, sink: PullingSink
     ) -> Tensor:
         ctx.back, ctx.sink = back, sink
-        return run()
+        y = run()
+        # What a Function returns may be written into, but not where it is a view (a linear map's, of a matrix).
+        if y._is_view() and not _shares(y, data):
+            return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        return y
 
     @staticmethod
     @once
@@ -86,21 +95,50 @@ def ignore(gradient: Any) -> None:
     """Take a gradient that nobody needs."""
 
 
-def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
-    """Return the leaves that the autograd graph behind some tensors reaches."""
-    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
+def _nodes_behind(roots: Iterable[Tensor | None]) -> Iterator[Any]:
+    """Yield each node of the autograd graph behind some tensors once."""
     stack = [t.grad_fn for t in roots if t is not None and t.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+
+
+def leaves_behind(roots: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the leaves that the autograd graph behind some tensors reaches."""
+    roots = list(roots)
+    found: dict[int, Tensor] = {id(t): t for t in roots if t is not None and t.requires_grad and t.grad_fn is None}
+    for node in _nodes_behind(roots):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
     return list(found.values())
+
+
+def has_own_backward(root: Tensor) -> bool:
+    """Return whether the graph behind a tensor holds a backward pass written in Python, and not by us or a checkpoint.
+
+    A module's backward hooks are such nodes.
+    """
+    written: Iterator[Any] = (type(n) for n in _nodes_behind([root]) if isinstance(n, BackwardCFunction))
+    return any(not n._forward_cls.__module__.startswith(("cape.", "torch.utils.checkpoint")) for n in written)
+
+
+@contextmanager
+def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Run backward passes and leave every ``.grad`` of some leaves as it was."""
+    held = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None  # else it would be added to in place
+    try:
+        yield
+    finally:
+        for leaf, grad in zip(leaves, held, strict=True):
+            leaf.grad = grad
 
 
 def parameters_behind(roots: Iterable[Tensor | None], among: Mapping[int, nn.Parameter]) -> list[nn.Parameter]:

@@ -28,12 +28,13 @@ class Counted(nn.Module):
 
 
 BATCH = 7
-ONCE, TWICE = [2, BATCH], [2, 2, BATCH]
+ENDS = 2  # the first and the last sample beside each other
+ONCE, TWICE = [2, ENDS, BATCH], [2, 2, ENDS, BATCH]
 MODELS: dict[str, tuple[Callable[[Tensor], Tensor], int, list[int]]] = {
     "batch first": (lambda h: h, 1, ONCE),
     "three positions first": (lambda h: torch.cat([h, h[:, :1]], 1).transpose(0, 1), 0, TWICE),
     # As many positions as samples in a scan: only the whole batch shows which is which.
-    "two positions first": (lambda h: h.transpose(0, 1), 0, [2, BATCH, 2, 2, BATCH]),
+    "two positions first": (lambda h: h.transpose(0, 1), 0, [*ONCE, *TWICE]),
     "nothing of the sample": (lambda h: h * 0 + 1, 1, TWICE),
 }
 

@@ -1,0 +1,146 @@
+"""Samples that meet where two samples in the middle of a batch do not show it are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cape
+from cape.errors import ModelError
+
+SIZE = 9
+
+
+class _Normalized(torch.autograd.Function):
+    """Identity whose backward pass normalizes the whole batch's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] / grads[0].norm()
+
+
+class _Own(torch.autograd.Function):
+    """Identity whose backward pass normalizes each sample's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return F.normalize(grads[0], dim=-1)
+
+
+def _hooked(h: Tensor) -> Tensor:
+    h.register_hook(lambda g: g / g.norm())
+    return h
+
+
+def _sees(to: int, of: int) -> Callable[[Tensor], Tensor]:
+    def between(h: Tensor) -> Tensor:
+        mark = torch.zeros(len(h), 1)
+        mark[to] = 1.0
+        return h + mark * h[of]
+
+    return between
+
+
+def _capacity(h: Tensor) -> Tensor:
+    """Switch routing, dense: an expert's late samples are dropped."""
+    expert = F.one_hot(h[:, :2].argmax(1), 2).to(h.dtype)
+    place = (expert.cumsum(0) * expert).sum(1, keepdim=True)
+    return h * (place <= len(h) // 2)
+
+
+class Model(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(6, 8), nn.Linear(8, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x).tanh()))
+
+
+MEETING: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first sees the last": _sees(0, -1),
+    "the first sees the second": _sees(0, 1),
+    "the last sees the first": _sees(-1, 0),
+    "late samples are dropped": _capacity,
+    "a number of the batch clips some": lambda h: h.clamp(max=torch.quantile(h.detach(), 0.9)),
+}
+MEETING_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "a custom function": _Normalized.apply,
+    "a hook": _hooked,
+}
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(SIZE, 6, generator=generator), torch.randint(0, 3, (SIZE,), generator=generator)
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_samples_that_meet(name: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(Model(MEETING[name]), _batch())
+
+
+@pytest.mark.parametrize("name", MEETING_BACKWARD)
+def test_samples_that_meet_in_the_backward_pass(name: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="in its backward pass"):
+        cape.per_sample_norms(Model(MEETING_BACKWARD[name]), _batch())
+
+
+def test_a_module_hook_that_mixes_gradients_is_refused_and_one_that_scales_them_is_not() -> None:
+    torch.manual_seed(0)
+    model = Model(nn.Identity())
+    plain = cape.per_sample_norms(model, _batch())
+    handle = model.first.register_full_backward_hook(lambda m, i, o: None)
+    assert torch.equal(cape.per_sample_norms(model, _batch())[0], plain[0])
+    handle.remove()
+    model.second.register_full_backward_hook(lambda m, i, o: (i[0] - i[0].mean(0),))
+    with pytest.raises(ModelError, match="in its backward pass"):
+        cape.per_sample_norms(model, _batch())
+
+
+def test_functions_that_keep_samples_apart_are_taken() -> None:
+    from cape.probing.reference import per_sample_norms_reference
+
+    torch.manual_seed(0)
+    model = Model(_Own.apply).double()
+    x, y = _batch()
+    ours = cape.per_sample_norms(model, (x.double(), y))
+    for a, r in zip(ours, per_sample_norms_reference(model, (x.double(), y)), strict=True):
+        torch.testing.assert_close(a, r, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    (
+        lambda o, t: F.cross_entropy(o, t, reduction="none") / len(o),
+        lambda o, t: F.cross_entropy(o @ o.T, torch.arange(len(o)), reduction="none"),
+    ),
+)
+def test_losses_that_couple_samples_are_refused(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="than alone"):
+        cape.per_sample_norms(Model(nn.Identity()), _batch(), loss=loss)
+
+
+def test_losses_of_each_sample_alone_are_taken() -> None:
+    torch.manual_seed(0)
+    model = Model(nn.Identity())
+    named = cape.per_sample_norms(model, _batch())
+    for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none")):
+        torch.testing.assert_close(cape.per_sample_norms(model, _batch(), loss=loss)[0], named[0], rtol=1e-5, atol=0.0)
