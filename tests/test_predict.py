@@ -127,6 +127,8 @@ def test_to_dict_is_strict_json(meta_model: MetaModel, batch: tuple[Tensor, Tens
         ({"epsilon": 0.9}, "ε = 0.9"),
         ({"family": "diffusion"}, "family 'diffusion'"),
         ({"loss": focal}, "loss 'focal'"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "without smoothing or weights"),
+        ({"loss": nn.CrossEntropyLoss(weight=torch.linspace(0.2, 2.0, 10), reduction="none")}, "'CrossEntropyLoss'"),
     ],
 )
 def test_what_was_never_seen_is_said(
@@ -138,6 +140,29 @@ def test_what_was_never_seen_is_said(
     assert any(says in w for w in made.warnings), made.warnings
     assert math.isnan(made.p_reach) and made.to_dict()["p_reach"] is None  # nobody knows what happens out there
     assert math.isinf(made.interval()[1]) == (changes.get("family") is not None)
+
+
+def test_a_loss_is_known_by_what_it_does(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    ways = [
+        nn.CrossEntropyLoss(),
+        lambda o, t: nn.functional.cross_entropy(o, t),
+        lambda o, t: nn.functional.nll_loss(o.log_softmax(1), t, reduction="none"),
+    ]
+    for loss in ways:
+        assert predict(mlp(), batch, loss=loss, lr=1e-3, dataset_size=60_000, meta_model=meta_model).in_domain
+
+    def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+        return focal(outputs, targets)
+
+    made = predict(mlp(), batch, loss=cross_entropy, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert not made.in_domain
+
+
+def test_out_of_the_domain_no_interval_is_a_point(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    made = predict(mlp(), batch, lr=1.0, dataset_size=60_000, meta_model=meta_model)
+    spans = [made.interval(level) for level in (0.1, 0.5, 0.9, 0.95)]
+    assert spans[0][0] < spans[0][1]
+    assert all(a[0] >= b[0] and a[1] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
 
 
 def test_a_misspelt_family_is_no_family_of_ones_own(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
