@@ -221,6 +221,7 @@ def _predict_options(sub: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (0, 2 for an error that names its cause, 130 when interrupted)."""
+    _prepare_streams()
     arguments = argparse.Namespace(run=None)
     try:
         parser = build_parser()
@@ -245,6 +246,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             named = f"'{error.filename}': " if error.filename else ""
             return _fail(f"{named}{error.strerror or error}.", EXIT_ERROR)
         return _fail(str(error), EXIT_ERROR)
+
+
+def _prepare_streams() -> None:
+    """Let every character be printed, by its code where the stream's encoding lacks it, and also to a closed stream."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

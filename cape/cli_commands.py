@@ -1,6 +1,7 @@
 """The commands of ``cape.cli``, each named as on the command line; every one takes the parsed arguments.
 
-They check what is cheap to check, call the public function, and print. Nothing here computes.
+They check what is cheap to check, call the public function, and print. Nothing here computes. What a user's model
+prints goes to stderr, so that stdout holds the result alone.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from cape.cli_sweep import status, stop, store, submit, sweep
@@ -80,18 +83,19 @@ def predict(args: argparse.Namespace) -> None:
         check_price(args.usd_per_hour)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
-    model = load_model(args.model, args.kwargs, args.seed, setting)
-    prediction = predict_one(
-        model,
-        setting.batch,
-        loss=setting.loss,
-        lr=args.lr,
-        dataset_size=setting.dataset_size,
-        epsilon=args.epsilon,
-        meta_model=meta_model,
-        family=args.family,
-    )
-    prediction.time()  # times a few real steps, once
+    with redirect_stdout(sys.stderr):
+        model = load_model(args.model, args.kwargs, args.seed, setting)
+        prediction = predict_one(
+            model,
+            setting.batch,
+            loss=setting.loss,
+            lr=args.lr,
+            dataset_size=setting.dataset_size,
+            epsilon=args.epsilon,
+            meta_model=meta_model,
+            family=args.family,
+        )
+        prediction.time()  # times a few real steps, once
     if args.json:
         asked = {"level": args.level, "interval": list(prediction.interval(args.level))}
         if args.usd_per_hour is not None:
@@ -131,21 +135,22 @@ def rank(args: argparse.Namespace) -> None:
         check_lr(lr)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
-    candidates = [
-        (f"{path} lr={lr:g}" if len(args.lr) > 1 else path, model, setting.batch, lr)
-        for path in args.model
-        for model in [load_model(path, args.kwargs, args.seed, setting)]
-        for lr in args.lr
-    ]
-    table = rank_all(
-        candidates,
-        loss=setting.loss,
-        dataset_size=setting.dataset_size,
-        epsilon=args.epsilon,
-        usd_per_hour=args.usd_per_hour,
-        meta_model=meta_model,
-        level=args.level,
-    )
+    with redirect_stdout(sys.stderr):
+        candidates = [
+            (f"{path} lr={lr:g}" if len(args.lr) > 1 else path, model, setting.batch, lr)
+            for path in args.model
+            for model in [load_model(path, args.kwargs, args.seed, setting)]
+            for lr in args.lr
+        ]
+        table = rank_all(
+            candidates,
+            loss=setting.loss,
+            dataset_size=setting.dataset_size,
+            epsilon=args.epsilon,
+            usd_per_hour=args.usd_per_hour,
+            meta_model=meta_model,
+            level=args.level,
+        )
     if args.json:
         _print_json(table.to_dict())
     else:
@@ -159,8 +164,9 @@ def probe(args: argparse.Namespace) -> None:
 
     check_lr(args.lr)
     setting = load_setting(args)
-    model = load_model(args.model, args.kwargs, args.seed, setting)
-    features = probe_model(model, setting.batch, loss=setting.loss, lr=args.lr, dataset_size=setting.dataset_size)
+    with redirect_stdout(sys.stderr):
+        model = load_model(args.model, args.kwargs, args.seed, setting)
+        features = probe_model(model, setting.batch, loss=setting.loss, lr=args.lr, dataset_size=setting.dataset_size)
     values = features.as_dict()
     if args.json:
         _print_json(values)
@@ -179,10 +185,11 @@ def measure(args: argparse.Namespace) -> None:
     epsilons = check_epsilons(args.epsilon)
     stopping = StoppingRule(max_steps=args.max_steps)
     setting = load_setting(args)
-    model = load_model(args.model, args.kwargs, args.seed, setting)
-    found = measure_model(
-        model, setting.batch, loss=setting.loss, lr=args.lr, epsilons=epsilons, stopping=stopping, seed=args.seed
-    )
+    with redirect_stdout(sys.stderr):
+        model = load_model(args.model, args.kwargs, args.seed, setting)
+        found = measure_model(
+            model, setting.batch, loss=setting.loss, lr=args.lr, epsilons=epsilons, stopping=stopping, seed=args.seed
+        )
     if args.json:
         _print_json(
             {
@@ -274,7 +281,7 @@ def _native() -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

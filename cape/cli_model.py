@@ -81,7 +81,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # 'meta' has no numbers to give
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"The device '{name}' cannot be used here: {_first_line(error)}") from error
     return device
@@ -111,16 +111,18 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
     torch.manual_seed(seed)
     try:
         model = factory(**arguments)
-    except Exception as error:  # the user's own code: whatever it raises is the answer to show
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is the answer to show
         raise ModelError(f"{path} failed: {type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path} returned {type(model).__name__}, not a torch.nn.Module.")
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError(f"{path} returned a model on the device 'meta', which holds no numbers; build it on the CPU.")
     model = model.to(setting.device)
     x = setting.batch[0]
     with preserved(model), torch.no_grad():
         try:
             outputs = call(model.eval(), x)
-        except Exception as error:  # likewise
+        except (Exception, SystemExit) as error:  # likewise
             raise ModelError(
                 f"{path} cannot run on {setting.layout} inputs of shape {tuple(x.shape)}"
                 f" ({type(error).__name__}: {_first_line(error)}); try --layout or --kwargs."
@@ -140,8 +142,13 @@ def _import(path: str) -> Any:
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise SpecError(f"There is no module '{error.name}' to import {path} from.") from error
-    except Exception as error:  # the user's module may raise anything while it is imported
+        hint = ""
+        if module_name.endswith(".py"):
+            file = Path(module_name).with_suffix("")
+            where, parts = (f" in {file.parent}", [file.name]) if file.is_absolute() else ("", file.parts)
+            hint = f" Name the module, not its file{where}: {'.'.join(parts)}:{name}."
+        raise SpecError(f"There is no module '{error.name}' to import {path} from.{hint}") from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise SpecError(f"Importing {module_name} failed: {type(error).__name__}: {_first_line(error)}") from error
     for part in name.split("."):
         if not hasattr(target, part):

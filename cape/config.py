@@ -49,10 +49,10 @@ def check_epsilons(epsilons: typing.Iterable[float]) -> tuple[float, ...]:
     return values
 
 
-def check_count(value: int, what: str) -> int:
-    """Return a whole number of at least 1 (NumPy's too), or raise ``SpecError`` that names what it counts."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise SpecError(f"{what} must be a whole number of at least 1, not {value!r}.")
+def check_count(value: int, what: str, minimum: int = 1) -> int:
+    """Return a whole number of at least ``minimum`` (NumPy's too), or raise ``SpecError`` that names what it counts."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise SpecError(f"{what} must be a whole number of at least {minimum}, not {value!r}.")
     return int(value)
 
 

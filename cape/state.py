@@ -281,6 +281,8 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
         raise ModelError("The batch is empty; at least one sample is needed.")
     if not samples_of(x, len(y)):
         raise ModelError(f"No input is a tensor of {y.shape[0]} samples, as the targets are.")
+    if any(t.is_meta for t in (*tensors_of(x), y)):
+        raise ModelError("The batch is on the device 'meta' and holds no numbers; put it where the model is.")
     return x, y, int(y.shape[0])
 
 
@@ -305,7 +307,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require grad and hold a number, each once, by name.
 
     Raises:
-        ModelError: there is none, or one has no shape yet.
+        ModelError: there is none, or one has no shape or no numbers yet.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
@@ -313,6 +315,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     lazy = [n for n, p in found.items() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise ModelError(f"The parameter '{lazy[0]}' has no shape yet; run the model once on a batch to initialize it.")
+    meta = [n for n, p in found.items() if p.is_meta]
+    if meta:
+        raise ModelError(
+            f"The parameter '{meta[0]}' is on the device 'meta' and holds no numbers; build the model on a real one."
+        )
     found = {n: p for n, p in found.items() if p.numel()}
     if not found:
         raise ModelError("The model has no trainable parameter.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -44,6 +45,25 @@ class NotANumber(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x.flatten(1)) * float("nan")
+
+
+class Talkative(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        print("made")
+        self.head = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("ran")
+        return self.head(x.flatten(1))
+
+
+def without_numbers() -> nn.Module:
+    return net().to("meta")
+
+
+def exits() -> nn.Module:
+    sys.exit(3)
 
 
 def not_a_module() -> int:
@@ -110,7 +130,12 @@ MODEL = f"{HERE}:net"
         (["probe", MODEL, "--data", "digits", "--task", "clasification"], ["Did you mean 'classification'?"]),
         (["probe", MODEL, "--data", "digits", "--layout", "tokens"], ["digits", "tokens"]),
         (["probe", MODEL, "--data", "digits", "--device", "abacus"], ["abacus"]),
-        (["probe", MODEL, "--data", "digts"], ["digts", "Did you mean 'digits'?"]),
+        (["probe", MODEL, "--data", "digits", "--device", "meta"], ["device", "meta"]),
+        (["probe", f"{HERE}:without_numbers", "--data", "digits"], ["device", "meta"]),
+        (["probe", f"{HERE}:exits", "--data", "digits"], ["SystemExit", "3"]),
+        (["probe", "tests/test_cli.py:net", "--data", "digits"], ["not its file", "tests.test_cli:net"]),
+        (["probe", "/no/such/file.py:net", "--data", "digits"], ["in /no/such: file:net"]),
+        (["probe", MODEL, "--data", "digts"], ["digts", "Did you mean 'digits'?", ".parquet"]),
         (["probe", MODEL, "--data", "mnist", "--data-root", "/no/such/folder"], ["/no/such/folder"]),
         (["probe", MODEL, "--data", "/no/such/file.parquet"], ["/no/such/file.parquet"]),
         (["probe", "tests.test_cli", "--data", "digits"], ["module.path:callable"]),
@@ -140,7 +165,9 @@ MODEL = f"{HERE}:net"
         (["fit", "/no/such/meta", "--out", "/no/out"], ["/no/such/meta"]),
         (["fit", "/no/such/meta", "--out", "/no/out", "--preset", "papre"], ["Did you mean 'paper'?"]),
         (["fit", "/no/such/meta", "--out", "/no/out", "--workers", "0"], ["workers"]),
+        (["fit", "/no/such/meta", "--out", "/no/out", "--seed", "-1"], ["seed", "-1"]),
         (["evaluate", "/no/such/meta", "--out", "/no/out"], ["/no/such/meta"]),
+        (["evaluate", "/no/such/meta", "--out", "/no/out", "--rebuild", "-1"], ["rebuild", "-1"]),
         (["report", "/no/such/meta", "--out", "/no/out.html"], ["/no/such/meta"]),
         (["import-csv", "/no/such.csv", "--family", "cnn", "--out", "/no/out"], ["/no/such.csv"]),
         (["data", "--data-root", "/no/such/folder"], ["/no/such/folder"]),
@@ -193,6 +220,7 @@ def test_a_dry_run_refuses_what_cannot_run_and_says_what_it_could_not_check(run:
     for changes, words in (({"datasets": ["digts"]}, ["Did you mean 'digits'?"]), ({"task": "regression"}, ["digits"])):
         spec = write_spec(tmp_path / "spec.json", **changes)
         expect_sentence(run("sweep", spec, "--dry-run"), *words)
+    expect_sentence(run("sweep", write_spec(tmp_path / "spec.json", trials_per_cell=10**20), "--dry-run"), "split it")
     code, printed, err = run("sweep", write_spec(tmp_path / "spec.json", batch_sizes=[5000]), "--dry-run")
     assert code == 0 and "worker-hours" in printed and "could not be checked" in err and "5000" in err
 
@@ -231,7 +259,33 @@ def test_errors_show_their_traceback_when_asked(run: Run, monkeypatch: pytest.Mo
         run("probe", MODEL, "--data", "digits", "--lr", "-1")
 
 
+def test_what_a_model_prints_is_not_in_the_result(run: Run) -> None:
+    for command in ("probe", "predict", "rank", "measure"):
+        options = ["--max-steps", "2"] if command == "measure" else []
+        code, out, err = run(command, f"{HERE}:Talkative", "--data", "digits", "--batch-size", "4", "--json", *options)
+        assert code == 0 and json.loads(out) and "made" in err and "ran" in err
+
+
+def test_every_encoding_prints_every_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+    argv = ["measure", f"{HERE}:net", "--data", "digits", "--batch-size", "4", "--max-steps", "1"]
+    assert cli.main(argv) == 0 and cli.main([*argv, "--epsilon", "2"]) == 2
+    assert b"\\u03b5 0.2" in sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["data"]) == 0
+
+
 # --- around a sweep ---
+
+
+def test_a_spec_with_a_byte_order_mark_is_read(run: Run, tmp_path: Path) -> None:
+    spec = write_spec(tmp_path / "spec.json")
+    spec.write_bytes(b"\xef\xbb\xbf" + spec.read_bytes())
+    assert run("sweep", spec, "--dry-run")[0] == 0
 
 
 def test_a_dry_run_says_what_a_sweep_amounts_to_and_needs_no_data(run: Run, tmp_path: Path) -> None:
@@ -397,7 +451,7 @@ def test_help_is_immediate_and_lists_every_command() -> None:
 
 
 def test_the_installed_command_exits_with_2() -> None:
-    done = subprocess.run([sys.executable, "-m", "cape.cli", "sweep", "demo"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cape", "sweep", "demo"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("cape: error: ") and "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, "-m", "cape.cli"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: cape" in done.stdout

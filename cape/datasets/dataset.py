@@ -16,6 +16,7 @@ from torch import Tensor
 from cape.errors import DataError, SpecError, did_you_mean
 
 PREPROCESS = ("standard", "reference", "reference_normalized")
+MOST_CLASSES = 1_000_000  # more are ids, not classes, and a head for them would fill the memory
 
 
 class Source(Protocol):
@@ -184,10 +185,15 @@ def fingerprint_arrays(*arrays: np.ndarray) -> str:
 
 
 def check_labels(labels: np.ndarray, classes: int, where: str) -> None:
-    """Raise ``DataError`` where labels do not lie in 0..classes-1."""
+    """Raise ``DataError`` where labels do not lie in 0..classes-1, or classes are more than ``MOST_CLASSES``."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
             f"The labels of {where} run from {low} to {high}, but {classes} classes are declared; they must lie in"
             f" 0..{classes - 1}."
+        )
+    if classes > MOST_CLASSES:
+        raise DataError(
+            f"{where} has {classes} classes (labels up to {high}), more than {MOST_CLASSES}; number those that occur"
+            " from 0."
         )

@@ -7,7 +7,8 @@
 | numbers and texts, schema metadata ``target`` | standardized features, regression |
 
 Schema metadata read where present: ``full_train_size`` (else the row count), ``num_classes`` and ``label_names`` (else
-Hugging Face's own ``huggingface`` features, else the largest label plus one).
+Hugging Face's own ``huggingface`` features, else the largest label plus one; at most a million). Where the metadata
+names a ``target``, the file is a table whatever its columns are called.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def load(path: Path, name: str | None = None, known: Known | None = None) -> Dat
         known: what a dataset of that name has to be.
 
     Raises:
-        DataError: no such file, not Parquet, empty, without the columns, of another kind than ``known``, or with
-            labels that are missing, not whole numbers, or out of the declared range.
+        DataError: no such file, not Parquet, empty, without the columns or with two of one name, of another kind
+            than ``known``, or with labels that are missing, not whole numbers, out of the declared range or too many.
     """
     if not path.is_file():
         raise DataError(f"There is no data file {path}; name another file, or set --data-root or CAPE_DATA.")
@@ -58,6 +59,9 @@ def load(path: Path, name: str | None = None, known: Known | None = None) -> Dat
     if rows == 0:
         raise DataError(f"{path} has no rows.")
     metadata = {k.decode(errors="replace"): v.decode(errors="replace") for k, v in (schema.metadata or {}).items()}
+    twice = [column for column in schema.names if schema.names.count(column) > 1]
+    if twice:
+        raise DataError(f"{path} has several columns '{twice[0]}'; rename or remove all but one.")
     kind = _kind(schema, metadata, path)
     if known is not None and kind != known.kind:
         expected = {"image": "images", "text": "texts", "table": "a table with a target"}
@@ -197,13 +201,11 @@ def _undecodable(where: str, error: Exception) -> DataError:
 
 
 def _image_shape(path: Path) -> tuple[int, int, int]:
-    """Tell the shape from the first 16 images: gray where all are, then native up to 32x32; colour is 32x32."""
-    try:
-        first = next(pq.ParquetFile(path).iter_batches(batch_size=16, columns=["image.bytes"]))
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    """Tell the shape from 16 images all over the file: gray where all are, then native up to 32x32; colour is 32x32."""
+    column = _image_bytes(_read(path, ["image.bytes"]).column("image"))
     gray, size = True, (SIDE, SIDE)
-    for row, data in enumerate(_image_bytes(pa.chunked_array([first.column(0)])).to_pylist()):
+    for row in np.unique(np.linspace(0, len(column) - 1, 16).astype(int)).tolist():
+        data = column[row].as_py()
         with _open_image(data, f"Row {row} of {path}") as image:
             gray = gray and image.mode in _GRAY_MODES
             size = image.size if row == 0 else size
@@ -239,7 +241,7 @@ def _brief(error: Exception) -> str:
 
 def _kind(schema: pa.Schema, metadata: dict[str, str], path: Path) -> str:
     names = schema.names
-    if "target" in metadata and "image" not in names and "text" not in names:
+    if "target" in metadata:
         return "table"
     for column, kind in (("image", "image"), ("text", "text")):
         if column not in names:

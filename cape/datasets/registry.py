@@ -72,9 +72,11 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
         data_root: see :func:`cape.datasets.data_root`; not used for a path or a bundled dataset.
 
     Raises:
-        SpecError: an unknown name.
+        SpecError: an unknown name, or what is no name.
         DataError: a folder or file that is missing, or data that cannot be used.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise SpecError(f"A dataset is named by a name or a path that ends in .parquet, not by {name!r}.")
     name = os.fspath(name)
     if name.endswith(".parquet"):
         return _from_file(Path(name).expanduser(), name)
@@ -87,7 +89,7 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
         sequence = load(_CHARACTERS[name], data_root).with_task("sequence")
         return dataclasses.replace(sequence, name=name)
     if name not in KNOWN:
-        raise SpecError(f"Unknown dataset '{name}'.{did_you_mean(name, names())}")
+        raise SpecError(f"Unknown dataset '{name}'.{did_you_mean(name, names())} A path ends in .parquet.")
     root = _resolve(data_root)
     if root is not None:
         return _from_file(root / f"{name}.parquet", name)

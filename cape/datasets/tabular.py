@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LAYOUTS = ("vector", "rows")
+MOST_CATEGORIES = 1_000  # a column of more different texts holds ids or dates, not categories
 
 
 class Vectors:
@@ -51,11 +52,11 @@ def from_table(table: pa.Table, target: str, where: str) -> Vectors:
     """Turn a table into standardized features and a standardized target.
 
     Numbers are standardized, missing ones take the column's median first; texts become one column for each value
-    (0 or 1, in alphabetical order). Features keep the order of the columns, numbers first.
+    (0 or 1, in alphabetical order; at most ``MOST_CATEGORIES``). Features keep the order of the columns, numbers first.
 
     Raises:
         DataError: no such target, a missing or infinite value where there must be none, or a column that is
-            neither numbers nor text.
+            neither numbers nor text, or too many different texts.
     """
     if target not in table.column_names:
         raise DataError(f"{where} has no target column '{target}'; its columns are {', '.join(table.column_names)}.")
@@ -71,8 +72,15 @@ def from_table(table: pa.Table, target: str, where: str) -> Vectors:
                 raise DataError(f"The column '{name}' of {where} is empty; leave it out.")
             numbers.append(np.where(present, values, np.median(values[present])))
             continue
-        texts = np.array(["" if v is None else v for v in table.column(name).to_pylist()])
-        categories += [(texts == category).astype(np.float32) for category in sorted(set(texts.tolist()))]
+        words = ["" if v is None else v for v in table.column(name).to_pylist()]
+        found = sorted(set(words))
+        if len(found) > MOST_CATEGORIES:
+            raise DataError(
+                f"The column '{name}' of {where} holds {len(found)} different texts, more than {MOST_CATEGORIES}; leave"
+                " it out or make it a number."
+            )
+        texts = np.array(words)
+        categories += [(texts == category).astype(np.float32) for category in found]
     if not numbers and not categories:
         raise DataError(f"{where} has no column beside its target '{target}'.")
     goal = _numbers(table, target, where)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.baselines.rebuilt import Cost, rebuilt
+from cape.config import check_count
 from cape.errors import DataError, StoreError
 from cape.evaluation import metrics, protocols
 from cape.evaluation.methods import LEVELS, Predicted, methods
@@ -118,9 +119,11 @@ def evaluate(
         threads: XGBoost threads; see ``regressors.thread_count``.
 
     Raises:
-        SpecError, DataError, StoreError: unknown names, too few trials, a directory that is not a report.
+        SpecError, DataError, StoreError: unknown names, a negative ``rebuild``, too few trials, a directory that is
+            not a report.
     """
     protocols.check_protocol(protocol)
+    check_count(rebuild, "rebuild", minimum=0)
     runners = methods(presets, comparators, threads)
     if out is not None:
         check_report_dir(out)  # before minutes of fitting

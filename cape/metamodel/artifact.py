@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cape.errors import StoreError
+from cape.config import check_count
+from cape.errors import SpecError, StoreError
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.line import POOLED, Line, margins
@@ -136,18 +137,25 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            StoreError: no card, a missing or altered file, a newer format, or surfaces of formats 3 to 6.
+            SpecError: what is no path. StoreError: no card, a missing or altered file, a newer format, or surfaces of
+                formats 3 to 6.
         """
-        path = Path(directory)
+        if not isinstance(directory, (str, os.PathLike)):
+            raise SpecError(f"A meta-regressor is a MetaModel or the path of its directory, not {directory!r}.")
+        path = Path(os.path.expanduser(directory))
         if not (path / "card.json").is_file():
             raise StoreError(f"There is no meta-regressor in {path}; run `cape fit META_DIR --out {path}` to make one.")
         try:
             card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+            _check_card(card)
             if card["format"] > FORMAT:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
             if 3 <= card["format"] <= 6 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
             files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
+            listed = {*map(_file, [*card["boosters"], POOLED]), *map(_surface_file, card.get("surfaces", []))}
+            if files.keys() - {"reach.ubj"} != {"calibration.json", *listed}:
+                raise ValueError("the card lists other files than its boosters and surfaces")
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
             boosters = _Boosters({name: files[_file(name)] for name in [*card["boosters"], POOLED]}, path)
             lines = {name: Line.from_dict(line) for name, line in calibration.get("lines", {}).items()}
@@ -196,7 +204,7 @@ def check_out(directory: str | os.PathLike[str]) -> Path:
 
     What a fit left that was killed while it saved is no reason to refuse.
     """
-    out = Path(directory)
+    out = Path(os.path.expanduser(directory))
     whole = out.is_dir() and (out / "card.json").is_file()
     if out.exists() and not whole and not (out.is_dir() and all(_OWN.fullmatch(f.name) for f in out.iterdir())):
         raise StoreError(f"{out} exists and holds no meta-regressor; name an empty or new directory to write one.")
@@ -218,6 +226,22 @@ def resolve(meta_model: MetaModel | str | os.PathLike[str] | None) -> MetaModel:
     if meta_model is None:
         return default_model()
     return meta_model if isinstance(meta_model, MetaModel) else MetaModel.load(meta_model)
+
+
+def _check_card(card: Any) -> None:
+    """Raise ``ValueError`` or ``KeyError`` where a card lacks what its readers take for granted."""
+    if type(card["format"]) is not int or card["format"] < 1:
+        raise ValueError(f"its format is {card['format']!r}")
+    if card["format"] > FORMAT:
+        return  # which may say things in another way
+    data = card["data"]
+    for name, values in {"families": card["families"], "datasets": data["datasets"], "tasks": data["tasks"]}.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"the {name} in its card are no list of names")
+    if not card["families"]:
+        raise ValueError("its card names no family")
+    for name in ("rows", "trials", "calibration_trials"):
+        check_count(data[name], name, minimum=0)
 
 
 _OWN = re.compile(r"\.?(model.*\.ubj|surface-.*\.npz|reach\.ubj|calibration\.json|card\.json)(\.\d+)?")

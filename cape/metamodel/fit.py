@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 import cape
-from cape.errors import DataError, SpecError
+from cape.config import check_count
+from cape.errors import DataError
 from cape.metamodel.artifact import MetaModel, check_out
 from cape.metamodel.crossfit import FOLDS, Mapper, assign_folds, enough, map_threads, out_of_fold, select
 from cape.metamodel.domain import Domain
@@ -59,8 +60,9 @@ def fit_table(
         trainer, mapper: how boosters are trained and selection folds run (Ray passes its own).
 
     Raises:
-        SpecError: an unknown preset. DataError: too few trials, or none that reached its ε.
+        SpecError: an unknown preset, a negative seed. DataError: too few trials, or none that reached its ε.
     """
+    check_count(seed, "seed", minimum=0)
     base, rows = preset_named(preset), as_rows(table)
     rows = rows.take(~rows.failed)
     families = rows.families
@@ -139,8 +141,7 @@ def fit(
     """
     from cape.metamodel.train import ray_trainer
 
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise SpecError(f"workers must be a whole number of at least 1, not {workers!r}.")
+    workers, seed = check_count(workers, "workers"), check_count(seed, "seed", minimum=0)
     wanted = preset_named(preset)  # an unknown name must fail before Ray starts
     if early_stopping is not None:
         wanted = wanted.replace(early_stopping=early_stopping)

@@ -85,7 +85,7 @@ def read_spec(source: str | Path, data_root: str | Path | None = None) -> SweepS
     if str(source) in PRESETS or (path.suffix != ".json" and not path.is_file()):
         return preset(str(source), data_root)
     try:
-        return SweepSpec.from_json(path.read_text(encoding="utf-8"))
+        return SweepSpec.from_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise SpecError(f"There is no file {path}; a preset is one of {', '.join(PRESETS)}.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -142,8 +142,9 @@ class Plan:
             for d in spec.datasets
             for b in spec.batch_sizes
         )
-        if len(self) > _LARGEST_PLAN:
-            raise SpecError(f"The sweep has {len(self)} trials, more than {_LARGEST_PLAN}; split it into several.")
+        trials = sum(group.count for group in self.groups)  # maybe more than `len` can return
+        if trials > _LARGEST_PLAN:
+            raise SpecError(f"The sweep has {trials} trials, more than {_LARGEST_PLAN}; split it into several.")
 
     def __len__(self) -> int:
         """Number of trials."""

@@ -29,7 +29,7 @@ void check(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tens
 void run(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor& inverse, const MaybeTensor& weight,
          bool scale, bool shift, bool own, const Tensor& out, const Tensor& dx) {
   const int64_t cotangents = g.size(0), batch = x.size(0), rows = x.size(1), channels = x.size(2), s = x.size(3);
-  if (rows == 0 || channels == 0 || s == 0) {
+  if (batch == 0 || rows == 0 || channels == 0 || s == 0) {
     out.zero_();
     return;
   }
@@ -39,9 +39,12 @@ void run(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const Tensor
     const Tensor wide = t.expand({batch, rows, channels});
     return wide.stride(2) > 1 ? wide.contiguous() : wide;
   };
-  const Tensor inv = spread(inverse), mu = mean ? spread(*mean) : inv;
+  Tensor inv = spread(inverse), mu = mean ? spread(*mean) : inv;
+  if (mu.strides() != inv.strides()) {  // the kernels step through both alike
+    inv = inv.contiguous();
+    mu = mu.contiguous();
+  }
   const Tensor w = weight ? weight->contiguous() : inv;
-  TORCH_CHECK(mu.strides() == inv.strides(), "affine_sq_norms: mean and inverse must vary alike.");
   double* result = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "affine_sq_norms", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
@@ -84,6 +87,11 @@ std::tuple<Tensor, Tensor> affine_pull(const Tensor& g, const Tensor& x, const M
       "affine_pull: the weight must be [C] and of x's dtype.");
   TORCH_CHECK(!own || (mean && x.size(3) == 1),
               "affine_pull: rows with statistics of their own have a mean and S = 1.");
+  for (const Tensor& t : {mean.value_or(inverse), inverse}) {
+    TORCH_CHECK(!own || t.dim() == 0 || t.size(-1) == 1,
+                "cape: affine_pull: the statistics of rows of their own must have shape [B, R, 1], got ", t.sizes(),
+                ".");
+  }
   Tensor out = at::empty({g.size(0), x.size(0)}, g.options().dtype(at::kDouble));
   Tensor dx = at::empty(g.sizes(), g.options());
   run(g, x, mean, inverse, weight, scale, shift, own, out, dx);

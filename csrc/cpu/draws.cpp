@@ -32,16 +32,28 @@ Twister* twisters(const Tensor& states) {
   return reinterpret_cast<Twister*>(states.data_ptr<int32_t>());
 }
 
+// Let autograd see that a tensor was written to.
+void written(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 void seed_draws(const Tensor& states, int64_t row, int64_t seed) {
   TORCH_CHECK(row >= 0 && row < states.size(0), "There is no row ", row, " of draws.");
   twisters(states)[row].seed(uint64_t(seed));
+  written(states);
 }
 
 void draw_ones(const Tensor& out, const Tensor& states, double probability) {
   TORCH_CHECK(out.dim() > 0 && out.is_contiguous() && out.size(0) <= states.size(0),
               "draw_ones_ fills a contiguous tensor with at most one row for each state.");
+  TORCH_CHECK(probability >= 0.0 && probability <= 1.0, "cape: draw_ones_: the probability must lie in [0, 1], got ",
+              probability, ".");
   Twister* all = twisters(states);
   if (out.numel() == 0) return;
+  for (int64_t i = 0; i < out.size(0); ++i) {
+    TORCH_CHECK(all[i].next >= 0 && all[i].next <= Twister::kBlock, "cape: draw_ones_: row ", i, " of the states has ",
+                all[i].next, " used numbers of ", Twister::kBlock, "; begin it with seed_draws_.");
+  }
   const int64_t size = out.numel() / out.size(0);
   const auto threshold = uint64_t(std::ceil(std::ldexp(probability, 53)));
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "draw_ones_", [&] {
@@ -51,12 +63,15 @@ void draw_ones(const Tensor& out, const Tensor& states, double probability) {
       for (int64_t i = begin; i < end; ++i) kernels.draw_ones(all[i], threshold, data + i * size, size);
     });
   });
+  written(out);
+  written(states);
 }
 
 // torch writes uniform numbers, turns each 16 into normal ones, and draws the last 16 anew where some are left over.
 void normal(const Tensor& out, double mean, double std, std::optional<at::Generator> generator) {
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == at::kFloat && out.numel() >= 16,
               "normal_ fills contiguous float32 tensors of 16 numbers or more.");
+  TORCH_CHECK(std >= 0.0, "cape: normal_: std must not be negative, got ", std, ".");
   TORCH_CHECK(cape::has_normals_avx2(), "normal_ needs a processor with AVX2; use torch.Tensor.normal_.");
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   const std::scoped_lock lock(source->mutex_);
@@ -84,6 +99,7 @@ void normal(const Tensor& out, double mean, double std, std::optional<at::Genera
   held.left_ = Twister::kBlock + 1 - twister.next;
   engine.set_data(held);
   source->set_engine(engine);
+  written(out);
 }
 
 }  // namespace

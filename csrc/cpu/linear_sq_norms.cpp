@@ -50,7 +50,7 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
     TORCH_CHECK(form == cape::Form::direct || form == cape::Form::gram, "linear_sq_norms: no form '", form_name, "'.");
     const scalar_t* a_data = a.const_data_ptr<scalar_t>();
     const scalar_t* g_data = g.const_data_ptr<scalar_t>();
-    const int64_t grain = t > 1 ? 1 : std::max<int64_t>(1, 32768 / (d + cotangents * p));
+    const int64_t grain = t > 1 ? 1 : std::max<int64_t>(1, 32768 / std::max<int64_t>(1, d + cotangents * p));
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       std::vector<double> total(static_cast<size_t>(cotangents));
       const auto scratch =

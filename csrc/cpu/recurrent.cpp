@@ -14,11 +14,13 @@
 
 #include <tuple>
 
+#include "check.h"
 #include "scratch.h"
 
 namespace {
 
 using at::Tensor;
+using cape::check_argument;
 
 struct Sizes {
   int64_t steps, batch, hidden, cotangents;
@@ -29,7 +31,16 @@ Sizes check(const char* name, const Tensor& gates, const Tensor& w_hh, int64_t c
       gates.dim() == 3 && w_hh.dim() == 2 && w_hh.size(0) == gates.size(2) && w_hh.size(0) == count * w_hh.size(1),
       name, ": the gates must be [T, B, ", count, " H] and w_hh [", count, " H, H]; got ", gates.sizes(), " and ",
       w_hh.sizes(), ".");
+  check_argument(name, "w_hh", w_hh, w_hh.sizes(), gates);
   return {gates.size(0), gates.size(1), w_hh.size(1), 1};
+}
+
+// The sizes of a backward pass, with the K of its gradients [T, K, B, H].
+Sizes check_backward(const char* name, const Tensor& grad_h, const Tensor& gates, const Tensor& w_hh, int64_t count) {
+  Sizes n = check(name, gates, w_hh, count);
+  if (grad_h.dim() == 4) n.cotangents = grad_h.size(1);
+  check_argument(name, "grad_h", grad_h, {n.steps, n.cotangents, n.batch, n.hidden}, gates);
+  return n;
 }
 
 // The last dimension of gradients [T, K, B, H] must be contiguous; the others may have any stride.
@@ -60,6 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_sequence(const Tensor& pre, const Tensor
                                                  const Tensor& c0) {
   const at::AutoDispatchBelowAutograd guard;
   const Sizes n = check("lstm_sequence", pre, w_hh, 4);
+  check_argument("lstm_sequence", "h0", h0, {n.batch, n.hidden}, pre);
+  check_argument("lstm_sequence", "c0", c0, {n.batch, n.hidden}, pre);
   const Tensor input = pre.contiguous(), w = w_hh.contiguous(), first_h = h0.contiguous(), first_c = c0.contiguous();
   const Tensor gates = at::empty({n.steps, n.batch, 4 * n.hidden}, pre.options());
   const Tensor h = at::empty({n.steps, n.batch, n.hidden}, pre.options()), c = at::empty_like(h);
@@ -91,8 +104,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm_sequence_backward(const Tensor& grad_h, 
                                                           const Tensor& kept_gates, const Tensor& kept_c,
                                                           const Tensor& w_hh, const Tensor& c0) {
   const at::AutoDispatchBelowAutograd guard;
-  Sizes n = check("lstm_sequence_backward", kept_gates, w_hh, 4);
-  n.cotangents = grad_h.size(1);
+  const char* name = "lstm_sequence_backward";
+  const Sizes n = check_backward(name, grad_h, kept_gates, w_hh, 4);
+  check_argument(name, "grad_c", grad_c, {n.cotangents, n.batch, n.hidden}, kept_gates);
+  check_argument(name, "c", kept_c, {n.steps, n.batch, n.hidden}, kept_gates);
+  check_argument(name, "c0", c0, {n.batch, n.hidden}, kept_gates);
   const Tensor gates = kept_gates.contiguous(), c = kept_c.contiguous(), w = w_hh.contiguous();
   const Tensor grad = rows_of(grad_h), first_c = c0.contiguous();
   const Tensor d_pre = at::empty({n.steps, n.cotangents, n.batch, 4 * n.hidden}, gates.options());
@@ -132,6 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_sequence(const Tensor& pre, const Tensor&
                                                 const Tensor& h0) {
   const at::AutoDispatchBelowAutograd guard;
   const Sizes n = check("gru_sequence", pre, w_hh, 3);
+  check_argument("gru_sequence", "b_hh", b_hh, {3 * n.hidden}, pre);
+  check_argument("gru_sequence", "h0", h0, {n.batch, n.hidden}, pre);
   const Tensor w = w_hh.contiguous(), bias = b_hh.contiguous(), first = h0.contiguous();
   const Tensor gates = at::empty({n.steps, n.batch, 3 * n.hidden}, pre.options()).copy_(pre);
   const Tensor h = at::empty({n.steps, n.batch, n.hidden}, pre.options()), side = at::empty_like(h);
@@ -164,8 +182,11 @@ std::tuple<Tensor, Tensor, Tensor> gru_sequence_backward(const Tensor& grad_h, c
                                                          const Tensor& kept_side, const Tensor& kept_h,
                                                          const Tensor& w_hh, const Tensor& h0) {
   const at::AutoDispatchBelowAutograd guard;
-  Sizes n = check("gru_sequence_backward", kept_gates, w_hh, 3);
-  n.cotangents = grad_h.size(1);
+  const char* name = "gru_sequence_backward";
+  const Sizes n = check_backward(name, grad_h, kept_gates, w_hh, 3);
+  check_argument(name, "side", kept_side, {n.steps, n.batch, n.hidden}, kept_gates);
+  check_argument(name, "h", kept_h, {n.steps, n.batch, n.hidden}, kept_gates);
+  check_argument(name, "h0", h0, {n.batch, n.hidden}, kept_gates);
   const Tensor gates = kept_gates.contiguous(), side = kept_side.contiguous(), h = kept_h.contiguous();
   const Tensor grad = rows_of(grad_h), first = h0.contiguous(), w = w_hh.contiguous();
   const Tensor d_pre = at::empty({n.steps, n.cotangents, n.batch, 3 * n.hidden}, gates.options());

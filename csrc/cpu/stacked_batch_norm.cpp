@@ -9,8 +9,11 @@
 
 #include <cape/kernels.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
+
+#include "check.h"
 
 namespace {
 
@@ -20,12 +23,17 @@ struct Sizes {
   int64_t models, rows, channels, chunk;
 };
 
-Sizes check(const Tensor& x, const std::optional<Tensor>& weight) {
+Sizes check(const Tensor& x) {
   TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "stacked_batch_norm takes contiguous [k, B, C]; got ", x.sizes(), ".");
-  TORCH_CHECK(!weight || (weight->size(0) >= x.size(0) && weight->size(1) == x.size(2) && weight->is_contiguous()),
-              "stacked_batch_norm: the weights must be contiguous [k, C].");
   const int64_t threads = at::get_num_threads();
   return {x.size(0), x.size(1), x.size(2), std::max<int64_t>(1, (x.size(1) + threads - 1) / threads)};
+}
+
+// The models' own numbers [k, C], where there are any.
+std::optional<Tensor> rows_of(const char* op, const char* name, const std::optional<Tensor>& values, const Tensor& x) {
+  if (!values) return values;
+  cape::check_argument(op, name, *values, {x.size(0), x.size(2)}, x);
+  return values->contiguous();
 }
 
 template <typename scalar>
@@ -33,10 +41,12 @@ const scalar* row_of(const std::optional<Tensor>& values, int64_t row, int64_t c
   return values ? values->const_data_ptr<scalar>() + row * channels : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& weight,
-                                              const std::optional<Tensor>& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& given_weight,
+                                              const std::optional<Tensor>& given_bias, double eps) {
   const at::AutoDispatchBelowAutograd guard;
-  const Sizes n = check(x, weight);
+  const Sizes n = check(x);
+  const auto weight = rows_of("stacked_batch_norm", "weight", given_weight, x);
+  const auto bias = rows_of("stacked_batch_norm", "bias", given_bias, x);
   const Tensor y = at::empty_like(x), mean = at::empty({n.models, n.channels}, x.options());
   const Tensor inverse = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "stacked_batch_norm", [&] {
@@ -57,10 +67,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::option
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_y, const Tensor& x,
-                                                       const std::optional<Tensor>& weight, const Tensor& mean,
-                                                       const Tensor& inverse) {
+                                                       const std::optional<Tensor>& given_weight,
+                                                       const Tensor& given_mean, const Tensor& given_inverse) {
   const at::AutoDispatchBelowAutograd guard;
-  const Sizes n = check(x, weight);
+  const Sizes n = check(x);
+  const char* name = "stacked_batch_norm_backward";
+  cape::check_argument(name, "grad", grad_y, x.sizes(), x);
+  const auto weight = rows_of(name, "weight", given_weight, x);
+  const Tensor mean = *rows_of(name, "mean", given_mean, x), inverse = *rows_of(name, "inverse", given_inverse, x);
   const Tensor grad = grad_y.contiguous(), passed = at::empty_like(x);
   const Tensor d_weight = at::empty({n.models, n.channels}, x.options()), d_bias = at::empty_like(d_weight);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "stacked_batch_norm_backward", [&] {

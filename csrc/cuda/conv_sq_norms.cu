@@ -100,6 +100,7 @@ Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntAr
 std::string conv_form(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                       IntArrayRef dilation, int64_t groups, c10::string_view precision) {
   const cape::ConvShape s = shape_of(x, g, kernel, stride, padding, dilation, groups);
+  if (x.numel() == 0 || g.numel() == 0) return name_of(ConvForm::automatic);  // nothing is launched
   const cape::cuda::StreamLaunch launch(x);
   std::string name;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_sq_norms", [&] {

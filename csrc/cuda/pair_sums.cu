@@ -55,6 +55,7 @@ at::Tensor pair_sums(const at::Tensor& g, const at::Tensor& x) {
 // x^ is formed first (statistics may vary from row to row); both sums then come from one pass over g and x^.
 at::Tensor affine_sq_norms(const at::Tensor& g, const at::Tensor& x, const std::optional<at::Tensor>& mean,
                            const at::Tensor& inverse, bool scale, bool shift) {
+  if (!scale && !shift) return at::zeros({g.size(0), g.size(1)}, g.options().dtype(at::kDouble));
   const at::Tensor centred = mean ? x.sub(mean->unsqueeze(-1)) : x;
   const at::Tensor squares = pair_sums(g, scale ? centred.mul(inverse.unsqueeze(-1)) : x).square().sum({3});
   if (scale && shift) return squares.sum({0});

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from cape import randoms
 from cape.convergence.draws import CounterDraws, GeneratorDraws
+from cape.probing.ops import native_module
 
 
 def test_generator_draws_are_the_same_however_many_threads_make_them() -> None:
@@ -19,6 +22,33 @@ def test_generator_draws_are_the_same_however_many_threads_make_them() -> None:
     for slot in range(4):
         expected = torch.empty(40, 500).bernoulli_(0.7, generator=torch.Generator().manual_seed(slot))
         assert torch.equal(large[slot], expected)
+
+
+def test_native_draws_refuse_what_no_generator_has() -> None:
+    native_module()
+    out, states = torch.zeros(1, 32), torch.zeros(1, 625, dtype=torch.int32)
+    torch.ops.cape.seed_draws_(states, 0, 1)
+    for probability in (-0.5, 1.5, math.nan):
+        with pytest.raises(RuntimeError, match="probability"):
+            torch.ops.cape.draw_ones_(out, states, probability)
+    for used in (-1, 625, 100_000):
+        states[0, -1] = used
+        with pytest.raises(RuntimeError, match="used numbers"):
+            torch.ops.cape.draw_ones_(out, states, 0.5)
+    for std in (-1.0, math.nan):
+        with pytest.raises(RuntimeError, match="std must not be negative"):
+            torch.ops.cape.normal_(out, 0.0, std)
+    assert not out.any()
+
+
+def test_native_draws_count_as_writes() -> None:
+    native_module()
+    out, states = torch.zeros(1, 32), torch.zeros(1, 625, dtype=torch.int32)
+    torch.ops.cape.seed_draws_(states, 0, 1)
+    torch.ops.cape.draw_ones_(out, states, 0.5)
+    assert (out._version, states._version) == (1, 2)
+    randoms.normal_(out, 1.0)
+    assert out._version == 2
 
 
 def test_counter_draws_are_keyed_by_trial_and_have_the_right_rate() -> None:

@@ -12,6 +12,7 @@ from cape.convergence import layers
 from cape.convergence.draws import draws_for
 from cape.convergence.layers import BatchNorm
 from cape.convergence.stack import loss_gradients, stacked_losses
+from cape.probing.ops import native_module
 from cape.tasks import Loss
 
 
@@ -44,6 +45,28 @@ def test_batch_norm_is_torchs_bit_for_bit(batch: int, channels: int, affine: boo
         assert torch.equal(y[slot], expected) and passed is not None and torch.equal(passed[slot], leaf.grad)
         for parameter, values in zip(stacked.parameters, module.parameters(), strict=True):
             assert torch.equal(parameter.grad[slot], values.grad)
+
+
+def test_batch_norms_of_other_shapes_are_refused_and_of_other_strides_read() -> None:
+    native_module()
+    forward, backward = torch.ops.cape.stacked_batch_norm, torch.ops.cape.stacked_batch_norm_backward
+    x, rows, small = torch.randn(3, 4, 5), torch.randn(3, 5), torch.zeros(1, 1)
+    turned = rows.t().contiguous().t()
+    for ours, expected in (
+        (forward(x, turned, turned, 1e-5), forward(x, rows, rows, 1e-5)),
+        (backward(x, x, turned, turned, turned), backward(x, x, rows, rows, rows)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for op, args, what in (
+        (forward, (x, small, rows, 1e-5), "weight"),
+        (forward, (x, rows, small, 1e-5), "bias"),
+        (forward, (x, rows, rows.double(), 1e-5), "bias"),
+        (backward, (x[:1], x, None, rows, rows), "grad"),
+        (backward, (x, x, None, small, rows), "mean"),
+        (backward, (x, x, None, rows, rows.double()), "inverse"),
+    ):
+        with pytest.raises(RuntimeError, match=f"cape: stacked_batch_norm.*: {what} must"):
+            op(*args)
 
 
 def test_the_native_batch_norm_serves_the_families_own_widths() -> None:

@@ -246,6 +246,8 @@ def test_a_dataset_of_ones_own() -> None:
             datasets.register(name, loader)
     with pytest.raises(SpecError, match="must be callable"):
         datasets.register("x", 3)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"path that ends in \.parquet, not by None"):
+        datasets.load(None)  # type: ignore[arg-type]
 
 
 def test_from_arrays() -> None:

@@ -53,6 +53,17 @@ def test_a_users_images(tmp_path: Path) -> None:
     assert datasets.load(write(tmp_path, hugging, "hf.parquet")).class_names == ("cat", "dog", "eel")
 
 
+def test_colour_is_seen_wherever_it_begins(tmp_path: Path) -> None:
+    images: list[bytes | None] = [*[png("L")] * 40, *[png("RGB")] * 20]
+    assert not datasets.load(write(tmp_path, pictures(images, [0] * 60))).gray
+
+
+def test_a_named_target_makes_a_table_whatever_its_columns_are_called(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "image": [1.0, 2.0], "t": [1, 2]}).replace_schema_metadata(TARGET)
+    data = datasets.load(write(tmp_path, table))
+    assert data.task == "regression" and data.sample_shape("vector") == (3,)
+
+
 def test_missing_values_take_the_median(tmp_path: Path) -> None:
     table = pa.table({"a": [1.0, None, 3.0, 10.0], "c": ["x", "y", None, "x"], "t": [1, 2, 3, 4]})
     data = datasets.load(write(tmp_path, table.replace_schema_metadata({"target": "t"})))
@@ -80,6 +91,8 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "null label": (lambda: pictures([png()] * 2, [0, None]), "1 rows .* have no label"),
     "negative label": (lambda: pictures([png()] * 2, [0, -1]), "run from -1 to 0"),
     "label too large": (_metadata(num_classes="2"), "run from 0 to 2, but 2 classes"),
+    "labels are ids": (lambda: pa.table({"text": ["a"], "label": [30_000_000]}), "30000001 classes .* more than"),
+    "classes without end": (_metadata(num_classes="1000000000"), "1000000000 classes .* more than"),
     "float label": (lambda: pa.table({"text": ["a"], "label": [0.5]}), "labels .* are double"),
     "null text": (lambda: pa.table({"text": ["a", None], "label": [0, 1]}), "1 rows .* have no text"),
     "bad N": (_metadata(full_train_size="many"), "'full_train_size' .* positive whole number, not 'many'"),
@@ -92,6 +105,14 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     ),
     "infinite": (
         lambda: pa.table({"a": [1.0, np.inf], "t": [1, 2]}).replace_schema_metadata(TARGET), "infinite value"
+    ),
+    "texts are ids": (
+        lambda: pa.table({"a": [str(i) for i in range(1001)], "t": range(1001)}).replace_schema_metadata(TARGET),
+        "'a' .* 1001 different texts, .* leave it out",
+    ),
+    "two of a name": (
+        lambda: pa.Table.from_arrays([pa.array([1, 2])] * 3, ["a", "a", "t"]).replace_schema_metadata(TARGET),
+        "several columns 'a'",
     ),
     "odd column": (
         lambda: pa.table({"a": [[1], [2]], "t": [1, 2]}).replace_schema_metadata(TARGET), "neither numbers nor text"
@@ -126,10 +147,11 @@ def test_damaged_files(tmp_path: Path, data_root: Path) -> None:
 
 def test_an_undecodable_image_is_named_when_its_row_is_drawn(tmp_path: Path) -> None:
     whole = png()
-    images: list[bytes | None] = [*[whole] * 20, whole[:40], None]
-    data = datasets.load(write(tmp_path, pictures(images, [0] * 22)))
-    with pytest.raises(DataError, match=r"Row (20|21) of "):
-        data.batch(22, 0, "vector", preprocess="reference")
+    images: list[bytes | None] = [whole] * 40
+    images[1], images[3] = whole[:40], None  # the shape is told from others
+    data = datasets.load(write(tmp_path, pictures(images, [0] * 40)))
+    with pytest.raises(DataError, match=r"Row (1|3) of "):
+        data.batch(40, 0, "vector", preprocess="reference")
 
 
 def test_a_file_of_another_kind_under_a_known_name(tmp_path: Path) -> None:

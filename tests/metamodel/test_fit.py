@@ -170,10 +170,34 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
         (whole / "card.json").write_text(json.dumps({**card, "format": version, "surfaces": ["mlp"]}))
         with pytest.raises(StoreError, match=match):
             MetaModel.load(whole)
+    (whole / "card.json").write_text(json.dumps(card))
+    MetaModel.load(whole)
+    lacking: list[dict[str, object]] = [
+        {"data": None}, {"data": {**card["data"], "tasks": None}}, {"families": []}, {"families": "mlp"},
+        {"surfaces": []}, {"format": 0}, {"format": -1}, {"format": "7"},
+    ]  # fmt: skip
+    for changes in lacking:
+        (whole / "card.json").write_text(json.dumps({**card, **changes}))
+        with pytest.raises(StoreError, match="damaged"):
+            MetaModel.load(whole)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="no meta-regressor"):
         model.save(tmp_path / "other")
+
+
+def test_a_model_is_named_by_a_path_that_may_begin_at_home(
+    model: MetaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model.save("~/m") == tmp_path / "m" and MetaModel.load("~/m").families == model.families
+    with pytest.raises(SpecError, match="MetaModel or the path"):
+        MetaModel.load(3)  # type: ignore[arg-type]
+
+
+def test_a_negative_seed_is_refused_before_anything_is_fitted(sample: Rows) -> None:
+    with pytest.raises(SpecError, match="seed"):
+        fit_table(sample, seed=-1)
 
 
 def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cape
 from cape.errors import SpecError
 from cape.probing import ops
 from cape.probing.ops import ConvGeometry
@@ -87,6 +88,26 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
             assert_close(ours, linear_reference(a, g) + count * biases, dtype)
 
 
+def test_linear_without_inputs_or_cotangents() -> None:
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            assert ops.linear_sq_norms(torch.randn(4, 1, 0), torch.randn(0, 4, 1, 5), biases=1).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e19])
+def test_squares_beyond_float32(size: float) -> None:
+    """Numbers that float32 has, but not their squares: Winograd's form and one row with a number per channel."""
+    x, y = torch.randn(3, 1, 4, 6, 6), size * torch.randn(2, 3, 1, 5, 6, 6)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    g, row, one = size * torch.randn(2, 3, 1, 40, 1), torch.randn(3, 1, 40, 1), torch.ones(1, 1, 1)
+    with ops.use_backend("torch"):
+        conv = ops.conv_sq_norms(x.double(), y.double(), geometry)
+        affine = ops.affine_sq_norms(g.double(), row.double(), one, one)
+    with ops.use_backend("native"):
+        ours = ops.conv_sq_norms(x, y, geometry, form="winograd"), ops.affine_sq_norms(g, row, one, one)
+    torch.testing.assert_close(ours, (conv, affine), rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("form", ["native direct", "native gram", "torch auto"])
 @pytest.mark.parametrize(("t", "d", "p"), [(40, 15, 37), (5, 48, 64), (1, 9, 4)])
 def test_linear_takes_any_strides(t: int, d: int, p: int, form: str) -> None:
@@ -127,6 +148,22 @@ def test_conv(setting: tuple, dtype: torch.dtype) -> None:
             assert_close(ops.conv_sq_norms(x, g, geometry, form=form), reference, dtype)
         assert_close(ops.conv_sq_norms(strided, g, geometry), reference, dtype)
         assert ops.conv_sq_norms(x[:0], g[:, :0], geometry).shape == (2, 0)
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+@pytest.mark.parametrize("positions", [(16, 16), (33, 16), (16, 64), (32, 63), (1, 1)], ids=str)
+def test_conv_whose_gradient_ends_before_the_image(positions: tuple[int, int], channels: int) -> None:
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x, g = torch.randn(2, 1, channels, 33, 64), torch.randn(2, 2, 1, channels, *positions)
+    with ops.use_backend("torch"):
+        expected = ops.conv_sq_norms(x.double(), g.double(), geometry)
+        assert_close(ops.conv_sq_norms(x, g, geometry), expected, torch.float32)
+    with ops.use_backend("native"):
+        for form in ("auto", "direct", "gram", "shifted", "narrow"):
+            if form != "shifted" or channels == 3:  # a Gram matrix of all 2310 padded pixels
+                assert_close(ops.conv_sq_norms(x, g, geometry, form=form), expected, torch.float32)
+        with pytest.raises(RuntimeError, match="no form 'winograd'"):
+            ops.conv_sq_norms(x, g, geometry, form="winograd")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,6 +226,46 @@ def test_affine(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> Non
                     ours = ops.affine_sq_norms(first, x, m, inverse, scale=scale, shift=shift)
                     tolerance = 1e-4 if dtype == torch.float32 else 1e-11  # sums of signed terms
                     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=1e-5 * tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("s", [1, 6])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_affine_takes_statistics_of_any_strides(rows: int, s: int, backend: str) -> None:
+    g, x = torch.randn(2, 3, rows, 20, s), torch.randn(3, rows, 20, s)
+    weight, inverse = torch.randn(20), torch.rand(1, 1, 20) + 0.5
+    means = [torch.zeros(1).expand(20), torch.randn(20, 2)[:, 0], torch.randn(20), torch.randn(())]
+    means += [torch.randn(3, rows, 1), torch.randn(3, 20, rows).transpose(1, 2), torch.randn(1, 1, 20, 2)[..., 0]]
+    for m, i in itertools.product(means, (inverse, inverse[..., :1], torch.rand(3, 1, 20), torch.rand(rows, 20))):
+        expected = ops.affine_sq_norms_torch(g.double(), x.double(), m.double(), i.double(), True, True)
+        with ops.use_backend(backend):
+            norms = ops.affine_sq_norms(g, x, m, i)
+            dx, same = ops.affine_pull(g, x, m, i, weight, own=False)
+            assert ops.affine_sq_norms(g[:, :0], x[:0], torch.zeros(1).expand(20), inverse).shape == (2, 0)
+        assert torch.equal(norms, same)
+        torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(dx, ops.affine_back_torch(g, x, m, i, weight, False))
+
+
+@pytest.mark.parametrize("mean", [torch.zeros(1).expand(4), torch.zeros(4, 2)[:, 0]], ids=["expanded", "strided"])
+def test_running_statistics_of_any_strides(mean: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    batch = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
+    norms, features = cape.per_sample_norms(model, batch), cape.probe(model, batch, lr=0.1, dataset_size=100)
+    model[1].running_mean = mean  # the same numbers
+    torch.testing.assert_close(cape.per_sample_norms(model, batch), norms)
+    if mean.stride(0):  # torch's own train mode writes four numbers into one
+        same = cape.probe(model, batch, lr=0.1, dataset_size=100)
+        assert same.log_g2 == pytest.approx(features.log_g2, rel=1e-5)
+
+
+def test_rows_of_their_own_statistics_refuse_a_channels() -> None:
+    ops.native_module()
+    g, x, one = torch.zeros(1, 2, 3, 4, 1), torch.zeros(2, 3, 4, 1), torch.ones(1, 1, 1)
+    for mean, inverse in ((one.expand(1, 1, 4), one), (one, one.expand(1, 1, 4))):
+        with pytest.raises(RuntimeError, match=r"must have shape \[B, R, 1\]"):
+            torch.ops.cape.affine_pull(g, x, mean, inverse, None, True, True, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -285,6 +362,34 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         torch.ops.cape.conv_sq_norms(x, torch.zeros(1, 1, 1, 2, 2), [3], [1], [0], [1], 1, "float32", "winograd")
     with pytest.raises(RuntimeError, match="unknown form 'best'"):
         torch.ops.cape.linear_sq_norms(torch.zeros(2, 3, 4), torch.zeros(1, 2, 3, 4), 0, "float32", "best")
+
+
+def refused(name: str, what: str, *args: object) -> None:
+    with pytest.raises(RuntimeError, match=rf"cape: {name}: {what} must"):
+        getattr(torch.ops.cape, name)(*args)
+
+
+def test_recurrent_arguments_of_other_shapes_are_refused() -> None:
+    ops.native_module()
+    t, b, h = 3, 4, 5
+    wide, w, state, kept = torch.zeros(t, b, 4 * h), torch.zeros(4 * h, h), torch.zeros(b, h), torch.zeros(t, b, h)
+    grad, last, small = torch.zeros(t, 1, b, h), torch.zeros(1, b, h), torch.zeros(1, h)
+    refused("lstm_sequence", "h0", wide, w, small, state)
+    refused("lstm_sequence", "c0", wide, w, state, small)
+    refused("lstm_sequence", "h0", wide, w, state.double(), state)
+    refused("lstm_sequence", "w_hh", wide, w.double(), state, state)
+    refused("lstm_sequence_backward", "grad_h", grad[:1], last, wide, kept, w, state)
+    refused("lstm_sequence_backward", "grad_h", last, last, wide, kept, w, state)
+    refused("lstm_sequence_backward", "grad_c", grad, last[:, :1], wide, kept, w, state)
+    refused("lstm_sequence_backward", "c", grad, last, wide, kept[:1], w, state)
+    refused("lstm_sequence_backward", "c0", grad, last, wide, kept, w, small)
+    wide, w, bias = wide[..., : 3 * h], w[: 3 * h], torch.zeros(3 * h)
+    refused("gru_sequence", "b_hh", wide, w, bias[:1], state)
+    refused("gru_sequence", "h0", wide, w, bias, small)
+    refused("gru_sequence_backward", "grad_h", grad[:1], wide, kept, kept, w, state)
+    refused("gru_sequence_backward", "side", grad, wide, kept[:1], kept, w, state)
+    refused("gru_sequence_backward", "h", grad, wide, kept, kept[:, :1], w, state)
+    refused("gru_sequence_backward", "h0", grad, wide, kept, kept, w, small)
 
 
 def test_unknown_backend() -> None:

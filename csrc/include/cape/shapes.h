@@ -46,9 +46,9 @@ struct ConvShape {
   CAPE_INLINE bool dense() const {  // one image, every pixel a window
     return frames == 1 && stride[0] == 1 && stride[1] == 1 && stride[2] == 1;
   }
-  CAPE_INLINE bool three_by_three() const {
+  CAPE_INLINE bool three_by_three() const {  // one flat image, every window an output
     return dense() && size[0] == 1 && kernel[0] == 1 && padding[0] == 0 && kernel[1] == 3 && kernel[2] == 3 &&
-           dilation[1] == 1 && dilation[2] == 1;
+           dilation[1] == 1 && dilation[2] == 1 && out[1] == padded(1) - 2 && out[2] == padded(2) - 2;
   }
 };
 

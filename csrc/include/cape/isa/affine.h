@@ -73,7 +73,15 @@ double affine_row(const AffineShape& a, const scalar* x, const scalar* g, const 
     rest += double(g[c]) * double(g[c]) * double(with_shift + with_scale * hat * hat);
     if (dx) dx[c] = g[c] * inv * single(weight, c, scalar(1));
   }
-  return T::sum(total) + rest;
+  const double sum = T::sum(total) + rest;
+  if (T::in_range(sum)) return sum;
+  double wide = 0.0;
+  for (c = 0; c < a.channels; ++c) {
+    const int64_t at = c * a.channel_step;
+    const double hat = double((x[c] - single(mean, at, scalar(0))) * inverse[at]);
+    wide += double(g[c]) * double(g[c]) * (double(with_shift) + double(with_scale) * hat * hat);
+  }
+  return wide;
 }
 
 // A row whose statistics are its own (layer norm): its share of the channels' sums, and

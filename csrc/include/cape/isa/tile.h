@@ -111,6 +111,12 @@ struct Tile {
   static int cover(int64_t n) { return n >= kRows ? kRows : n > 4 ? 8 : n > 2 ? 4 : int(n); }
   static int fill(int64_t n) { return n >= kRows ? kRows : n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
+  // Whether a sum of products of `scalar` is far from where single products overflow or vanish.
+  static CAPE_INLINE bool in_range(double sum) {
+    const double size = sum < 0.0 ? -sum : sum;
+    return sizeof(scalar) == sizeof(double) || (size > 1e-28 && size < 1e300);
+  }
+
   // Sums of products over n numbers (a multiple of kWidth): up to eight terms in the tile's precision, then float64.
   static double dot(const scalar* c, const scalar* e, int64_t n) {
     double sums[kWidth] = {};

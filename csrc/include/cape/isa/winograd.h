@@ -45,8 +45,9 @@ CAPE_INLINE void winograd_gradient(const scalar* g, int64_t row, int64_t pixel, 
   }
 }
 
-// Sum of squares of A^T M A over n positions; M_f at m + f * step.
-template <typename scalar>
+// Sum of squares of A^T M A over n positions; M_f at m + f * step. Again with `wide` squares where those of `scalar`
+// overflow or vanish.
+template <typename scalar, bool wide = false>
 double winograd_squares(const scalar* m, int64_t step, int64_t n) {
   using T = Tile<scalar>;
   double sums[T::kWidth] = {};
@@ -61,12 +62,22 @@ double winograd_squares(const scalar* m, int64_t step, int64_t n) {
     for (int i = 0; i < 3; ++i) {
       const typename T::Vector both = v[i][1] + v[i][2];
       const typename T::Vector y0 = v[i][0] + both, y1 = v[i][1] - v[i][2], y2 = both + v[i][3];
-      acc += y0 * y0 + y1 * y1 + y2 * y2;
+      if constexpr (wide) {
+        const typename T::Vector ys[] = {y0, y1, y2};
+        for (const typename T::Vector& y : ys) {
+          for (int q = 0; q < T::kWidth; ++q) sums[q] += double(y[q]) * double(y[q]);
+        }
+      } else {
+        acc += y0 * y0 + y1 * y1 + y2 * y2;
+      }
     }
     for (int q = 0; q < T::kWidth; ++q) sums[q] += double(acc[q]);
   }
   double total = 0.0;
   for (int q = 0; q < T::kWidth; ++q) total += sums[q];
+  if constexpr (!wide) {
+    if (!T::in_range(total)) return winograd_squares<scalar, true>(m, step, n);
+  }
   return total;
 }
 
