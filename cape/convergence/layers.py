@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
-from cape.probing.chain import FEW_MULTIPLICATIONS, Elementwise, dense, dense_back
+from cape.probing.chain import (
+    FEW_MULTIPLICATIONS,
+    WHOLE_ROWS,
+    Elementwise,
+    aligned,
+    dense,
+    dense_back,
+    evenly_spaced,
+)
 from cape.probing.ops import native_module
 
 # Products of fewer rows go through another kernel for one matrix than for many (seen with MKL): one at a time.
@@ -109,11 +117,16 @@ class Linear(Layer):
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write aᵀ b into ``out`` [k, p, d], for a [k, n, p] and b [k, n, d]."""
-    multiplications = a.shape[1] * a.shape[2] * b.shape[2]
-    if a.device.type != "cpu" or (a.shape[2] > _FEW_ROWS and multiplications >= FEW_MULTIPLICATIONS):
+    multiplications, rows = a.shape[1] * a.shape[2] * b.shape[2], a.shape[2]
+    together = rows > _FEW_ROWS and rows % WHOLE_ROWS == 0 and multiplications >= FEW_MULTIPLICATIONS
+    together &= evenly_spaced(a, b, out)
+    if a.device.type != "cpu" or together:
         return torch.bmm(a.transpose(1, 2), b, out=out)
-    for i in range(len(a)):
-        torch.mm(a[i].t(), b[i], out=out[i])
+    for one, other, to in zip(a, b, out, strict=True):
+        if evenly_spaced(a, b, out):
+            torch.mm(one.t(), other, out=to)
+        else:
+            to.copy_(aligned(one).t() @ aligned(other))
     return out
 
 

@@ -49,6 +49,9 @@ ELEMENTWISE: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
     nn.SiLU: lambda _: Elementwise(F.silu, _aten.silu_backward, of_output=False),
 }
 FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
+# The rows that are left over go through another kernel in one product than in many (MKL on an AMD with AVX2).
+WHOLE_ROWS = 4
+_ALIGNMENT = 64  # bytes, of the memory that torch gives a tensor
 _IDLE = (nn.Dropout, nn.Identity)  # in eval mode
 _KNOWN: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_IDLE, nn.Sequential, nn.Flatten, nn.Linear, nn.BatchNorm1d)
 _FORWARDS = {kind: kind.forward for kind in _KNOWN}  # as they are when this module is imported
@@ -62,19 +65,30 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if _apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
         biases = [None] * len(x) if bias is None else list(bias)
-        return torch.stack([F.linear(a, w, b) for a, w, b in zip(x, weight, biases, strict=True)])
+        return torch.stack([F.linear(aligned(a), aligned(w), b) for a, w, b in zip(x, weight, biases, strict=True)])
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
 
 def dense_back(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient [k, n, d] of ``dense``'s x for that of its result, [k, n, p], as exact as there."""
     if _apart(grad, weight.mT):
-        return torch.stack([g @ w for g, w in zip(grad, weight, strict=True)])
+        return torch.stack([aligned(g) @ aligned(w) for g, w in zip(grad, weight, strict=True)])
     return torch.bmm(grad, weight)
 
 
 def _apart(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x[0].numel() * weight.shape[1] < FEW_MULTIPLICATIONS
+    few = x[0].numel() * weight.shape[1] < FEW_MULTIPLICATIONS
+    return x.device.type == "cpu" and (few or x.shape[1] % WHOLE_ROWS != 0 or not evenly_spaced(x, weight))
+
+
+def evenly_spaced(*stacks: Tensor) -> bool:
+    """Return whether every matrix of some stacks begins where one of its own would: MKL's sums depend on it."""
+    return all(len(t) == 1 or t.stride(0) * t.element_size() % _ALIGNMENT == 0 for t in stacks)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Return a matrix of a stack where memory of its own begins."""
+    return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
 
 
 def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:

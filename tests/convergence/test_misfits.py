@@ -178,14 +178,15 @@ def test_bad_settings_are_the_trials_own_errors_and_bad_arguments_the_callers() 
             list(measure_many([subject(chain())], step_seconds=1e-3, **wrong))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [2, 5, 7, 32])
 @pytest.mark.parametrize("inputs", [8, 9, 17])
-def test_tiny_layers_are_the_plain_engines_bit_for_bit(inputs: int) -> None:
-    """torch has a kernel of its own for batches of products with few multiplications."""
+def test_tiny_layers_are_the_plain_engines_bit_for_bit(inputs: int, rows: int) -> None:
+    """torch has kernels of their own for batches of small products, and for the rows that are left over."""
 
     def made() -> Subject:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(inputs, 18), nn.Tanh(), nn.Linear(18, 4))
-        return Subject(model, (torch.randn(2, inputs), torch.tensor([0, 1])), lr=1e-2, stopping=SHORT)
+        return Subject(model, (torch.randn(rows, inputs), torch.arange(rows) % 4), lr=1e-2, stopping=SHORT)
 
     trials = [made() for _ in range(3)]
     for outcome, one in zip(together(trials), trials, strict=True):

@@ -105,7 +105,7 @@ def test_a_loss_that_it_never_saw_is_flagged(loss: object, meta_model: MetaModel
     if loss == "half_mse":
         model, targets = nn.Sequential(model, nn.Linear(10, 1)), batch[1].float()[:, None]
     assert any(
-        "The loss" in w and "is not among" in w for w in asked(model, (batch[0], targets), meta_model, loss=loss)
+        "The loss" in w and "is not one of" in w for w in asked(model, (batch[0], targets), meta_model, loss=loss)
     )
 
 
