@@ -34,7 +34,7 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
-        own = [v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE]
+        own = _within(v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE)
         self._collections = [(c, copy(c)) for c in own if type(c) in _COLLECTIONS]
         self._arrays = [(a, a.copy()) for a in own if isinstance(a, np.ndarray)]
         self._generators = [(g, _state_of(g)) for g in own if isinstance(g, _GENERATORS)]
@@ -108,6 +108,16 @@ class Kept:
             for module, training in self._modes:
                 if module.training is not training:  # a module looks long at what it is given
                     module.training = training
+
+
+def _within(values: Iterable[Any]) -> list[Any]:
+    """Return some values, and what the collections among them hold, each collection and its values once."""
+    found, seen = list(values), set()
+    for value in found:  # grows while it is read
+        if type(value) in _COLLECTIONS and id(value) not in seen:
+            seen.add(id(value))
+            found += value.values() if isinstance(value, dict) else value
+    return list({id(v): v for v in found}.values())
 
 
 def _put_back(collection: Any, items: Any) -> None:
