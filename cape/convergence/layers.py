@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
-from cape.probing.chain import (
-    FEW_MULTIPLICATIONS,
-    WHOLE_ROWS,
-    Elementwise,
-    aligned,
-    dense,
-    dense_back,
-    evenly_spaced,
-)
+from cape.probing.chain import Elementwise, aligned, apart, dense, dense_back, evenly_spaced
 from cape.probing.ops import native_module
 
 # Products of fewer rows go through another kernel for one matrix than for many (seen with MKL): one at a time.
@@ -117,13 +109,11 @@ class Linear(Layer):
 
 def product_of_transposed(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write aᵀ b into ``out`` [k, p, d], for a [k, n, p] and b [k, n, d]."""
-    multiplications, rows = a.shape[1] * a.shape[2] * b.shape[2], a.shape[2]
-    together = rows > _FEW_ROWS and rows % WHOLE_ROWS == 0 and multiplications >= FEW_MULTIPLICATIONS
-    together &= evenly_spaced(a, b, out)
-    if a.device.type != "cpu" or together:
-        return torch.bmm(a.transpose(1, 2), b, out=out)
+    even = evenly_spaced(a, b, out)
+    if a.device.type != "cpu" or not (a.shape[2] <= _FEW_ROWS or apart(a.mT, b.mT) or not even):
+        return torch.bmm(a.mT, b, out=out)
     for one, other, to in zip(a, b, out, strict=True):
-        if evenly_spaced(a, b, out):
+        if even:
             torch.mm(one.t(), other, out=to)
         else:
             to.copy_(aligned(one).t() @ aligned(other))

@@ -48,9 +48,9 @@ ELEMENTWISE: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
     nn.Sigmoid: lambda _: Elementwise(torch.sigmoid, _aten.sigmoid_backward, of_output=True),
     nn.SiLU: lambda _: Elementwise(F.silu, _aten.silu_backward, of_output=False),
 }
-FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
+_FEW_MULTIPLICATIONS = 400  # torch's bmm has another kernel for fewer
 # The rows that are left over go through another kernel in one product than in many (MKL on an AMD with AVX2).
-WHOLE_ROWS = 4
+_WHOLE_ROWS = 4
 _ALIGNMENT = 64  # bytes, of the memory that torch gives a tensor
 _IDLE = (nn.Dropout, nn.Identity)  # in eval mode
 _KNOWN: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_IDLE, nn.Sequential, nn.Flatten, nn.Linear, nn.BatchNorm1d)
@@ -63,7 +63,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         x: [k, n, d]. weight: [k, p, d]. bias: [k, p].
     """
-    if _apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
+    if apart(x, weight) or (x.device.type == "cpu" and weight.shape[1] == 1):
         biases = [None] * len(x) if bias is None else list(bias)
         return torch.stack([F.linear(aligned(a), aligned(w), b) for a, w, b in zip(x, weight, biases, strict=True)])
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
@@ -71,14 +71,15 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def dense_back(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient [k, n, d] of ``dense``'s x for that of its result, [k, n, p], as exact as there."""
-    if _apart(grad, weight.mT):
+    if apart(grad, weight.mT):
         return torch.stack([aligned(g) @ aligned(w) for g, w in zip(grad, weight, strict=True)])
     return torch.bmm(grad, weight)
 
 
-def _apart(x: Tensor, weight: Tensor) -> bool:
-    few = x[0].numel() * weight.shape[1] < FEW_MULTIPLICATIONS
-    return x.device.type == "cpu" and (few or x.shape[1] % WHOLE_ROWS != 0 or not evenly_spaced(x, weight))
+def apart(x: Tensor, weight: Tensor) -> bool:
+    """Return whether x Wᵀ of k models, [k, n, d] and [k, p, d], takes one product each to have their very digits."""
+    few = x[0].numel() * weight.shape[1] < _FEW_MULTIPLICATIONS
+    return x.device.type == "cpu" and (few or x.shape[1] % _WHOLE_ROWS != 0 or not evenly_spaced(x, weight))
 
 
 def evenly_spaced(*stacks: Tensor) -> bool:
