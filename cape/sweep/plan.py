@@ -178,6 +178,7 @@ class Plan:
             stopping=spec.stopping,
             augmentation=augmentation,
             model_seed=model_seed,
+            ordinary=spec.ordinary,
         )
 
     def _task(

@@ -188,6 +188,8 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "finer": 1656,
         "fresh": 1152,
         "held_out": 342,
+        "ordinary": 2448,
+        "ordinary_fresh": 432,
         "plain": 6228,
         "replicates": 960,
     }
