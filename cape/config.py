@@ -194,10 +194,10 @@ class TrialSpec(JsonConfig):
 
     The model is drawn from ``seed`` by the family unless ``model`` names one; or from ``model_seed``, which trials that
     differ in nothing but their initialization, batch and dropout masks (replicates) have in common. ``task`` overrides
-    the dataset's own. Where ``ordinary``, the family draws a model as people write them (``families.ordinary``).
+    the dataset's own.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmentation", "model_seed", "ordinary")
+    LATER: ClassVar[tuple[str, ...]] = ("augmentation", "model_seed")
 
     family: str
     dataset: str
@@ -213,7 +213,6 @@ class TrialSpec(JsonConfig):
     model: ModelSpec | None = None
     augmentation: Augmentation | None = None
     model_seed: int | None = None
-    ordinary: bool = False
 
     def __post_init__(self) -> None:
         check_count(self.batch_size, "batch_size")
@@ -249,11 +248,10 @@ class SweepSpec(JsonConfig):
 
     Where ``augmented``, every trial draws an ``Augmentation`` of its own, with more classes instead of fewer where
     ``finer`` and small, mostly empty inputs where ``faint``. ``replicates``: so many trials of a cell, one after the
-    other, share their model and augmentation and differ in their other seeds. ``ordinary``: models are drawn as people
-    write them, of many makes, instead of the families' own.
+    other, share their model and augmentation and differ in their other seeds.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "faint", "replicates", "ordinary")
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "faint", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -272,7 +270,6 @@ class SweepSpec(JsonConfig):
     finer: bool = False
     faint: bool = False
     replicates: int = 1
-    ordinary: bool = False
 
     def __post_init__(self) -> None:
         for what in ("families", "datasets", "lrs", "batch_sizes"):
@@ -293,8 +290,6 @@ class SweepSpec(JsonConfig):
         for how in ("finer", "faint"):
             if getattr(self, how) and not self.augmented:
                 raise SpecError(f"'{how}' says how trials are augmented; set 'augmented' as well.")
-        if self.ordinary and self.preprocess == "reference":
-            raise SpecError("'ordinary' models are not the authors'; leave 'preprocess' at 'standard'.")
         for family, count in self.trials_by_family.items():
             if family not in self.families:
                 raise SpecError(f"trials_by_family names '{family}', which is not among the families.")

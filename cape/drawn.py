@@ -66,10 +66,8 @@ def built(trial: TrialSpec, device: str | torch.device = "cpu", data_root: str |
 
 def draw_model(trial: TrialSpec, dataset: datasets.Dataset) -> ModelSpec:
     """Return the model that a trial's seed draws from its family."""
-    family, rng = families.get(trial.family), np.random.default_rng(trial.seed_for("model"))
-    if trial.ordinary:
-        return family.sample_ordinary(rng, dataset)
-    return family.sample(rng, dataset, reference=trial.preprocess == "reference")
+    rng = np.random.default_rng(trial.seed_for("model"))
+    return families.get(trial.family).sample(rng, dataset, reference=trial.preprocess == "reference")
 
 
 def build_model(trial: TrialSpec, spec: ModelSpec) -> nn.Module:

@@ -10,11 +10,27 @@
 
 from cape.families.cnn import CNN
 from cape.families.mlp import MLP
+from cape.families.ordinary import ConvNet, Dense, Encoder, Recurrent
 from cape.families.registry import DatasetInfo, Family, build, get, names, register
 from cape.families.rnn import RNN
 from cape.families.transformer import Transformer
 
-for _family in (MLP(), CNN(), RNN(), Transformer()):
+for _family in (MLP(), CNN(), RNN(), Transformer(), Dense(), ConvNet(), Recurrent(), Encoder()):
     register(_family)
 
-__all__ = ["CNN", "MLP", "RNN", "DatasetInfo", "Family", "Transformer", "build", "get", "names", "register"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "RNN",
+    "ConvNet",
+    "DatasetInfo",
+    "Dense",
+    "Encoder",
+    "Family",
+    "Recurrent",
+    "Transformer",
+    "build",
+    "get",
+    "names",
+    "register",
+]

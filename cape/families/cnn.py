@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError
-from cape.families.ordinary import ConvNetOptions, convnet
 from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 
@@ -190,13 +189,8 @@ class CNN(Family):
             options = MobileNetV2Options(pick(rng, (0.5, 0.75)), stem, repeats, dropout)
         return self.spec(architecture, dataset, options)
 
-    def sample_ordinary(self, rng: np.random.Generator, dataset: DatasetInfo) -> ModelSpec:
-        return self.spec("convnet", dataset, ConvNetOptions.draw(rng))
-
     def build(self, spec: ModelSpec) -> nn.Module:
         options = self.options(spec, _OPTIONS)
-        if isinstance(options, ConvNetOptions):
-            return convnet(spec, options)
         channels = spec.input_shape[0]
         if isinstance(options, VGGOptions):
             return _vgg(channels, spec.outputs, options)
@@ -206,12 +200,7 @@ class CNN(Family):
         return _mobilenetv2(channels, spec.outputs, options)
 
 
-_OPTIONS: dict[str, type[JsonConfig]] = {
-    "vgg": VGGOptions,
-    "resnet": ResNetOptions,
-    "mobilenetv2": MobileNetV2Options,
-    "convnet": ConvNetOptions,
-}
+_OPTIONS: dict[str, type[JsonConfig]] = {"vgg": VGGOptions, "resnet": ResNetOptions, "mobilenetv2": MobileNetV2Options}
 
 
 @lru_cache(maxsize=1024)

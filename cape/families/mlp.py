@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from cape.config import ModelSpec
-from cape.families.ordinary import DenseOptions, dense
 from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 from cape.randoms import normal_
@@ -61,14 +60,8 @@ class MLP(Family):
         options = MLPOptions(pick(rng, depths), pick(rng, widths), pick(rng, activations))
         return self.spec("mlp", dataset, options)
 
-    def sample_ordinary(self, rng: np.random.Generator, dataset: DatasetInfo) -> ModelSpec:
-        return self.spec("dense", dataset, DenseOptions.draw(rng))
-
     def build(self, spec: ModelSpec) -> nn.Module:
-        options = self.options(spec, _OPTIONS)
-        if isinstance(options, DenseOptions):
-            return dense(spec, options)
-        assert isinstance(options, MLPOptions)
+        options = self.options(spec, {"mlp": MLPOptions})
         layers: list[nn.Module] = []
         units = spec.input_shape[0]
         for _ in range(options.depth):
@@ -82,9 +75,6 @@ class MLP(Family):
                 normal_(layer.weight, _deviation(layer, options.activation))
                 nn.init.zeros_(layer.bias)
         return nn.Sequential(*layers)
-
-
-_OPTIONS: dict[str, type[JsonConfig]] = {"mlp": MLPOptions, "dense": DenseOptions}
 
 
 def _deviation(layer: nn.Linear, activation: str) -> float:

@@ -1,7 +1,7 @@
-"""Models as people write them: one architecture for each family, of many makes (``Family.sample_ordinary``).
+"""Models as people write them: four families of many makes, each beside one of the paper's (its ``relative``).
 
-The families' own models are of one make each: batch norm in every dense and convolutional block, one initialization,
-one way to read the output. Here norm, initialization, activation, sizes and readout are drawn.
+The paper's families are of one make each: batch norm in every dense and convolutional block, one initialization, one
+way to read the output. Here norm, initialization, activation, sizes and readout are drawn.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cape.config import ModelSpec
-from cape.families.registry import check_options, pick
+from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -35,7 +36,6 @@ INITS: dict[str, Callable[[Tensor], object] | None] = {
     "orthogonal": nn.init.orthogonal_,
 }
 CELLS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-ENCODER_LAYOUTS = ("rows", "image")
 _DROPOUTS = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5)
 
 
@@ -226,7 +226,7 @@ class RecurrentOptions(JsonConfig):
         """Return one to three layers of 32 to 256 units."""
         return cls(
             pick(rng, ("lstm", "lstm", "gru", "gru", "rnn")),
-            pick(rng, (1, 1, 2, 2, 3)),
+            pick(rng, (1, 1, 1, 2, 2, 3)),
             pick(rng, (32, 64, 128, 256)),
             pick(rng, (False, True)),
             pick(rng, ("last", "mean", "max", "state")),
@@ -312,7 +312,7 @@ class TorchEncoderOptions(JsonConfig):
         """Return one to four layers of 32 to 128 units, of two or four heads."""
         return cls(
             pick(rng, (32, 64, 96, 128)),
-            pick(rng, (1, 2, 2, 3, 4)),
+            pick(rng, (1, 1, 2, 2, 3, 4)),
             pick(rng, (2, 4)),
             pick(rng, (1, 2, 4)),
             pick(rng, (False, True)),
@@ -382,3 +382,65 @@ def _sinusoids(tokens: int, dim: int) -> Tensor:
     """Return the positions of Vaswani et al. 2017, section 3.5: [1, tokens, dim]."""
     angles = torch.arange(tokens)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None]
+
+
+class Dense(Family):
+    """Dense networks of many makes (``DenseOptions``)."""
+
+    name: ClassVar[str] = "dense"
+    layouts: ClassVar[tuple[str, ...]] = ("vector",)
+    architectures: ClassVar[tuple[str, ...]] = ("dense",)
+    relative: ClassVar[str | None] = "mlp"
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        return self.spec("dense", dataset, DenseOptions.draw(rng))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return dense(spec, self.options(spec, {"dense": DenseOptions}))
+
+
+class ConvNet(Family):
+    """Plain convolutional networks of many makes (``ConvNetOptions``)."""
+
+    name: ClassVar[str] = "convnet"
+    layouts: ClassVar[tuple[str, ...]] = ("image",)
+    architectures: ClassVar[tuple[str, ...]] = ("convnet",)
+    relative: ClassVar[str | None] = "cnn"
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        return self.spec("convnet", dataset, ConvNetOptions.draw(rng))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return convnet(spec, self.options(spec, {"convnet": ConvNetOptions}))
+
+
+class Recurrent(Family):
+    """Recurrent networks over rows, of many makes (``RecurrentOptions``)."""
+
+    name: ClassVar[str] = "recurrent"
+    layouts: ClassVar[tuple[str, ...]] = ("rows",)
+    architectures: ClassVar[tuple[str, ...]] = ("recurrent",)
+    relative: ClassVar[str | None] = "rnn"
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        return self.spec("recurrent", dataset, RecurrentOptions.draw(rng))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return recurrent(spec, self.options(spec, {"recurrent": RecurrentOptions}))
+
+
+class Encoder(Family):
+    """Transformers made of ``nn.TransformerEncoder``, over rows or patches (``TorchEncoderOptions``)."""
+
+    name: ClassVar[str] = "encoder"
+    layouts: ClassVar[tuple[str, ...]] = ("rows", "image")
+    architectures: ClassVar[tuple[str, ...]] = ("encoder",)
+    relative: ClassVar[str | None] = "transformer"
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        spec = self.spec("encoder", dataset, TorchEncoderOptions.draw(rng))
+        layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
+        return spec.replace(layout=layout, input_shape=tuple(dataset.sample_shape(layout)))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return encoder(spec, self.options(spec, {"encoder": TorchEncoderOptions}))

@@ -46,11 +46,14 @@ class Family(ABC):
         name: the name in specs, plans and rows.
         layouts: the layouts that its models take, the preferred one first.
         architectures: the names that ``sample`` can put into a spec.
+        relative: another family, whose trials tell something of this one's: a meta-regressor learns from them as from
+            augmented ones, and a model that looks like that family may be of this one.
     """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
+    relative: ClassVar[str | None] = None
 
     def layout_for(self, dataset: DatasetInfo) -> str:
         """Return the layout in which models of this family take a dataset.
@@ -83,14 +86,6 @@ class Family(ABC):
             SpecError: the dataset does not fit the family.
         """
 
-    def sample_ordinary(self, rng: np.random.Generator, dataset: DatasetInfo) -> ModelSpec:
-        """Draw one model of this family as people write them, of whatever make (``families.ordinary``).
-
-        Raises:
-            SpecError: the family has none, or none that fits the dataset.
-        """
-        raise SpecError(f"The family '{self.name}' has no ordinary models; choose another, or define its draw.")
-
     @abstractmethod
     def build(self, spec: ModelSpec) -> nn.Module:
         """Make the model, initialized from torch's global RNG (seed it before the call).
@@ -99,11 +94,9 @@ class Family(ABC):
             SpecError: the spec is of another family, or its options are not what the architecture needs.
         """
 
-    def spec(
-        self, architecture: str, dataset: DatasetInfo, options: JsonConfig, layout: str | None = None
-    ) -> ModelSpec:
-        """Return the ``ModelSpec`` of an architecture of this family for a dataset, in its own layout or another."""
-        layout = layout or self.layout_for(dataset)
+    def spec(self, architecture: str, dataset: DatasetInfo, options: JsonConfig) -> ModelSpec:
+        """Return the ``ModelSpec`` of an architecture of this family for a dataset."""
+        layout = self.layout_for(dataset)
         return ModelSpec(
             family=self.name,
             architecture=architecture,
@@ -114,12 +107,8 @@ class Family(ABC):
             options=options.to_dict(),
         )
 
-    def options(self, spec: ModelSpec, classes: Mapping[str, type[Options]], layouts: tuple[str, ...] = ()) -> Options:
-        """Return the checked options of a spec; ``classes`` maps each architecture to its options' class.
-
-        Args:
-            layouts: that it may have; the family's where there is none.
-        """
+    def options(self, spec: ModelSpec, classes: Mapping[str, type[Options]]) -> Options:
+        """Return the checked options of a spec; ``classes`` maps each architecture to its options' class."""
         if spec.family != self.name:
             raise SpecError(f"The spec is of the family '{spec.family}', not '{self.name}'.")
         if spec.architecture not in classes:
@@ -127,9 +116,8 @@ class Family(ABC):
                 f"The family '{self.name}' has no architecture '{spec.architecture}'."
                 f"{did_you_mean(spec.architecture, classes)}"
             )
-        layouts = layouts or self.layouts
-        if spec.layout not in layouts:
-            raise SpecError(f"Models of '{self.name}' take {' or '.join(layouts)}, not '{spec.layout}'.")
+        if spec.layout not in self.layouts:
+            raise SpecError(f"Models of '{self.name}' take {' or '.join(self.layouts)}, not '{spec.layout}'.")
         if (spec.layout == "tokens") != (spec.task == "sequence"):
             raise SpecError(f"Layout 'tokens' and task 'sequence' go together, not '{spec.layout}' and '{spec.task}'.")
         dims = {"vector": 1, "rows": 2, "image": 3, "tokens": 1}[spec.layout]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError
-from cape.families.ordinary import RecurrentOptions, recurrent
 from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 
@@ -81,23 +80,10 @@ class RNN(Family):
             options = RNNOptions(layers, hidden, bidirectional=pick(rng, (False, True)))
         return self.spec(architecture, dataset, options)
 
-    def sample_ordinary(self, rng: np.random.Generator, dataset: DatasetInfo) -> ModelSpec:
-        if self.layout_for(dataset) == "tokens":
-            raise SpecError(f"'{dataset.name}' is a sequence of tokens; ordinary models of 'rnn' read rows.")
-        return self.spec("recurrent", dataset, RecurrentOptions.draw(rng))
-
     def build(self, spec: ModelSpec) -> nn.Module:
-        options = self.options(spec, _OPTIONS)
-        if isinstance(options, RecurrentOptions):
-            if spec.layout == "tokens":
-                raise SpecError("An ordinary recurrent network reads rows, not tokens.")
-            return recurrent(spec, options)
-        assert isinstance(options, RNNOptions)
+        options = self.options(spec, {"lstm": RNNOptions, "gru": RNNOptions})
         if (options.embedding is not None) != (spec.layout == "tokens"):
             raise SpecError("A recurrent network has an embedding if and only if it takes tokens.")
         if options.bidirectional and spec.task == "sequence":
             raise SpecError("A bidirectional network sees the next token; a sequence model cannot be bidirectional.")
         return RecurrentNet(nn.LSTM if spec.architecture == "lstm" else nn.GRU, spec, options)
-
-
-_OPTIONS: dict[str, type[JsonConfig]] = {"lstm": RNNOptions, "gru": RNNOptions, "recurrent": RecurrentOptions}

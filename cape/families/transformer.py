@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError
-from cape.families.ordinary import ENCODER_LAYOUTS, TorchEncoderOptions, encoder
 from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 
@@ -269,19 +268,8 @@ class Transformer(Family):
         randomized = rng.random() < 0.25 and not reference
         return self.spec(architecture, dataset, _randomized(rng, architecture) if randomized else PRESETS[architecture])
 
-    def sample_ordinary(self, rng: np.random.Generator, dataset: DatasetInfo) -> ModelSpec:
-        layouts = [layout for layout in ENCODER_LAYOUTS if layout in dataset.layouts]
-        if not layouts:
-            raise SpecError(
-                f"'{dataset.name}' offers neither rows nor images, which ordinary models of 'transformer' take."
-            )
-        return self.spec("encoder", dataset, TorchEncoderOptions.draw(rng), pick(rng, layouts))
-
     def build(self, spec: ModelSpec) -> nn.Module:
-        layouts = ENCODER_LAYOUTS if spec.architecture == "encoder" else self.layouts
-        options = self.options(spec, _OPTIONS, layouts)
-        if isinstance(options, TorchEncoderOptions):
-            return encoder(spec, options)
+        options = self.options(spec, _OPTIONS)
         if (spec.architecture == "causal") != (spec.layout == "tokens"):
             raise SpecError(f"The architecture '{spec.architecture}' does not take the layout '{spec.layout}'.")
         if isinstance(options, ViTOptions):
@@ -299,7 +287,6 @@ _OPTIONS: dict[str, type[JsonConfig]] = {
     "cct": CCTOptions,
     "pit": PiTOptions,
     "causal": EncoderOptions,
-    "encoder": TorchEncoderOptions,
 }
 _DIMS = (64, 96, 128, 192)
 

@@ -178,7 +178,6 @@ class Plan:
             stopping=spec.stopping,
             augmentation=augmentation,
             model_seed=model_seed,
-            ordinary=spec.ordinary,
         )
 
     def _task(

@@ -1,0 +1,149 @@
+"""Models as people write them: what is drawn, that it builds and trains, and that the probe and the engines know it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cape import families
+from cape.config import ModelSpec, SweepSpec
+from cape.errors import SpecError
+from cape.families import ordinary
+from cape.probing.per_sample import per_sample_norms
+from cape.probing.reference import per_sample_norms_reference
+from cape.sweep.plan import Plan
+from cape.tasks import TASK_LOSS, loss_for
+from cape.trial import run_trials
+from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, batch, built, parameters
+
+NAMES = ("mlp", "cnn", "rnn", "transformer")
+SEVERAL = [(name, seed) for name in NAMES for seed in range(6)]
+
+
+def drawn(family: str, seed: int, info: object = GRAY) -> ModelSpec:
+    return families.get(family).sample_ordinary(np.random.default_rng(seed), info)  # type: ignore[arg-type]
+
+
+def test_every_make_is_drawn() -> None:
+    made = {name: [drawn(name, seed) for seed in range(200)] for name in NAMES}
+    seen = {n: {k: {str(s.options[k]) for s in specs} for k in specs[0].options} for n, specs in made.items()}
+    assert {n: {s.architecture for s in specs} for n, specs in made.items()} == {
+        "mlp": {"dense"}, "cnn": {"convnet"}, "rnn": {"recurrent"}, "transformer": {"encoder"},
+    }  # fmt: skip
+    assert seen["mlp"]["norm"] == {"none", "batch", "layer"} and seen["cnn"]["norm"] == {"none", "batch", "group"}
+    for name in ("mlp", "cnn"):
+        assert seen[name]["activation"] == set(ordinary.ACTIVATIONS) and seen[name]["init"] == set(ordinary.INITS)
+    assert seen["cnn"]["pool"] == {"max", "avg", "stride"} and "0" in seen["cnn"]["hidden"]
+    assert seen["rnn"]["cell"] == set(ordinary.CELLS)
+    assert seen["rnn"]["readout"] == {"last", "mean", "max", "state"}
+    assert seen["transformer"]["readout"] == {"mean", "last", "class"}
+    assert seen["transformer"]["position"] == {"none", "learned", "sinusoidal"}
+    assert {s.layout for s in made["transformer"]} == {"rows", "image"}
+    assert max(parameters(s) for name in NAMES for s in {t.to_json(): t for t in made[name]}.values()) < 4_000_000
+
+
+@pytest.mark.parametrize(("name", "seed"), SEVERAL)
+def test_it_builds_again_trains_and_is_probed_exactly(name: str, seed: int) -> None:
+    info = (GRAY, COLOUR, LABELS)[seed % 3]
+    spec = min((drawn(name, s, info) for s in range(4 * seed, 4 * seed + 4)), key=parameters)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    model, again = built(spec), built(spec)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    torch.manual_seed(1)
+    x, y = batch(spec, 3)
+    loss = loss_for(spec.task)
+    value = loss.mean(model.train()(x), y)
+    value.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    found = per_sample_norms(again, (x, y), loss=TASK_LOSS[spec.task])
+    g2, tau = per_sample_norms_reference(again, (x, y), loss=TASK_LOSS[spec.task])
+    torch.testing.assert_close(found[0].double(), g2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1].double(), tau, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trials_of_one_make_may_share_a_stack(name: str, data_root: Path) -> None:
+    """Replicates have one model: whatever engine is chosen for them, T* is what each has alone."""
+    spec = SweepSpec(
+        families=(name,), datasets=("mnist",), lrs=(1e-3,), batch_sizes=(16,), epsilons=(0.5,), trials_per_cell=6,
+        replicates=3, ordinary=True, seed=3,
+    )  # fmt: skip
+    trials = list(Plan(spec).trials())
+    assert len({t.model_seed for t in trials}) == 2
+    stars = [
+        {r["trial_id"]: r["t_star"] for rows in run_trials(trials, data_root=data_root, engine=engine) for r in rows}
+        for engine in ("single", "auto")
+    ]
+    assert stars[0] == stars[1] and all(stars[0].values())
+
+
+def test_an_initialization_is_what_its_name_says() -> None:
+    options = {"widths": [400], "norm": "none", "activation": "relu"}
+    spec = ModelSpec("mlp", "dense", "vector", (784,), 10)
+    bounds = {"torch": 784**-0.5, "kaiming_uniform": (6 / 784) ** 0.5, "xavier_uniform": (6 / 1184) ** 0.5}
+    for init, bound in bounds.items():
+        layer = built(spec.replace(options={**options, "init": init}))[0]
+        assert isinstance(layer, nn.Linear)
+        assert float(layer.weight.detach().abs().max()) == pytest.approx(bound, rel=1e-3)
+        assert bool(layer.bias.detach().any()) == (init == "torch")
+    recurrent = ordinary.RecurrentOptions("gru", 1, 16, False, "mean", "orthogonal").to_dict()
+    model = built(ModelSpec("rnn", "recurrent", "rows", (28, 28), 10, options=recurrent))
+    weight = model.rnn.weight_hh_l0.detach()
+    torch.testing.assert_close(weight.T @ weight, torch.eye(16), rtol=0, atol=1e-5)
+
+
+def test_readouts_see_what_they_say() -> None:
+    x = torch.randn(2, 5, 3)
+    for readout in ("last", "mean", "max", "state"):
+        options = ordinary.RecurrentOptions("lstm", 2, 4, True, readout, "torch").to_dict()
+        model = built(ModelSpec("rnn", "recurrent", "rows", (5, 3), 2, options=options)).eval()
+        with torch.no_grad():
+            outputs = model.rnn(x)[0]
+            seen = {
+                "last": outputs[:, -1],
+                "mean": outputs.mean(1),
+                "max": outputs.amax(1),
+                "state": torch.cat([outputs[:, -1, :4], outputs[:, 0, 4:]], dim=1),
+            }[readout]
+            torch.testing.assert_close(model(x), model.head(seen))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for name in ("mlp", "rnn", "transformer"):
+        with pytest.raises(SpecError):
+            drawn(name, 0, TOKENS)
+    with pytest.raises(SpecError):
+        drawn("cnn", 0, TABLE)
+    assert drawn("transformer", 0, TABLE).layout == "rows"
+    encoder = drawn("transformer", 0, TABLE)
+    with pytest.raises(SpecError, match="take rows or image, not 'tokens'"):
+        families.build(encoder.replace(layout="tokens"))
+    with pytest.raises(SpecError, match="reads rows"):
+        families.build(drawn("rnn", 0).replace(layout="tokens", input_shape=(5,), task="sequence"))
+    for name, option, value in (
+        ("mlp", "norm", "group"), ("cnn", "pool", "min"), ("rnn", "readout", "first"), ("transformer", "heads", 5),
+        ("mlp", "init", "zeros"), ("cnn", "kernel", 4),
+    ):  # fmt: skip
+        spec = drawn(name, 0)
+        with pytest.raises(SpecError, match=f"'{option}'"):
+            families.build(spec.replace(options={**spec.options, option: value}))
+    with pytest.raises(SpecError, match="not the authors'"):
+        SweepSpec(ordinary=True, preprocess="reference")
+
+
+def test_a_family_without_ordinary_models_says_so() -> None:
+    class Bare(families.Family):
+        name, layouts, architectures = "bare", ("vector",), ("bare",)
+
+        def sample(self, rng, dataset, *, reference=False):  # type: ignore[no-untyped-def]
+            raise NotImplementedError
+
+        def build(self, spec):  # type: ignore[no-untyped-def]
+            raise NotImplementedError
+
+    with pytest.raises(SpecError, match="'bare' has no ordinary models"):
+        Bare().sample_ordinary(np.random.default_rng(0), TABLE)
