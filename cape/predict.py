@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +16,13 @@ import torch
 from torch import nn
 
 from cape.config import StoppingRule, check_count, check_epsilon, check_lr
-from cape.errors import SpecError, did_you_mean
+from cape.errors import SpecError
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
+from cape.recognize import check_family, infer_family, known_best
 from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved
 from cape.tasks import TASK_LOSS, Loss, LossLike
 
@@ -37,34 +36,8 @@ _SAME_LOSS = {
     "one_hot_mse": "half_mse",
     "bce": "binary_cross_entropy",
 }
-_ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
-_NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _TIMING_STEPS = 4
 _NORMAL = NormalDist()
-
-
-def infer_family(model: nn.Module) -> str | None:
-    """Return the family that a model looks like, from the layers it holds.
-
-    Attention (``nn.MultiheadAttention``, or a class named so) makes it a ``transformer``, with or without convolutions
-    before it (patch embeddings are convolutions); recurrent layers an ``rnn``; convolutions a ``cnn``; anything else
-    an ``mlp``. Recurrent layers beside attention or convolutions are mixed: None.
-    """
-    modules = list(model.modules())
-    attention = any(isinstance(m, nn.MultiheadAttention) or _named_attention(type(m).__name__) for m in modules)
-    recurrent = any(isinstance(m, _RECURRENT) for m in modules)
-    convolution = any(isinstance(m, _CONVOLUTIONS) for m in modules)
-    if recurrent:
-        return None if attention or convolution else "rnn"
-    if attention:
-        return "transformer"
-    return "cnn" if convolution else "mlp"
-
-
-def _named_attention(name: str) -> bool:
-    return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
 
 
 class StepTimer:
@@ -184,8 +157,10 @@ def predict(
         loss: name, module or callable. lr: learning rate of AdamW. dataset_size: full training-set size N.
         epsilon: fraction of the first loss to reach, in (0, 1).
         meta_model: a meta-regressor or its directory; the one shipped with CAPE where None.
-        family: ``mlp``, ``cnn``, ``rnn``, ``transformer`` or one of your own; inferred from the layers where None. One
-            that the meta-regressor was not fitted on is out of domain, and has no interval.
+        family: ``mlp``, ``cnn``, ``rnn``, ``transformer``, the ordinary models beside them (``dense``, ``convnet``,
+            ``recurrent``, ``encoder``) or one of your own; where None, inferred from the layers and from which of the
+            two knows the model better. One that the meta-regressor was not fitted on is out of domain, and has no
+            interval.
 
     Raises:
         SpecError: lr, ε or dataset_size out of range, or a misspelt family.
@@ -197,10 +172,11 @@ def predict(
         raise SpecError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
     dataset_size = check_count(dataset_size, "dataset_size")
     regressor = resolve(meta_model)
-    _check_family(family, regressor.families)
+    check_family(family, regressor.families)
     _, _, batch_size = check_batch(batch)
     features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
-    family = infer_family(model) if family is None else family
+    if family is None:
+        family = known_best(regressor, infer_family(model), features, epsilon)
     row = row_from_features(features.as_dict(), family, epsilon)
     log_hat = regressor.predict_log(row)
     steps, centre = (float(in_steps(log_hat, whole)[0]) for whole in (regressor.preset.whole, False))
@@ -340,16 +316,6 @@ def rank(
 def in_words(steps: float) -> str:
     """Return a number of steps for a person: with a decimal where it is not whole."""
     return f"{steps:.0f}" if steps == round(steps) else f"{steps:.1f}"
-
-
-def _check_family(family: str | None, known: Sequence[str]) -> None:
-    """Raise ``SpecError`` for what is no name, or a known family's name with a slip in it."""
-    if family is None or family in known:
-        return
-    if not isinstance(family, str):
-        raise SpecError(f"A family is a name, not {family!r}.")
-    if difflib.get_close_matches(family.lower(), known, n=1, cutoff=0.75):
-        raise SpecError(f"Unknown family '{family}'.{did_you_mean(family.lower(), known)}")
 
 
 def _without_seconds(prediction: Prediction) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 import cape
 from cape import datasets
 from cape.errors import ModelError, SpecError, StoreError
+from cape.family_names import RELATIVES
 from cape.metamodel.artifact import MetaModel
 from cape.metamodel.fit import fit_table
 from cape.metamodel.presets import PRESETS
-from cape.predict import infer_family, predict, rank
+from cape.predict import predict, rank
+from cape.recognize import infer_family
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def test_family_is_what_the_layers_say(build: object, family: str | None) -> Non
     assert infer_family(build()) == family  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "rnn", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "rnn", "transformer", *RELATIVES])
 def test_our_own_families_are_recognized(name: str, data_root: Path) -> None:
     import numpy as np
 
@@ -286,7 +288,8 @@ def test_our_own_families_are_recognized(name: str, data_root: Path) -> None:
     family = families.get(name)
     dataset = datasets.load("mnist", data_root)
     for seed in range(4):
-        assert infer_family(family.build(family.sample(np.random.default_rng(seed), dataset))) == name
+        model = family.build(family.sample(np.random.default_rng(seed), dataset))
+        assert infer_family(model) == RELATIVES.get(name, name)
 
 
 def test_importing_the_module_does_not_hide_the_function() -> None:

@@ -9,8 +9,11 @@
 """
 
 from cape.families.cnn import CNN
+from cape.families.convnet import ConvNet
+from cape.families.dense import Dense
+from cape.families.encoder import Encoder
 from cape.families.mlp import MLP
-from cape.families.ordinary import ConvNet, Dense, Encoder, Recurrent
+from cape.families.recurrent import Recurrent
 from cape.families.registry import DatasetInfo, Family, build, get, names, register
 from cape.families.rnn import RNN
 from cape.families.transformer import Transformer

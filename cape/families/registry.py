@@ -46,14 +46,11 @@ class Family(ABC):
         name: the name in specs, plans and rows.
         layouts: the layouts that its models take, the preferred one first.
         architectures: the names that ``sample`` can put into a spec.
-        relative: another family, whose trials tell something of this one's: a meta-regressor learns from them as from
-            augmented ones, and a model that looks like that family may be of this one.
     """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
-    relative: ClassVar[str | None] = None
 
     def layout_for(self, dataset: DatasetInfo) -> str:
         """Return the layout in which models of this family take a dataset.

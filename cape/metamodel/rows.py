@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.errors import DataError
+from cape.family_names import RELATIVES
 from cape.feature_names import BATCH_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
 
 if TYPE_CHECKING:
@@ -113,8 +114,25 @@ class Rows:
 
     @property
     def augmented(self) -> np.ndarray:
-        """Bool [n]: the trial's data were augmented. Such rows are fitted on where a preset says so, never scored."""
+        """Bool [n]: the trial's data were augmented, or it is a relative's (``told``).
+
+        Such rows are fitted on where a preset says so, never scored.
+        """
         return np.array([a is not None for a in self["augmentation"]], dtype=bool)
+
+    def told(self, family: str) -> tuple[np.ndarray, Rows]:
+        """Return the rows that a family learns from, as a mask [n] and as rows.
+
+        They are its own and its relative's (``family_names.RELATIVES``); the latter count as augmented.
+        """
+        own = self["family"] == family
+        mask = own | (self["family"] == RELATIVES.get(family, family))
+        rows = self.take(mask)
+        if mask.sum() == own.sum():
+            return mask, rows
+        augmentation = rows["augmentation"].copy()
+        augmentation[~own[mask]] = "relative"
+        return mask, Rows({**rows.columns, "augmentation": augmentation})
 
     @property
     def families(self) -> tuple[str, ...]:

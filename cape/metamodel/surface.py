@@ -155,10 +155,10 @@ def fit_surfaces(
     out = {}
     with one_thread():
         for family in families:
-            mine = rows["family"] == family
-            if len(set(rows["trial_id"][mine & ~censored])) >= FEWEST_TRIALS:
+            if len(set(rows["trial_id"][(rows["family"] == family) & ~censored])) >= FEWEST_TRIALS:
+                mine, told = rows.told(family)
                 line = lines.get(family, lines[POOLED])
-                out[family] = Surface.fit(rows.take(mine), y[mine], line, smooth, censored[mine], sigma)
+                out[family] = Surface.fit(told, y[mine], line, smooth, censored[mine], sigma)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Models as people write them: what is drawn, that it builds and trains, and that the probe and the engines know it."""
+"""Models as people write them: what is drawn, and that the probe and the engines know it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 from cape import families
 from cape.config import ModelSpec, SweepSpec
 from cape.errors import SpecError
-from cape.families import ordinary
+from cape.families import makes, recurrent
+from cape.family_names import RELATIVES, related
 from cape.probing.per_sample import per_sample_norms
 from cape.probing.reference import per_sample_norms_reference
 from cape.sweep.plan import Plan
@@ -20,29 +21,26 @@ from cape.tasks import TASK_LOSS, loss_for
 from cape.trial import run_trials
 from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, batch, built, parameters
 
-NAMES = ("mlp", "cnn", "rnn", "transformer")
+NAMES = tuple(RELATIVES)
 SEVERAL = [(name, seed) for name in NAMES for seed in range(6)]
 
 
 def drawn(family: str, seed: int, info: object = GRAY) -> ModelSpec:
-    return families.get(family).sample_ordinary(np.random.default_rng(seed), info)  # type: ignore[arg-type]
+    return families.get(family).sample(np.random.default_rng(seed), info)  # type: ignore[arg-type]
 
 
 def test_every_make_is_drawn() -> None:
     made = {name: [drawn(name, seed) for seed in range(200)] for name in NAMES}
     seen = {n: {k: {str(s.options[k]) for s in specs} for k in specs[0].options} for n, specs in made.items()}
-    assert {n: {s.architecture for s in specs} for n, specs in made.items()} == {
-        "mlp": {"dense"}, "cnn": {"convnet"}, "rnn": {"recurrent"}, "transformer": {"encoder"},
-    }  # fmt: skip
-    assert seen["mlp"]["norm"] == {"none", "batch", "layer"} and seen["cnn"]["norm"] == {"none", "batch", "group"}
-    for name in ("mlp", "cnn"):
-        assert seen[name]["activation"] == set(ordinary.ACTIVATIONS) and seen[name]["init"] == set(ordinary.INITS)
-    assert seen["cnn"]["pool"] == {"max", "avg", "stride"} and "0" in seen["cnn"]["hidden"]
-    assert seen["rnn"]["cell"] == set(ordinary.CELLS)
-    assert seen["rnn"]["readout"] == {"last", "mean", "max", "state"}
-    assert seen["transformer"]["readout"] == {"mean", "last", "class"}
-    assert seen["transformer"]["position"] == {"none", "learned", "sinusoidal"}
-    assert {s.layout for s in made["transformer"]} == {"rows", "image"}
+    assert seen["dense"]["norm"] == {"none", "batch", "layer"} and seen["convnet"]["norm"] == {"none", "batch", "group"}
+    for name in ("dense", "convnet"):
+        assert seen[name]["activation"] == set(makes.ACTIVATIONS) and seen[name]["init"] == set(makes.INITS)
+    assert seen["convnet"]["pool"] == {"max", "avg", "stride"} and "0" in seen["convnet"]["hidden"]
+    assert seen["recurrent"]["cell"] == set(recurrent.CELLS)
+    assert seen["recurrent"]["readout"] == {"last", "mean", "max", "state"}
+    assert seen["encoder"]["readout"] == {"mean", "last", "class"}
+    assert seen["encoder"]["position"] == {"none", "learned", "sinusoidal"}
+    assert {s.layout for s in made["encoder"]} == {"rows", "image"}
     assert max(parameters(s) for name in NAMES for s in {t.to_json(): t for t in made[name]}.values()) < 4_000_000
 
 
@@ -70,7 +68,7 @@ def test_trials_of_one_make_may_share_a_stack(name: str, data_root: Path) -> Non
     """Replicates have one model: whatever engine is chosen for them, T* is what each has alone."""
     spec = SweepSpec(
         families=(name,), datasets=("mnist",), lrs=(1e-3,), batch_sizes=(16,), epsilons=(0.5,), trials_per_cell=6,
-        replicates=3, ordinary=True, seed=3,
+        replicates=3, seed=3,
     )  # fmt: skip
     trials = list(Plan(spec).trials())
     assert len({t.model_seed for t in trials}) == 2
@@ -83,15 +81,15 @@ def test_trials_of_one_make_may_share_a_stack(name: str, data_root: Path) -> Non
 
 def test_an_initialization_is_what_its_name_says() -> None:
     options = {"widths": [400], "norm": "none", "activation": "relu"}
-    spec = ModelSpec("mlp", "dense", "vector", (784,), 10)
+    spec = ModelSpec("dense", "dense", "vector", (784,), 10)
     bounds = {"torch": 784**-0.5, "kaiming_uniform": (6 / 784) ** 0.5, "xavier_uniform": (6 / 1184) ** 0.5}
     for init, bound in bounds.items():
         layer = built(spec.replace(options={**options, "init": init}))[0]
         assert isinstance(layer, nn.Linear)
         assert float(layer.weight.detach().abs().max()) == pytest.approx(bound, rel=1e-3)
         assert bool(layer.bias.detach().any()) == (init == "torch")
-    recurrent = ordinary.RecurrentOptions("gru", 1, 16, False, "mean", "orthogonal").to_dict()
-    model = built(ModelSpec("rnn", "recurrent", "rows", (28, 28), 10, options=recurrent))
+    options = recurrent.RecurrentOptions("gru", 1, 16, False, "mean", "orthogonal").to_dict()
+    model = built(ModelSpec("recurrent", "recurrent", "rows", (28, 28), 10, options=options))
     weight = model.rnn.weight_hh_l0.detach()
     torch.testing.assert_close(weight.T @ weight, torch.eye(16), rtol=0, atol=1e-5)
 
@@ -99,8 +97,8 @@ def test_an_initialization_is_what_its_name_says() -> None:
 def test_readouts_see_what_they_say() -> None:
     x = torch.randn(2, 5, 3)
     for readout in ("last", "mean", "max", "state"):
-        options = ordinary.RecurrentOptions("lstm", 2, 4, True, readout, "torch").to_dict()
-        model = built(ModelSpec("rnn", "recurrent", "rows", (5, 3), 2, options=options)).eval()
+        options = recurrent.RecurrentOptions("lstm", 2, 4, True, readout, "torch").to_dict()
+        model = built(ModelSpec("recurrent", "recurrent", "rows", (5, 3), 2, options=options)).eval()
         with torch.no_grad():
             outputs = model.rnn(x)[0]
             seen = {
@@ -113,37 +111,24 @@ def test_readouts_see_what_they_say() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    for name in ("mlp", "rnn", "transformer"):
+    for name in ("dense", "recurrent", "encoder"):
         with pytest.raises(SpecError):
             drawn(name, 0, TOKENS)
     with pytest.raises(SpecError):
-        drawn("cnn", 0, TABLE)
-    assert drawn("transformer", 0, TABLE).layout == "rows"
-    encoder = drawn("transformer", 0, TABLE)
+        drawn("convnet", 0, TABLE)
+    assert drawn("encoder", 0, TABLE).layout == "rows"
+    spec = drawn("encoder", 0, TABLE)
     with pytest.raises(SpecError, match="take rows or image, not 'tokens'"):
-        families.build(encoder.replace(layout="tokens"))
-    with pytest.raises(SpecError, match="reads rows"):
-        families.build(drawn("rnn", 0).replace(layout="tokens", input_shape=(5,), task="sequence"))
+        families.build(spec.replace(layout="tokens"))
     for name, option, value in (
-        ("mlp", "norm", "group"), ("cnn", "pool", "min"), ("rnn", "readout", "first"), ("transformer", "heads", 5),
-        ("mlp", "init", "zeros"), ("cnn", "kernel", 4),
+        ("dense", "norm", "group"), ("convnet", "pool", "min"), ("recurrent", "readout", "first"),
+        ("encoder", "heads", 5),        ("dense", "init", "zeros"), ("convnet", "kernel", 4),
     ):  # fmt: skip
         spec = drawn(name, 0)
         with pytest.raises(SpecError, match=f"'{option}'"):
             families.build(spec.replace(options={**spec.options, option: value}))
-    with pytest.raises(SpecError, match="not the authors'"):
-        SweepSpec(ordinary=True, preprocess="reference")
 
 
-def test_a_family_without_ordinary_models_says_so() -> None:
-    class Bare(families.Family):
-        name, layouts, architectures = "bare", ("vector",), ("bare",)
-
-        def sample(self, rng, dataset, *, reference=False):  # type: ignore[no-untyped-def]
-            raise NotImplementedError
-
-        def build(self, spec):  # type: ignore[no-untyped-def]
-            raise NotImplementedError
-
-    with pytest.raises(SpecError, match="'bare' has no ordinary models"):
-        Bare().sample_ordinary(np.random.default_rng(0), TABLE)
+def test_each_stands_beside_one_of_the_papers_families() -> None:
+    assert related("mlp") == ("mlp", "dense") and related("linear") == ("linear",)
+    assert set(RELATIVES.values()) == {"mlp", "cnn", "rnn", "transformer"}

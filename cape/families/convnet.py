@@ -1,0 +1,105 @@
+"""Plain convolutional networks as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import nn
+
+from cape.config import ModelSpec
+from cape.families.makes import ACTIVATIONS, check_make, draw_make, initialized
+from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
+
+
+@dataclass(frozen=True)
+class ConvNetOptions(JsonConfig):
+    """Options of a plain convolutional network.
+
+    Attributes:
+        channels: of the blocks: a convolution, norm, activation, and half the height and width.
+        kernel: 3 or 5. pool: what halves them: ``max``, ``avg``, or the ``stride`` of the convolution.
+        hidden: units of a dense layer over the flattened maps; 0 for none, where the head sees the maps' means.
+        norm: ``none``, ``batch`` or ``group``. activation, init: as in ``DenseOptions``. dropout: before the head.
+    """
+
+    channels: tuple[int, ...]
+    kernel: int
+    pool: str
+    hidden: int
+    norm: str
+    activation: str
+    init: str
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_make("a plain convolutional network", self.activation, self.init, self.dropout)
+        check_options(
+            "a plain convolutional network",
+            channels=(list(self.channels), len(self.channels) >= 1 and min(self.channels) >= 1),
+            kernel=(self.kernel, self.kernel in (3, 5)),
+            pool=(self.pool, self.pool in ("max", "avg", "stride")),
+            hidden=(self.hidden, self.hidden >= 0),
+            norm=(self.norm, self.norm in ("none", "batch", "group")),
+        )
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> ConvNetOptions:
+        """Return two to four blocks, of 16 or 32 channels and twice as many from block to block (128 at most)."""
+        first, blocks = pick(rng, (8, 16, 32)), pick(rng, (2, 2, 3, 3, 4))
+        return cls(
+            tuple(min(128, first << i) for i in range(blocks)),
+            pick(rng, (3, 3, 5)),
+            pick(rng, ("max", "max", "avg", "stride")),
+            pick(rng, (0, 64, 128, 256)),
+            pick(rng, ("none", "none", "batch", "batch", "group")),
+            *draw_make(rng),
+        )
+
+
+def convnet(spec: ModelSpec, options: ConvNetOptions) -> nn.Module:
+    """Return a plain convolutional network, [B, C, H, W] -> [B, outputs]."""
+    norms: dict[str, Callable[[int], nn.Module] | None] = {
+        "none": None,
+        "batch": nn.BatchNorm2d,
+        "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels),
+    }
+    pools = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+    channels, height, width = spec.input_shape
+    layers: list[nn.Module] = []
+    for outputs in options.channels:
+        strided, norm = options.pool == "stride" and min(height, width) > 1, norms[options.norm]
+        padding = options.kernel // 2
+        layers += [nn.Conv2d(channels, outputs, options.kernel, 2 if strided else 1, padding)]
+        layers += [*([norm(outputs)] if norm else []), ACTIVATIONS[options.activation]()]
+        if strided:
+            height, width = -(-height // 2), -(-width // 2)
+        elif min(height, width) > 1:
+            layers, height, width = [*layers, pools[options.pool](2)], height // 2, width // 2
+        channels = outputs
+    if options.hidden:
+        layers += [nn.Flatten(), nn.Linear(channels * height * width, options.hidden)]
+        layers += [ACTIVATIONS[options.activation]()]
+        channels = options.hidden
+    else:
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [nn.Dropout(options.dropout)] if options.dropout else []
+    return initialized(nn.Sequential(*layers, nn.Linear(channels, spec.outputs)), options.init)
+
+
+class ConvNet(Family):
+    """Plain convolutional networks of many makes (``ConvNetOptions``)."""
+
+    name: ClassVar[str] = "convnet"
+    layouts: ClassVar[tuple[str, ...]] = ("image",)
+    architectures: ClassVar[tuple[str, ...]] = ("convnet",)
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        return self.spec("convnet", dataset, ConvNetOptions.draw(rng))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return convnet(spec, self.options(spec, {"convnet": ConvNetOptions}))

@@ -1,0 +1,147 @@
+"""Transformers as people write them: ``nn.TransformerEncoder`` over rows or patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cape.config import ModelSpec
+from cape.families.makes import check_make, initialized
+from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
+
+
+@dataclass(frozen=True)
+class TorchEncoderOptions(JsonConfig):
+    """Options of a transformer made of ``nn.TransformerEncoder``, over rows or over patches of an image.
+
+    Attributes:
+        dim, depth, heads, ratio: size of a token, layers, attention heads, hidden units of a layer over ``dim``.
+        norm_first, activation (``relu`` or ``gelu``), dropout: of ``nn.TransformerEncoderLayer``.
+        position: ``none``, ``learned`` or ``sinusoidal``. readout: the ``mean`` token, the ``last``, or one of the
+            ``class``.
+        init: as in ``DenseOptions``. patch: side of a patch in pixels, of images.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    ratio: int
+    norm_first: bool
+    activation: str
+    position: str
+    readout: str
+    init: str
+    dropout: float = 0.0
+    patch: int = 4
+
+    def __post_init__(self) -> None:
+        check_make("an encoder", self.activation, self.init, self.dropout)
+        check_options(
+            "an encoder",
+            dim=(self.dim, self.dim >= 2 and self.dim % 2 == 0),
+            depth=(self.depth, self.depth >= 1),
+            heads=(self.heads, self.heads >= 1 and self.dim % self.heads == 0),
+            ratio=(self.ratio, self.ratio >= 1),
+            activation=(self.activation, self.activation in ("relu", "gelu")),
+            position=(self.position, self.position in ("none", "learned", "sinusoidal")),
+            readout=(self.readout, self.readout in ("mean", "last", "class")),
+            patch=(self.patch, self.patch >= 1),
+        )
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> TorchEncoderOptions:
+        """Return one to four layers of 32 to 128 units, of two or four heads."""
+        return cls(
+            pick(rng, (32, 64, 96, 128)),
+            pick(rng, (1, 1, 2, 2, 3, 4)),
+            pick(rng, (2, 4)),
+            pick(rng, (1, 2, 4)),
+            pick(rng, (False, True)),
+            pick(rng, ("relu", "gelu")),
+            pick(rng, ("learned", "sinusoidal", "none")),
+            pick(rng, ("mean", "last", "class")),
+            pick(rng, ("torch", "torch", "xavier_uniform")),
+            pick(rng, (0.0, 0.1, 0.1)),
+            pick(rng, (4, 8)),
+        )
+
+
+class TorchEncoder(nn.Module):
+    """Rows [B, T, d] or images [B, C, H, W] -> [B, outputs], through ``nn.TransformerEncoder``."""
+
+    def __init__(self, spec: ModelSpec, options: TorchEncoderOptions) -> None:
+        super().__init__()
+        dim, patch = options.dim, options.patch
+        if spec.layout == "image":
+            channels, height, width = spec.input_shape
+            check_options("an encoder", patch=(patch, height % patch == 0 and width % patch == 0))
+            self.embed: nn.Module = nn.Conv2d(channels, dim, patch, patch)
+            tokens = (height // patch) * (width // patch)
+        else:
+            self.embed = nn.Linear(spec.input_shape[1], dim)
+            tokens = spec.input_shape[0]
+        self.token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if options.readout == "class" else None
+        tokens += self.token is not None
+        self.position: Tensor | None
+        if options.position == "learned":
+            self.position = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
+        else:
+            fixed = _sinusoids(tokens, dim) if options.position == "sinusoidal" else None
+            self.register_buffer("position", fixed, persistent=False)
+        layer = nn.TransformerEncoderLayer(
+            dim,
+            options.heads,
+            options.ratio * dim,
+            options.dropout,
+            options.activation,
+            batch_first=True,
+            norm_first=options.norm_first,
+        )
+        norm = nn.LayerNorm(dim) if options.norm_first else None
+        self.body = nn.TransformerEncoder(layer, options.depth, norm, enable_nested_tensor=False)
+        self.readout = options.readout
+        self.head = nn.Linear(dim, spec.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+        if self.position is not None:
+            x = x + self.position
+        x = self.body(x)
+        return self.head(x.mean(1) if self.readout == "mean" else x[:, 0 if self.readout == "class" else -1])
+
+
+def encoder(spec: ModelSpec, options: TorchEncoderOptions) -> nn.Module:
+    """Return a ``TorchEncoder``."""
+    return initialized(TorchEncoder(spec, options), options.init)
+
+
+def _sinusoids(tokens: int, dim: int) -> Tensor:
+    """Return the positions of Vaswani et al. 2017, section 3.5: [1, tokens, dim]."""
+    angles = torch.arange(tokens)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None]
+
+
+class Encoder(Family):
+    """Transformers made of ``nn.TransformerEncoder``, over rows or patches (``TorchEncoderOptions``)."""
+
+    name: ClassVar[str] = "encoder"
+    layouts: ClassVar[tuple[str, ...]] = ("rows", "image")
+    architectures: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        spec = self.spec("encoder", dataset, TorchEncoderOptions.draw(rng))
+        layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
+        return spec.replace(layout=layout, input_shape=tuple(dataset.sample_shape(layout)))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return encoder(spec, self.options(spec, {"encoder": TorchEncoderOptions}))

@@ -1,0 +1,66 @@
+"""What ordinary models share: activations, initializations, dropouts.
+
+``dense``, ``convnet``, ``recurrent`` and ``encoder`` are models as people write them, each family beside one of the
+paper's (``family_names.RELATIVES``). The paper's are of one make each: batch norm in every dense and convolutional
+block, one initialization, one way to read the output. Here norm, initialization, activation, sizes and readout are
+drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+
+from cape.families.registry import check_options, pick
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "elu": nn.ELU,
+}
+INITS: dict[str, Callable[[Tensor], object] | None] = {
+    "torch": None,
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+}
+DROPOUTS = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5)
+
+
+def initialized(model: nn.Module, how: str) -> nn.Module:
+    """Initialize every matrix and kernel of dense, convolutional, recurrent and attention layers, with zero biases.
+
+    ``torch`` leaves what the layers have by themselves. Norms and positions stay in any case.
+    """
+    rule = INITS[how]
+    if rule is not None:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.RNNBase, nn.MultiheadAttention)):
+                for name, p in module.named_parameters(recurse=False):
+                    if p.dim() >= 2:
+                        rule(p)
+                    elif "bias" in name:
+                        nn.init.zeros_(p)
+    return model
+
+
+def check_make(what: str, activation: str, init: str, dropout: float) -> None:
+    check_options(
+        what,
+        activation=(activation, activation in ACTIVATIONS),
+        init=(init, init in INITS),
+        dropout=(dropout, 0.0 <= dropout < 1.0),
+    )
+
+
+def draw_make(rng: np.random.Generator) -> tuple[str, str, float]:
+    """Return an activation, an initialization (torch's own in half of all draws) and a dropout."""
+    activation = pick(rng, ("relu", "relu", "relu", *ACTIVATIONS))
+    return activation, pick(rng, ("torch",) * (len(INITS) - 1) + tuple(INITS)[1:]), pick(rng, DROPOUTS)

@@ -1,0 +1,75 @@
+"""Which family a model is of: from the layers that it holds, and from what a meta-regressor knows of such models."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from cape.errors import SpecError, did_you_mean
+from cape.family_names import related
+from cape.metamodel.rows import row_from_features
+
+if TYPE_CHECKING:
+    from cape.metamodel.artifact import MetaModel
+    from cape.probing import Features
+
+_ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
+_NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_BETTER = 4.0
+"""How many times better than its relative one of the paper's families must know a model that is then taken for its."""
+
+
+def infer_family(model: nn.Module) -> str | None:
+    """Return the family that a model looks like, from the layers it holds.
+
+    Attention (``nn.MultiheadAttention``, or a class named so) makes it a ``transformer``, with or without convolutions
+    before it (patch embeddings are convolutions); recurrent layers an ``rnn``; convolutions a ``cnn``; anything else
+    an ``mlp``. Recurrent layers beside attention or convolutions are mixed: None.
+    """
+    modules = list(model.modules())
+    attention = any(isinstance(m, nn.MultiheadAttention) or _named_attention(type(m).__name__) for m in modules)
+    recurrent = any(isinstance(m, _RECURRENT) for m in modules)
+    convolution = any(isinstance(m, _CONVOLUTIONS) for m in modules)
+    if recurrent:
+        return None if attention or convolution else "rnn"
+    if attention:
+        return "transformer"
+    return "cnn" if convolution else "mlp"
+
+
+def _named_attention(name: str) -> bool:
+    return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
+
+
+def known_best(regressor: MetaModel, kind: str | None, features: Features, epsilon: float) -> str | None:
+    """Return the family of a kind that a model is taken for, where the meta-regressor has several.
+
+    How well one knows it is the width of its interval, times the model's distance where that is beyond its domain. The
+    paper's families are of one make each, which features do not always tell from others: only where such a family knows
+    a model ``_BETTER`` times better than the ordinary models beside it is it taken for one.
+    """
+    candidates = [family for family in related(kind) if family in regressor.families] if kind else []
+    if len(candidates) < 2 or regressor.domain is None:
+        return kind
+    unsure = {}
+    for family in candidates:
+        row = row_from_features(features.as_dict(), family, epsilon)
+        width = regressor.conformal.half_width(family, 0.9)[0] * float(regressor.width(row)[0])
+        unsure[family] = width * max(1.0, regressor.domain.check(row)[2]) * (_BETTER if family == kind else 1.0)
+    return min(candidates, key=unsure.__getitem__)
+
+
+def check_family(family: str | None, known: Sequence[str]) -> None:
+    """Raise ``SpecError`` for what is no name, or a known family's name with a slip in it."""
+    if family is None or family in known:
+        return
+    if not isinstance(family, str):
+        raise SpecError(f"A family is a name, not {family!r}.")
+    if difflib.get_close_matches(family.lower(), known, n=1, cutoff=0.75):
+        raise SpecError(f"Unknown family '{family}'.{did_you_mean(family.lower(), known)}")
