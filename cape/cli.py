@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from cape import __version__
@@ -259,8 +260,11 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(f"cape: error: {' '.join(message.split())}" if code == EXIT_ERROR else f"cape: {message}", file=sys.stderr)
+    with suppress(OSError):  # a stream that nobody reads, or whose disk is full
+        sys.stdout.flush()
+    with suppress(OSError):
+        text = f"cape: error: {' '.join(message.split())}" if code == EXIT_ERROR else f"cape: {message}"
+        print(text, file=sys.stderr)
     return code
 
 

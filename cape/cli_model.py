@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cape.errors import ModelError, SpecError, did_you_mean, first_line
+from cape.jsonconfig import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -166,10 +166,7 @@ def _similar(name: str, target: Any) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SpecError(f"--kwargs is not valid JSON: {error}.") from error
+    value = parse_json(text, "--kwargs")
     if not isinstance(value, dict):
         raise SpecError("--kwargs must be a JSON object, e.g. '{\"num_classes\": 10}'.")
     return value

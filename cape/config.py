@@ -215,7 +215,7 @@ class TrialSpec(JsonConfig):
     model_seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.batch_size, "batch_size")
+        object.__setattr__(self, "batch_size", check_count(self.batch_size, "batch_size"))
         object.__setattr__(self, "lr", check_lr(self.lr))
         object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
         _check_choice(self.precision, PRECISIONS, "precision")
@@ -272,17 +272,16 @@ class SweepSpec(JsonConfig):
     replicates: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
+        self._check_types()
         for what in ("families", "datasets", "lrs", "batch_sizes"):
-            if isinstance(getattr(self, what), str):
-                raise SpecError(f"{what} must be a list, not '{getattr(self, what)}'.")
-            values = tuple(getattr(self, what))
+            values = getattr(self, what)
             if not values:
                 raise SpecError(f"{what} must not be empty.")
             if len(set(values)) != len(values):
                 raise SpecError(f"{what} names a value twice: {list(values)}.")
-            object.__setattr__(self, what, values)
-        object.__setattr__(self, "lrs", tuple(check_lr(lr) for lr in self.lrs))
-        object.__setattr__(self, "epsilons", check_epsilons(self.epsilons))
+        for lr in self.lrs:
+            check_lr(lr)
         for b in self.batch_sizes:
             check_count(b, "batch_sizes")
         check_count(self.trials_per_cell, "trials_per_cell")

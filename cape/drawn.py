@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import nn
 from cape import datasets, families
 from cape.config import ModelSpec, TrialSpec
 from cape.convergence import Subject
-from cape.errors import ModelError
+from cape.errors import CapeError, ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,35 @@ def built(trial: TrialSpec, device: str | torch.device = "cpu", data_root: str |
 
 
 def draw_model(trial: TrialSpec, dataset: datasets.Dataset) -> ModelSpec:
-    """Return the model that a trial's seed draws from its family."""
+    """Return the model that a trial's seed draws from its family; raises ``ModelError`` where the family fails."""
     rng = np.random.default_rng(trial.seed_for("model"))
-    return families.get(trial.family).sample(rng, dataset, reference=trial.preprocess == "reference")
+    with _named(trial.family):
+        spec = families.get(trial.family).sample(rng, dataset, reference=trial.preprocess == "reference")
+        spec.to_json()  # a row holds it: options that are no JSON fail here
+    return spec
 
 
 def build_model(trial: TrialSpec, spec: ModelSpec) -> nn.Module:
-    """Return the trial's model, initialized from its seed, on the CPU; the global RNG is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """Return the trial's model, initialized from its seed, on the CPU; the global RNG is left as it was.
+
+    Raises:
+        ModelError: the family fails, or builds no module.
+    """
+    family = families.get(spec.family)
+    with torch.random.fork_rng(devices=[]), _named(spec.family):
         torch.random.default_generator.manual_seed(trial.seed_for("init"))
-        return families.get(spec.family).build(spec)
+        model = family.build(spec)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"build returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+@contextmanager
+def _named(family: str) -> Iterator[None]:
+    """Make whatever else a family raises (a user's own may raise anything) a ``ModelError``, which fails one trial."""
+    try:
+        yield
+    except (CapeError, RuntimeError):
+        raise
+    except Exception as error:
+        raise ModelError(f"The family '{family}' failed: {type(error).__name__}: {first_line(error)}.") from error

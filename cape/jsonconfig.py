@@ -7,8 +7,11 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
 from cape.errors import SpecError, did_you_mean
@@ -36,6 +39,22 @@ def uniforms(*parts: Any) -> tuple[float, ...]:
     """Return eight numbers of [0, 1) that depend on all ``parts`` (JSON values) and on nothing else."""
     digest = hashlib.blake2b(canonical_json(list(parts)).encode(), digest_size=64).digest()
     return tuple((int.from_bytes(digest[i : i + 8], "big") >> 11) / 2**53 for i in range(0, 64, 8))
+
+
+def parse_json(text: str, what: str) -> Any:
+    """Return the value of a JSON text, or raise ``SpecError``, which says ``what`` it was to be."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets without end
+        raise SpecError(f"{what} is not valid JSON: {error}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose keys are all different: of two alike, `json` would keep the last and say nothing."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key '{key}' is there {count} times; keep one of them")
+    return dict(pairs)
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ class JsonConfig:
         """
         if not isinstance(data, Mapping):
             raise SpecError(f"{cls.__name__} must be a JSON object, not {type(data).__name__}.")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         known = {f.name: f for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
@@ -86,15 +105,21 @@ class JsonConfig:
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
         """Build the configuration from JSON text; raises ``SpecError`` where it is not valid."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets without end
-            raise SpecError(f"{cls.__name__} is not valid JSON: {error}.") from error
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, cls.__name__))
+
+    def _check_types(self) -> None:
+        """Turn every field into what its annotation asks for, as ``from_dict`` does, or raise ``SpecError``."""
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            value = _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}")
+            object.__setattr__(self, f.name, value)
 
     def replace(self: T, **changes: Any) -> T:
         """Return a copy with some fields changed (and checked again)."""
         return dataclasses.replace(self, **changes)
+
+
+_hints: Callable[[Any], dict[str, Any]] = lru_cache(maxsize=64)(typing.get_type_hints)
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Turn a plain JSON value into what a type hint asks for, or raise ``SpecError``."""
+    """Turn a JSON value (or NumPy's numbers and arrays) into what a type hint asks for, or raise ``SpecError``."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -117,7 +142,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         return _coerce(value, next(a for a in args if a is not type(None)), where)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
             raise SpecError(f"{where} must be a list, not {value!r}.")
         return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
@@ -127,16 +152,16 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, JsonConfig):
         return value if isinstance(value, hint) else hint.from_dict(value)
     if hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise SpecError(f"{where} must be a number, not {value!r}.")
         try:
             return float(value)
         except OverflowError as error:
             raise SpecError(f"{where} must be a number that a float64 holds.") from error
     if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise SpecError(f"{where} must be a whole number, not {value!r}.")
-        return value
+        return int(value)
     if isinstance(hint, type) and not isinstance(value, hint):
         raise SpecError(f"{where} must be {hint.__name__}, not {value!r}.")
     return value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -34,21 +35,25 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
-        own = _within(v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE)
+        own = _within(
+            v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE or isinstance(v, set)
+        )
         self._collections = [(c, copy(c)) for c in own if type(c) in _COLLECTIONS]
         self._arrays = [(a, a.copy()) for a in own if isinstance(a, np.ndarray)]
         self._generators = [(g, _state_of(g)) for g in own if isinstance(g, _GENERATORS)]
-        tables: list[dict[str, Any]] = [t for m in plain for t in (m._parameters, m._buffers, m._modules)]
-        self._tables = [(table, dict(table)) for table in tables]
+        # Parameters, buffers, modules and hooks; what a module of its own holds has been looked through.
+        tables = [t for m in plain for n, t in vars(m).items() if n in _OF_EVERY_MODULE and isinstance(t, dict)]
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
-        self._flags = [(p, p.requires_grad, p.grad) for p in self._params]
+        self._flags = [(p, p.requires_grad, p.grad, dict(vars(p))) for p in self._params]
         self._places = [(p, p.data) for p in self._params if _has_a_place(p)]
         buffers = [*model.buffers(), *(t for t in own if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))]
         # What was made in inference mode, or of which numbers share a place, cannot be written into here.
         buffers = [b for b in buffers if not (is_lazy(b) or b.is_inference() or overlaps(b))]
-        self._buffers = [(b, b.detach().clone(), dict(vars(b))) for b in buffers]
+        self._buffers = [(b, b.data if _has_a_place(b) else None, b.detach().clone(), dict(vars(b))) for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        if parameters:
+        self._in_memory: dict[int, list[nn.Parameter]] = {}  # parameters by their memory, from the first write on
+        if parameters or switches_itself(model):
             self._values = {id(p): (p, p.detach().clone()) for p in self._params}
         self.devices = sorted({t.device.index for t in [*self._params, *buffers] if t.device.type == "cuda"})
         # A backward pass inside the block adds to no gradient and steps no optimizer. What hooks make of a gradient is
@@ -58,12 +63,17 @@ class Kept:
         self._hooks = [(table, dict(table)) for table in hooks if table]
         for table, _ in self._hooks:
             table.clear()
+        self._hooked = [(p, p._backward_hooks, dict(p._backward_hooks or ())) for p in self._params]
         for p in self._params:
             p.grad = None
 
-    def parameter(self, p: Tensor) -> None:
-        """Remember a parameter's value: something is about to change it in place."""
-        self._values.setdefault(id(p), (p, p.detach().clone()))
+    def before_write(self, t: Tensor) -> None:
+        """Remember the parameters that lie in a tensor's memory: something is about to be written there."""
+        if not self._in_memory:
+            for p, place in self._places:
+                self._in_memory.setdefault(place.untyped_storage().data_ptr(), []).append(p)
+        for p in self._in_memory.get(t.untyped_storage().data_ptr(), ()):
+            self._values.setdefault(id(p), (p, p.detach().clone()))
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -74,9 +84,16 @@ class Kept:
         for q, value in self._values.values():
             q.copy_(value)
         for table, held in self._tables:  # a forward may have rebound a buffer to a new tensor
-            if list(table) != list(held) or not all(map(operator.is_, table.values(), held.values())):
+            if (table or held) and (
+                list(table) != list(held) or not all(map(operator.is_, table.values(), held.values()))
+            ):
                 table.clear()
                 table.update(held)
+        for p, hooks, of_caller in self._hooked:  # a forward may have put some on
+            if p._backward_hooks is not hooks:
+                p._backward_hooks = hooks
+            elif hooks and len(hooks) > len(of_caller):
+                _put_back(hooks, of_caller)
         for now, held in self._attributes:
             now.update(held)
             if len(now) > len(held) + ("training" in now):
@@ -89,7 +106,9 @@ class Kept:
                 array[...] = values
         for generator, state in self._generators:
             _set_state(generator, state)
-        for b, value, marks in self._buffers:
+        for b, memory, value, marks in self._buffers:
+            if memory is not None and not b.is_set_to(memory):
+                b.data = memory
             if not _same(b, value):
                 b.copy_(value)
             vars(b).clear()
@@ -100,9 +119,12 @@ class Kept:
         try:
             self.rewind()
         finally:
-            for p, requires_grad, grad in self._flags:
+            for p, requires_grad, grad, marks in self._flags:
                 p.requires_grad_(requires_grad)
                 p.grad = grad
+                if vars(p).keys() != marks.keys():
+                    vars(p).clear()
+                vars(p).update(marks)
             for table, held in self._hooks:
                 table.update(held)
             for module, training in self._modes:
@@ -114,7 +136,7 @@ def _within(values: Iterable[Any]) -> list[Any]:
     """Return some values, and what the collections among them hold, each collection and its values once."""
     found, seen = list(values), set()
     for value in found:  # grows while it is read
-        if type(value) in _COLLECTIONS and id(value) not in seen:
+        if (type(value) in _COLLECTIONS or type(value) is tuple) and id(value) not in seen:
             seen.add(id(value))
             found += value.values() if isinstance(value, dict) else value
     return list({id(v): v for v in found}.values())
@@ -183,6 +205,26 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
 
 
 @contextmanager
+def evaluated(model: nn.Module, beside: nn.Module, seed: int | None = None) -> Iterator[Kept]:
+    """Run a block with a model in eval mode, and put everything of ``beside``, which holds it, back as ``preserved``.
+
+    ``rewind`` goes back to what the model is in eval mode: adapters, say, merge their weights when they are switched.
+    """
+    with preserved(beside) if switches_itself(model) else nullcontext() as before:
+        if before is not None:
+            model.eval()
+        with preserved(beside, seed) as kept:
+            model.eval()
+            yield kept
+
+
+def switches_itself(model: nn.Module) -> bool:
+    """Return whether some module does something of its own where it is put into train or eval mode."""
+    kinds = {type(m) for m in model.modules()}
+    return any(k.train is not nn.Module.train or k.eval is not nn.Module.eval for k in kinds)
+
+
+@contextmanager
 def unmoved_draws(devices: Iterable[int] = ()) -> Iterator[None]:
     """Run a block and put the global generators back: torch's, on some GPUs too, Python's and NumPy's."""
     others = random.getstate(), np.random.get_state()
@@ -225,11 +267,22 @@ def call(model: nn.Module, x: Inputs) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply a function to every tensor of nested tuples, lists and mappings; leave everything else as it is."""
+    """Apply a function to every tensor of nested tuples, lists, mappings and dataclasses; leave the rest as it is."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {k: map_tensors(function, v) for k, v in value.items()}
+        mapped = {k: map_tensors(function, v) for k, v in value.items()}
+        if type(value) is dict or not isinstance(value, (dict, UserDict)):
+            return mapped
+        made: Any = copy(value)  # which may have attributes, an order or defaults of its own
+        for k, v in mapped.items():
+            made[k] = v
+        return made
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy(value)
+        for field in fields(value):
+            object.__setattr__(made, field.name, map_tensors(function, getattr(value, field.name)))
+        return made
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
         return type(value)(*(map_tensors(function, v) for v in value))
     if isinstance(value, (tuple, list)):
@@ -259,9 +312,14 @@ class Untouched:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Return every tensor of nested tuples, lists and mappings, in order."""
+    """Return every tensor of nested tuples, lists, mappings and dataclasses, in order."""
     found: list[Tensor] = []
-    map_tensors(found.append, value)
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(note, value)
     return found
 
 

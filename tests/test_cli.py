@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -146,6 +147,10 @@ MODEL = f"{HERE}:net"
         (["probe", f"{HERE}:raises", "--data", "digits"], ["RuntimeError", "no weights"]),
         (["probe", MODEL, "--data", "digits", "--kwargs", "{"], ["--kwargs", "JSON"]),
         (["probe", MODEL, "--data", "digits", "--kwargs", "[1]"], ["--kwargs", "object"]),
+        (
+            ["probe", MODEL, "--data", "digits", "--kwargs", '{"width": 8, "width": 9}'],
+            ["--kwargs", "'width'", "2 times"],
+        ),
         (["probe", MODEL, "--data", "digits", "--kwargs", '{"depth": 3}'], ["TypeError", "depth"]),
         (["probe", f"{HERE}:pixels", "--data", "digits"], ["image", "--layout"]),
         (["probe", f"{HERE}:NotANumber", "--data", "digits"], ["NaN"]),
@@ -180,8 +185,20 @@ MODEL = f"{HERE}:net"
         (["predict", MODEL, "--data", "digits", "--usd-per-hour", "-1"], ["usd_per_hour", "-1"]),
         (["rank", MODEL, "--data", "digits", "--level", "2"], ["level", "2"]),
         (["store", "verify", "csrc"], ["csrc", "no meta-dataset"]),
+        (["store", "path", "/no/such/meta"], ["/no/such/meta does not exist", "cape sweep"]),
+        (["store", "path", "csrc"], ["csrc holds no rows"]),
         (["sweep", "smoke", "--dry-run", "--workers", "-1"], ["--workers", "-1"]),
         (["sweep", "smoke", "--out", "/no/out", "--address", "127.0.0.1:9"], ["127.0.0.1:9", "no Ray cluster"]),
+        (["sweep", "smoke", "--out", "/no/out", "--address", "[::1]:9"], ["[::1]:9", "no Ray cluster"]),
+        (["sweep", "smoke", "--out", "/no/out", "--address", "head"], ["'head'", "HOST:PORT"]),
+        (["sweep", "smoke", "--out", "/no/out", "--address", "http://head:8265"], ["http://head:8265", "HOST:PORT"]),
+        (["sweep", "smoke", "--out", "/no/out", "--gpus-per-worker", "nan"], ["gpus_per_worker", "nan"]),
+        (["sweep", "smoke", "--out", "", "--inline"], ["names no folder"]),
+        (["sweep", "smoke", "--out", "s3://", "--inline"], ["s3://", "names no folder"]),
+        (["sweep", "csrc", "--out", "/no/out"], ["csrc", "directory"]),
+        (["store", "verify", ""], ["names no folder"]),
+        (["store", "verify", "a\udcff"], ["not UTF-8"]),
+        (["sweep", "smoke", "--out", "/no/out", "--import", "tests/nets.py"], ["not its file: nets"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
@@ -202,7 +219,10 @@ def test_a_wrong_argument_is_one_sentence(run: Run, argv: list[str], words: list
         ({"batch_sizes": [0]}, ["batch_sizes", "0"]),
         ({"families": ["mpl"]}, ["mpl", "Did you mean 'mlp'?"]),
         ({"datasets": ["digts"]}, ["digts", "Did you mean 'digits'?"]),
+        ({"datasets": ["数" * 40 + ".parquet"]}, ["no data file"]),
+        ({"datasets": ["\ud800.parquet"]}, ["no data file"]),
         ({"batch_sizes": [5000]}, ["5000"]),
+        ({"trials_per_cell": 10**8}, ["split it"]),
         ({"task": "regression"}, ["digits", "regression"]),
         ({"stopping": {"max_step": 3}}, ["max_step", "Did you mean 'max_steps'?"]),
     ],
@@ -272,6 +292,15 @@ def test_every_encoding_prints_every_character(monkeypatch: pytest.MonkeyPatch) 
     argv = ["measure", f"{HERE}:net", "--data", "digits", "--batch-size", "4", "--max-steps", "1"]
     assert cli.main(argv) == 0 and cli.main([*argv, "--epsilon", "2"]) == 2
     assert b"\\u03b5 0.2" in sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_error_that_nobody_can_read_is_still_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main(["sweep", "papr"]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

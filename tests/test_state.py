@@ -36,6 +36,42 @@ class Logging(nn.Module):
         return h
 
 
+class Restless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(2, 2), nn.Buffer(torch.zeros(3))
+        self.layer.weight.register_hook(lambda g: g)
+        self.kept: tuple[list[int], ...] = ([],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table.resize_(len(self.table) + 1)
+        self.kept[0].append(1)
+        self.layer.bias.seen = True  # type: ignore[attr-defined]
+        for p in self.layer.parameters():
+            p.register_hook(lambda g: g)
+        self.layer.register_forward_hook(lambda *_: None)
+        self.register_buffer("late", x.mean(0), persistent=False)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_what_a_forward_pass_hangs_on_is_taken_off_again(parameters: bool) -> None:
+    model = Restless()
+
+    def picture() -> object:
+        hooks = [list(p._backward_hooks or ()) for p in model.parameters()]  # type: ignore[call-overload]
+        sets = [list(m._forward_hooks) + sorted(m._non_persistent_buffers_set) for m in model.modules()]
+        return hooks, sets, model.table.tolist(), model.kept, [dict(vars(p)) for p in model.parameters()]
+
+    before = str(picture())
+    with preserved(model, parameters=parameters) as kept:
+        for _ in range(2):
+            model(torch.ones(3, 2))
+            assert str(picture()) != before
+            kept.rewind()
+    assert str(picture()) == before
+
+
 def test_collections_within_collections_are_put_back() -> None:
     model = Logging()
     activations, inner, mean = model.seen["activations"], model.seen["of"][0], model.seen["mean"][0]

@@ -174,6 +174,24 @@ def test_a_trial_that_fails_leaves_the_next_alone(monkeypatch: pytest.MonkeyPatc
     assert all(r["converged"] for r in good + last)
 
 
+@pytest.mark.parametrize("method", ["sample", "build"])
+def test_whatever_a_family_raises_fails_one_trial(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    family = type(families.get("mlp"))
+    whole, calls = getattr(family, method), iter([True, False])
+
+    def sometimes(*arguments: object, **options: object) -> object:
+        if next(calls):
+            raise KeyError("width")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(family, method, sometimes)
+    rows = {r[0]["seed"]: r[0] for r in run_trials([mlp_trial(0), mlp_trial(1)], engine="single")}
+    assert rows[0]["error"] == "ModelError: The family 'mlp' failed: KeyError: 'width'." and rows[1]["converged"]
+    monkeypatch.setattr(family, method, lambda *_, **__: 3)
+    ((failed, *_),) = run_trials([mlp_trial(0)])
+    assert failed["stop_reason"] == "failed" and "The family 'mlp' failed" in failed["error"]
+
+
 def test_a_device_that_failed_is_not_the_trials_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def sticky(self: object, spec: ModelSpec) -> torch.nn.Module:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

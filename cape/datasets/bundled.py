@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from cape.config import check_count
 from cape.datasets import images, tabular
 from cape.datasets.dataset import Dataset, Source, check_labels, fingerprint_arrays
 from cape.datasets.images import ArrayImages
 from cape.datasets.tabular import Vectors, standardize
-from cape.errors import DataError, DependencyError, SpecError, did_you_mean
+from cape.errors import DataError, DependencyError, SpecError, did_you_mean, first_line
 
 
 def digits() -> Dataset:
@@ -64,10 +65,18 @@ def from_arrays(
         DataError: arrays that are empty, do not belong together, or hold values that the task does not allow.
         SpecError: an unknown task.
     """
-    x, y = np.asarray(inputs), np.asarray(targets)
-    if len(x) == 0 or y.ndim == 0 or len(x) != len(y):
-        count = len(y) if y.ndim else "no"
-        raise DataError(f"The dataset '{name}' has {len(x)} inputs and {count} targets; give as many of each.")
+    try:
+        x, y = np.asarray(inputs), np.asarray(targets)
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, a tensor that needs gradients
+        raise DataError(f"The inputs and targets of '{name}' are no arrays: {first_line(error)}.") from error
+    if x.ndim == 0 or y.ndim == 0 or len(x) == 0 or len(x) != len(y):
+        have = [len(a) if a.ndim else "no" for a in (x, y)]
+        raise DataError(f"The dataset '{name}' has {have[0]} inputs and {have[1]} targets; give as many of each.")
+    if x.size == 0:
+        raise DataError(f"The inputs of '{name}' are empty, {x.shape}; give at least one number of each.")
+    for what, count in (("outputs", outputs), ("full_train_size", full_train_size)):
+        if count is not None:
+            check_count(count, what)
     y, found = _targets(name, y, task, outputs)
     source: Source
     layouts: tuple[str, ...]
@@ -77,9 +86,10 @@ def from_arrays(
             raise DataError(f"Images of '{name}' must have 1 or 3 channels, [n, C, H, W], not {x.shape}.")
         source, layouts, gray = ArrayImages(pixels, y), images.LAYOUTS, pixels.shape[1] == 1
     elif np.issubdtype(x.dtype, np.floating) and x.ndim in (2, 3):
-        if not np.isfinite(x).all():
-            raise DataError(f"The inputs of '{name}' hold NaN or infinite values.")
-        values = (x[:, :, None] if x.ndim == 2 else x).astype(np.float32)
+        with np.errstate(over="ignore"):  # said below
+            values = (x[:, :, None] if x.ndim == 2 else x).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise DataError(f"The inputs of '{name}' hold NaN, or values that are infinite in float32.")
         source, layouts, gray = Vectors(values, y), tabular.LAYOUTS, False
     else:
         raise DataError(
@@ -102,13 +112,16 @@ def _targets(name: str, y: np.ndarray, task: str, outputs: int | None) -> tuple[
     if task == "classification":
         if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
             raise DataError(f"The labels of '{name}' must be whole numbers [n], not {y.dtype} {y.shape}.")
-        y = y.astype(np.int64)
         classes = outputs or max(int(y.max()) + 1, 1)
         check_labels(y, classes, f"'{name}'")
-        return y, classes
-    y = y.astype(np.float32)
+        return y.astype(np.int64), classes
+    try:
+        with np.errstate(over="ignore"):  # said below
+            y = y.astype(np.float32)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"The targets of '{name}' must be numbers, not {y.dtype}.") from error
     if not np.isfinite(y).all():
-        raise DataError(f"The targets of '{name}' hold NaN or infinite values.")
+        raise DataError(f"The targets of '{name}' hold NaN, or values that are infinite in float32.")
     if task == "regression":
         if y.ndim != 1:
             raise DataError(f"The targets of '{name}' must be numbers [n], not {y.shape}.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cape.errors import DataError, SpecError, did_you_mean
+from cape.errors import CapeError, DataError, SpecError, did_you_mean, first_line
 
 PREPROCESS = ("standard", "reference", "reference_normalized")
 MOST_CLASSES = 1_000_000  # more are ids, not classes, and a head for them would fill the memory
@@ -153,7 +153,14 @@ class Dataset:
             )
         rng = np.random.default_rng(seed)
         index = rng.choice(len(self.source), size, replace=False)
-        x, y = self.source.fetch(index, layout, preprocess, rng)
+        try:
+            x, y = self.source.fetch(index, layout, preprocess, rng)
+        except CapeError:
+            raise
+        except Exception as error:  # a source of the user's own may raise anything
+            raise DataError(
+                f"The dataset '{self.name}' gave no batch: {type(error).__name__}: {first_line(error)}."
+            ) from error
         if self.task == "multilabel" and y.dim() == 1:
             y = F.one_hot(y, self.outputs).to(torch.float32)
         return x, y

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from cape.errors import DataError
 
 _GRAY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-_READ_ERRORS = (OSError, pa.ArrowException)
+_READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)  # the last one of a path that is not UTF-8
 
 
 def load(path: Path, name: str | None = None, known: Known | None = None) -> Dataset:
@@ -202,10 +202,8 @@ def _undecodable(where: str, error: Exception) -> DataError:
 
 def _image_shape(path: Path) -> tuple[int, int, int]:
     """Tell the shape from 16 images all over the file: gray where all are, then native up to 32x32; colour is 32x32."""
-    column = _image_bytes(_read(path, ["image.bytes"]).column("image"))
     gray, size = True, (SIDE, SIDE)
-    for row in np.unique(np.linspace(0, len(column) - 1, 16).astype(int)).tolist():
-        data = column[row].as_py()
+    for row, data in _some_images(path, 16):
         with _open_image(data, f"Row {row} of {path}") as image:
             gray = gray and image.mode in _GRAY_MODES
             size = image.size if row == 0 else size
@@ -213,6 +211,22 @@ def _image_shape(path: Path) -> tuple[int, int, int]:
         return (3, SIDE, SIDE)
     width, height = size if max(size) <= SIDE else (SIDE, SIDE)
     return (1, height, width)
+
+
+def _some_images(path: Path, count: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield images all over the file, each with its row; row groups that hold none of them are not read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            rows = np.unique(np.linspace(0, starts[-1] - 1, count).astype(int))
+            groups = np.searchsorted(starts, rows, "right") - 1
+            for group in np.unique(groups).tolist():
+                column = _image_bytes(file.read_row_group(group, columns=["image.bytes"]).column("image"))
+                for row in rows[groups == group].tolist():
+                    yield row, column[row - starts[group]].as_py()
+    except _READ_ERRORS as error:
+        raise _unreadable(path, error) from error
 
 
 def _image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -276,7 +290,7 @@ def _labels(opened: _Opened) -> tuple[np.ndarray, tuple[str, ...]]:
     column = _read(opened.path, ["label"]).column("label")
     if column.null_count:
         raise DataError(f"{column.null_count} rows of {where} have no label.")
-    labels = column.to_numpy().astype(np.int64)
+    labels = column.to_numpy()
     class_names = _class_names(opened)
     if opened.known is not None:
         classes = opened.known.classes
@@ -287,7 +301,7 @@ def _labels(opened: _Opened) -> tuple[np.ndarray, tuple[str, ...]]:
     check_labels(labels, classes, where)
     if len(class_names) != classes:
         class_names = tuple(str(i) for i in range(classes))
-    return labels, class_names
+    return labels.astype(np.int64), class_names
 
 
 def _class_names(opened: _Opened) -> tuple[str, ...]:
@@ -299,7 +313,10 @@ def _class_names(opened: _Opened) -> tuple[str, ...]:
         if key not in opened.metadata:
             continue
         try:
-            return tuple(str(name) for name in read(json.loads(opened.metadata[key])))
+            found = read(json.loads(opened.metadata[key]))
+            if not isinstance(found, list):  # the letters of a text are no names
+                raise TypeError
+            return tuple(str(name) for name in found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"The schema metadata '{key}' of {opened.path} does not list the label names.") from error
     return ()

@@ -10,7 +10,7 @@ from pathlib import Path
 from cape.datasets import bundled
 from cape.datasets.dataset import Dataset
 from cape.datasets.known import KNOWN
-from cape.errors import DataError, SpecError, did_you_mean
+from cape.errors import CapeError, DataError, SpecError, did_you_mean, first_line
 
 Loader = Callable[[Path | None], Dataset]
 
@@ -37,7 +37,7 @@ def register(name: str, loader: Loader) -> None:
     Raises:
         SpecError: a name that would be read as a path, or a loader that cannot be called.
     """
-    if not name or name.endswith(".parquet") or "/" in name:
+    if not isinstance(name, str) or not name or name.endswith(".parquet") or "/" in name:
         raise SpecError(f"'{name}' cannot name a dataset: it is empty or would be read as a path.")
     if not callable(loader):
         raise SpecError(f"The loader of '{name}' must be callable, not {loader!r}.")
@@ -108,14 +108,19 @@ def _from_file(path: Path, name: str) -> Dataset:
     path = path.absolute()
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a character that no path can have
         return parquet.load(path, name, KNOWN.get(name))  # which says what is missing
     key = (name, str(path), status.st_mtime_ns, status.st_size)  # a file that was written again is read again
     return _kept(key, lambda: parquet.load(path, name, KNOWN.get(name)))
 
 
 def _from_user(name: str, root: Path | None) -> Dataset:
-    dataset = _USERS[name](root)
+    try:
+        dataset = _USERS[name](root)
+    except CapeError:
+        raise
+    except Exception as error:  # the user's own code: whatever it raises is the answer to show
+        raise DataError(f"The loader of '{name}' failed: {type(error).__name__}: {first_line(error)}.") from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"The loader of '{name}' returned {type(dataset).__name__}, not a cape.datasets.Dataset.")
     return dataset

@@ -44,6 +44,8 @@ class Vectors:
 def standardize(values: np.ndarray) -> np.ndarray:
     """Return columns of zero mean and unit variance (a constant column becomes zero), float32."""
     values = values.astype(np.float64)
+    # By a power of two, which rounds nothing: the squares of huge numbers would be infinite, of tiny ones zero.
+    values = np.ldexp(values, -np.frexp(np.abs(values).max(0))[1])
     std = values.std(0)
     return ((values - values.mean(0)) / np.where(std > 0, std, 1.0)).astype(np.float32)
 

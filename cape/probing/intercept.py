@@ -70,11 +70,12 @@ class Interceptor(TorchFunctionMode):
             record cannot be trusted.
         unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
-        reduced: one number was made of data, or what runs along its first dimension: samples may have met in it.
+        reduced: data lost the batch's dimension, or something runs along its first one: samples may have met in it.
         hooked: the model has put a hook of its own on a gradient.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
-        dropped: those whose uses a derivative inside the model may pass through: a second-order use is not recorded.
+        dropped: those whose uses a derivative inside the model may pass through (a second-order use is not recorded),
+            or whose gradient a hook of the model's changes behind a use.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Interceptor(TorchFunctionMode):
         keep: Callable[[Tensor], None] = ignore,
         places: Mapping[int, int] | None = None,
     ) -> None:
-        """Args: ``keep`` is told of a parameter before it is written into; ``places``: see ``out_of_order``."""
+        """Args: ``keep`` is told of a tensor before it is written into; ``places``: see ``out_of_order``."""
         super().__init__()
         self.parameters = {id(p): p for p in parameters}
         self.batch_size = batch_size
@@ -108,7 +109,6 @@ class Interceptor(TorchFunctionMode):
         self._derived: dict[int, Tensor] = {}
         self._filled: dict[int, Tensor] = {}  # tensors that data was written into
         self._cores: dict[int, tuple[Tensor, int]] = {}
-        self._storages: dict[int, nn.Parameter] = {}  # parameters by storage, from the first write on
         self._names: dict[int, Any] = {}
         self._decisions: dict[Any, bool | None] = {}
         self._unwatched: set[Any] = set()  # names of what was used without grad mode
@@ -137,11 +137,24 @@ class Interceptor(TorchFunctionMode):
             index.dim() > 0 and len(index) == self.batch_size and not index.is_floating_point()
         )
 
+    def _is_first(self, dim: Any, t: Tensor) -> bool:
+        """Whether a dimension may be the batch's: the first one of several, or the only one where it has that size."""
+        return dim in (0, -t.dim()) and (t.dim() > 1 or len(t) == self.batch_size)
+
+    def _loses_samples(self, given: Tensor, result: Any) -> bool:
+        """Whether an operator made fewer numbers, and no dimension of them is the batch's any more."""
+        if type(result) is not tuple and isinstance(result, tuple):  # values and where they were
+            result = result[0]
+        if not isinstance(result, Tensor) or result.numel() >= given.numel():
+            return False
+        return result.numel() == 1 or all(n % self.batch_size for n in result.shape)
+
     @staticmethod
     def mark_data(values: Any) -> Any:
         """Mark every tensor among the values as computed from the inputs."""
         for t in tensors_in(values):
-            t._cape_data = True  # type: ignore[attr-defined]
+            if not isinstance(t, nn.Parameter):  # data was written into it; it is the model's, and bears no mark
+                t._cape_data = True  # type: ignore[attr-defined]
         return values
 
     def inputs(self, x: Any) -> Any:
@@ -165,9 +178,12 @@ class Interceptor(TorchFunctionMode):
             self._write(written, data)
         if func in operators.DERIVATIVES and not self._transforming():
             self._differentiate(func)
-        self.hooked |= func is Tensor.register_hook
-        if data and func in operators.RUNNING and found[0].dim() > 1:
-            self.reduced |= kwargs.get("dim", args[-1]) in (0, -found[0].dim())
+        if func is Tensor.register_hook:
+            self.hooked = True
+            if id(args[0]) in self._derived:  # a use hands over the gradient before the hook
+                self.dropped |= self._behind(args[0])
+        if data and func in operators.RUNNING:
+            self.reduced |= self._is_first(kwargs.get("dim", args[1] if len(args) > 1 else -1), found[0])
         if data and (
             func in operators.READING
             or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
@@ -182,7 +198,7 @@ class Interceptor(TorchFunctionMode):
                 result = func(*args, **kwargs)
             if not data or func in operators.CONSTANTS:
                 return result
-            self.reduced |= isinstance(result, Tensor) and result.numel() == 1 < found[0].numel()
+            self.reduced |= self._loses_samples(found[0], result)
             return self.mark_data(result)
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
@@ -213,13 +229,9 @@ class Interceptor(TorchFunctionMode):
 
     def _write(self, written: Sequence[Tensor], data: bool) -> None:
         """Note what a call writes into: parameters are put back later, and what data is written into is data."""
-        if not self._storages:
-            self._storages = {p.untyped_storage().data_ptr(): p for p in self.parameters.values()}
         for t in written:
             if t.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(t):
-                p = self._storages.get(t.untyped_storage().data_ptr())
-                if p is not None:
-                    self.keep(p)
+                self.keep(t)
             if data and not self.is_data(t) and id(t) not in self.parameters:
                 for changed in (t, t._base if t._is_view() else None):
                     if changed is not None and id(changed) not in self.parameters:
@@ -369,7 +381,10 @@ class Interceptor(TorchFunctionMode):
         if sink is not None:
             if y._is_view():  # what the model then writes into it would take the hook away
                 y = y.clone()
-            y.register_hook(sink)
+            node, place = y.grad_fn, y.output_nr
+            assert node is not None  # it takes part in a gradient
+            # A hook of the node and not of the tensor: it sees what the model's own hooks make of the gradient.
+            node.register_prehook(lambda grads: None if grads[place] is None else sink(grads[place]))
         return y
 
     def expand(self, p: Tensor, shape: Sequence[int], sink: GradSink | None) -> Tensor:

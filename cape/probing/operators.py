@@ -66,13 +66,13 @@ INDEXING = {
 READING = {
     torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
-    Tensor.__array__,
+    Tensor.__array__, torch.unique, Tensor.unique,
 }  # fmt: skip
-# Functions that go along a dimension: along the first one, the samples of a batch see those before them.
+# Functions that go along a dimension: along the first one, the samples of a batch see those before them, or all.
 RUNNING = {
     getattr(owner, name)
     for owner in (torch, Tensor)
-    for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+    for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort")
 }
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}

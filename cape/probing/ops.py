@@ -251,23 +251,41 @@ def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto"
         biases: how many biases have the same output gradient.
         form: ``auto``, ``direct`` or ``gram``.
     """
+    norms = _linear_sq_norms(a, g, biases, form)
+    length, cotangents = a.shape[1], g.shape[0]
+    seldom = length * (a.shape[2] + cotangents * g.shape[3]) > 4 * cotangents * a.shape[2] * g.shape[3]
+    if form != "auto" or length == 1 or seldom or not norms.numel():
+        return norms
+    # The Gram form adds up terms of either sign. Where little is left of the positive ones, so are few digits.
+    rows = torch.linalg.vector_norm(a, dim=2).square() + biases
+    terms = (torch.linalg.vector_norm(g, dim=3).square() * rows).sum(2, dtype=torch.float64)
+    lost = (norms < _SHARE_LEFT[a.dtype] * terms).any(0)
+    if bool(lost.any()):
+        norms[:, lost] = _linear_sq_norms(a[lost], g[:, lost], biases, "direct")
+    return norms
+
+
+_SHARE_LEFT = {torch.float32: 0.1, torch.float64: 1e-4}
+
+
+def _linear_sq_norms(a: Tensor, g: Tensor, biases: int, form: str) -> Tensor:
     if native(a, g):
         return torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), form)
-    return linear_sq_norms_torch(a, g, biases)
+    return linear_sq_norms_torch(a, g, biases, form)
 
 
-def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0) -> Tensor:
-    """Pure-torch twin of ``linear_sq_norms``: the cheaper of the direct and the Gram form."""
+def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0, form: str = "auto") -> Tensor:
+    """Pure-torch twin of ``linear_sq_norms``: ``auto`` is the cheaper of the direct and the Gram form."""
     batch, length, d = a.shape
     cotangents, p = g.shape[0], g.shape[3]
     if length == 1:
         return (sq_norms_torch(a[:, 0]) + biases) * sq_norms_torch(g.reshape(-1, p)).view(cotangents, batch)
-    if length * (d + cotangents * p) < 2 * cotangents * d * p:
-        size, form = length * length * (1 + cotangents), _gram_form
+    if form != "direct" and length * (d + cotangents * p) < 2 * cotangents * d * p:
+        size, norms = length * length * (1 + cotangents), _gram_form
     else:
-        size, form = cotangents * d * p, _direct_form
+        size, norms = cotangents * d * p, _direct_form
     step = max(1, MATERIALIZE_ELEMENTS // max(1, size))
-    parts = [form(a[lo : lo + step], g[:, lo : lo + step], biases) for lo in range(0, batch, step)]
+    parts = [norms(a[lo : lo + step], g[:, lo : lo + step], biases) for lo in range(0, batch, step)]
     return torch.cat(parts, 1) if parts else a.new_zeros(cotangents, 0, dtype=torch.float64)
 
 

@@ -32,13 +32,14 @@ from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import opened
 from cape.probing.scan import INTERACTING, INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
-from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind
+from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind, takes_turns
 from cape.probing.wanted import Norms, Wanted
 from cape.state import (
     Inputs,
     Kept,
     call,
     check_batch,
+    evaluated,
     map_tensors,
     ordinary_tensor,
     preserved,
@@ -124,13 +125,12 @@ def all_norms(
             return Norms.joined([chain_norms([chain], x[None, p], y[None, p], wanted)[0] for p in pieces])
     with (
         torch.inference_mode(False),
-        preserved(wanted.criterion.beside(model), seed=0) as kept,
+        evaluated(model, wanted.criterion.beside(model), seed=0) as kept,
         ops.use_backend(backend),
         torch.enable_grad(),
         _eagerly(),
         kept_memory(y.device),
     ):
-        model.eval()
         look = partial(scan, model, x, batch_size, list(params.values()), kept)
 
         def run(seen: Scan) -> list[Norms]:
@@ -207,7 +207,7 @@ class _Engine:
 
     def _run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
-        mode = Interceptor(list(self.params.values()), size, self.verdicts, self.kept.parameter, places)
+        mode = Interceptor(list(self.params.values()), size, self.verdicts, self.kept.before_write, places)
         mode.direct = self.together
         try:
             return self._norms_of(mode, x, y, size, places)
@@ -257,6 +257,7 @@ class _Engine:
             alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share)
             if suspect or not alike:  # else the same as beside one other sample
                 doubtful.append(place)
+        anyone |= size == 2  # then nobody else has been beside each of them
         here = self._look(x) if doubtful or anyone else out
         for place in dict.fromkeys(doubtful):
             for other in dict.fromkeys(((place + 1) % size, (place + size // 2) % size, (place - 1) % size)):
@@ -270,10 +271,12 @@ class _Engine:
                 faint = suspect and moved(here[place], there, 1.05) and torch.equal(here[place], self._look(x)[place])
                 if faint or moved(here[place], there, 0.7):
                     raise ModelError(INTERACTING)
-        for parity in (0, 1) if anyone and size > 2 else ():
-            mine = torch.arange(size, device=out.device) % 2 == parity
-            every = torch.arange(size, device=out.device)
-            there = self._look(slice_inputs(x, torch.where(mine, every, (every + 1) % size), size))
+        every = torch.arange(size, device=out.device)
+        # Half of the samples stay; in the others' places are their neighbours, or one of those that stay.
+        exchanges = [(every % 2 == parity, (every + 1) % size) for parity in (0, 1) if size > 2]
+        exchanges += [(every < size // 2, every * 0), (every >= size // 2, every * 0 + size // 2)]
+        for mine, others in exchanges if anyone else ():
+            there = self._look(slice_inputs(x, torch.where(mine, every, others), size))
             if moved(here[mine], there[mine], 0.7):
                 raise ModelError(INTERACTING)
 
@@ -330,7 +333,7 @@ class _Engine:
                 raise ModelError(INTERACTING_BACKWARD)
             mode.on_gradient = consume
             # With no leaf but the anchor, it reaches every use; other leaves would gather gradients of their own.
-            together = self.together and all(leaf is mode.anchor for leaf in leaves)
+            together = self.together and all(leaf is mode.anchor for leaf in leaves) and not takes_turns(out)
             passes = list(cotangents) if together else [v for many in cotangents for v in many.split(1)]
             done = 0
             for v in passes:

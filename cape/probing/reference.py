@@ -6,23 +6,16 @@ Tests hold every other implementation against this one; the engine itself never 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cape.state import Inputs, call, check_batch, slice_inputs, trainable
+from cape.state import Inputs, call, check_batch, map_tensors, slice_inputs, trainable
 from cape.tasks import Loss, LossLike
 
 
-def _to_double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value.to(torch.cdouble) if value.is_complex() else value
-    if isinstance(value, dict):
-        return {k: _to_double(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_to_double(v) for v in value)
-    return value
+def _to_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t.to(torch.cdouble) if t.is_complex() else t
 
 
 def per_sample_norms_reference(
@@ -52,7 +45,7 @@ def per_sample_norms_reference(
         t.data = _to_double(t.data)  # complex ones too, which double() leaves alone
     criterion = Loss(loss)
     params = list(trainable(clone).values())
-    x, y = _to_double(x), _to_double(y)
+    x, y = map_tensors(_to_double, (x, y))
     g2, traces = [], []
     for b in range(batch_size):
         out = call(clone, slice_inputs(x, torch.tensor([b, b]), batch_size))[:1]

@@ -61,7 +61,7 @@ def scan(
         if rewind:
             kept.rewind()
         torch.random.default_generator.manual_seed(0)
-        mode = Interceptor(params, 2, None, kept.parameter)
+        mode = Interceptor(params, 2, None, kept.before_write)
         with mode:
             out = call(model, mode.inputs(inputs))
         return mode, out.detach() if isinstance(out, Tensor) else out

@@ -128,6 +128,15 @@ def has_own_backward(root: Tensor) -> bool:
     return any(not n._forward_cls.__module__.startswith(("cape.", "torch.utils.checkpoint")) for n in written)
 
 
+# torch's batching rules of these backward passes are wrong (2.14): only the first cotangent's gradients are right.
+_TAKING_TURNS = frozenset({"CdistBackward0", "AsStridedScatterBackward0"})
+
+
+def takes_turns(root: Tensor) -> bool:
+    """Return whether the cotangents must go back through the graph behind a tensor one by one."""
+    return any(node.name() in _TAKING_TURNS for node in _nodes_behind([root]))
+
+
 @contextmanager
 def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Run backward passes and leave every ``.grad`` of some leaves as it was."""

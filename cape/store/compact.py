@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from cape.errors import StoreError
 from cape.store import reader
 from cape.store.location import Location, sync_folder
-from cape.store.schema import EXTRA_PREFIX, ROWS, SPEC_FILE, SPEC_HISTORY
+from cape.store.schema import EXTRA_PREFIX, ROW_SCHEMA, ROWS, SPEC_FILE, SPEC_HISTORY
 from cape.store.writer import chunk_name, ensure_rows, to_parquet
 
 TARGET_BYTES = 64 * 2**20
@@ -229,8 +229,15 @@ def _union(location: Location, names: list[str]) -> pa.Table:
     for other in tables[1:]:  # what the files do not agree on (a device, a revision) is said of none of them
         known = other.schema.metadata or {}
         metadata = {k: (v if known.get(k) == v else b"several") for k, v in metadata.items()}
-    union = pa.concat_tables([t.replace_schema_metadata(None) for t in tables], promote_options="permissive")
-    return union.replace_schema_metadata(metadata)
+    schema = reader.common_schema([t.schema for t in tables])  # imported files may disagree on a column of their own
+    plain = [_as(t, schema).replace_schema_metadata(None) for t in tables]
+    return pa.concat_tables(plain, promote_options="permissive").replace_schema_metadata(metadata)
+
+
+def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table whose columns beyond ours have the types that they have in ``schema``."""
+    own = [schema.field(f.name) if f.name not in ROW_SCHEMA.names else f for f in table.schema]
+    return table.cast(pa.schema(own))
 
 
 def remove_retired(location: Location, current: str, keep_seconds: float) -> int:

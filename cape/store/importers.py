@@ -85,9 +85,12 @@ def _read(path: Path) -> tuple[pa.Table, str]:
     """Return the CSV as a table and the hash of its content."""
     try:
         content = path.read_bytes()
+        content.decode()  # Arrow would take names of another encoding for bytes
         return pa_csv.read_csv(pa.BufferReader(content)), hashlib.blake2b(content, digest_size=16).hexdigest()
     except FileNotFoundError as error:
         raise DataError(f"There is no file {path}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
 
@@ -104,8 +107,7 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
         ours: (_number if theirs in _REQUIRED else _perhaps)(theirs, record.get(theirs))
         for theirs, ours in _FEATURES.items()
     }
-    logs = (_perhaps(name, record.get(name)) for name in ("logInitLoss", "logFinalLoss"))
-    l0, final = (None if log is None else math.exp(log) for log in logs)
+    l0, final = (_exponential(name, record.get(name)) for name in ("logInitLoss", "logFinalLoss"))
     architecture = record.get("architecture")
     row: dict[str, Any] = {name: value for name, value in record.items() if name not in _HANDLED}
     for name in [n for n in row if n in ROW_SCHEMA.names]:
@@ -150,6 +152,15 @@ def _perhaps(name: str, value: Any) -> float | None:
     return None if value is None else _number(name, value)
 
 
+def _exponential(name: str, value: Any) -> float | None:
+    """Return what a logarithm of a CSV is of, None for an empty cell, or raise ``DataError``."""
+    log = _perhaps(name, value)
+    try:
+        return None if log is None else math.exp(log)
+    except OverflowError as error:
+        raise DataError(f"{name} is the logarithm of more than a float64 holds: {value!r}.") from error
+
+
 def _count(name: str, value: Any) -> int:
     """Return a whole number of at least 1, or raise ``DataError``."""
     number = _number(name, value)
@@ -167,8 +178,10 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _dataset(name: Any) -> str:
-    """Return our name of a dataset: ``FashionMNIST`` is ``fashion_mnist``."""
-    plain = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+    """Return our name of a dataset: ``FashionMNIST`` is ``fashion_mnist``; raise ``DataError`` where none is left."""
+    plain = re.sub(r"[\W_]+", "_", str(name).lower()).strip("_")
+    if not plain:
+        raise DataError(f"dataset must have a letter or a digit, not {name!r}.")
     return _DATASETS.get(plain.replace("_", ""), plain)
 
 

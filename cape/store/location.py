@@ -47,11 +47,16 @@ class Location:
         """Return the location of a path or a URI.
 
         Raises:
-            SpecError: a URI whose scheme pyarrow does not know.
+            SpecError: no name, or a URI whose scheme pyarrow does not know.
         """
         if isinstance(where, Location):
             return where
         text = os.fspath(where)
+        bare = _URI.match(text) and text.rstrip("/").endswith(":")
+        if not text or bare or "\0" in text:  # an unset variable's, say: it does not mean the working directory
+            raise SpecError(f"{text!r} names no folder; give the path or the URI of a meta-dataset.")
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of another encoding, which pyarrow cannot open
+            raise SpecError(f"The path {text!r} is not UTF-8 text; choose another name.")
         if not _URI.match(text):
             return cls(os.path.abspath(os.path.expanduser(text)))
         if text.startswith("file://"):

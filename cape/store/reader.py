@@ -62,9 +62,16 @@ def rows_folder(meta_dir: Where) -> str:
 
 
 def rows_path(meta_dir: Where) -> str:
-    """Return the path or key to give to another reader (``pyarrow.dataset``, Polars, DuckDB): one generation."""
+    """Return the path or key to give to another reader (``pyarrow.dataset``, Polars, DuckDB): one generation.
+
+    Raises:
+        StoreError: no such folder, or no rows in it.
+    """
     location = Location.of(meta_dir)
-    return location.path(rows_folder(location)).rstrip("/")
+    base = rows_folder(location)
+    if not list_chunks(location, base):
+        raise _without_rows(location)
+    return location.path(base).rstrip("/")
 
 
 def list_chunks(meta_dir: Where, base: str | None = None) -> list[str]:
@@ -131,16 +138,9 @@ def open_dataset(meta_dir: Where) -> pds.Dataset:
     base = rows_folder(location)
     files = list_chunks(location, base)
     if not files:
-        state = "holds no rows yet" if location.exists() else "does not exist"
-        raise StoreError(f"The meta-dataset {location} {state}; run `cape sweep` or `cape import-csv` into it first.")
-    fields = {name: ROW_SCHEMA.field(name) for name in ROW_SCHEMA.names}
-    for name in files:
-        if name.rsplit("/", 1)[-1].startswith(EXTRA_PREFIX):
-            for f in _file_schema(location, name):
-                known = fields.setdefault(f.name, f)
-                if f.name not in ROW_SCHEMA.names and known.type != f.type:
-                    fields[f.name] = _common(known, f)
-    return _dataset(location, base, files, pa.schema(list(fields.values()), metadata=ROW_SCHEMA.metadata))
+        raise _without_rows(location)
+    extra = [_file_schema(location, n) for n in files if n.rsplit("/", 1)[-1].startswith(EXTRA_PREFIX)]
+    return _dataset(location, base, files, common_schema([ROW_SCHEMA, *extra]))
 
 
 def _dataset(location: Location, base: str, files: Sequence[str], schema: pa.Schema) -> pds.Dataset:
@@ -287,12 +287,27 @@ def _file_schema(location: Location, name: str) -> pa.Schema:
     return pa.schema([f for f in schema if f.name not in PARTITION_COLUMNS])
 
 
+def common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Return the schema that files of all these can be read with: the first one's, and columns beyond ours after it."""
+    fields = {f.name: f for f in schemas[0]}
+    for f in (f for schema in schemas[1:] for f in schema):
+        known = fields.setdefault(f.name, f)
+        if f.name not in ROW_SCHEMA.names and known.type != f.type:
+            fields[f.name] = _common(known, f)
+    return pa.schema(list(fields.values()), metadata=schemas[0].metadata)
+
+
 def _common(a: pa.Field, b: pa.Field) -> pa.Field:
     """Return a field that both types can be read as: the wider number, or text."""
     try:
         return pa.unify_schemas([pa.schema([a]), pa.schema([b])], promote_options="permissive").field(0)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return pa.field(a.name, pa.string())
+
+
+def _without_rows(location: Location) -> StoreError:
+    state = "holds no rows yet" if location.exists() else "does not exist"
+    return StoreError(f"The meta-dataset {location} {state}; run `cape sweep` or `cape import-csv` into it first.")
 
 
 def _unreadable(meta_dir: Where, error: Exception) -> StoreError:

@@ -8,6 +8,7 @@ thrown away, and to resume is to run what the files do not hold.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from cape.cluster import check_address
 from cape.config import SweepSpec
-from cape.errors import DependencyError, SpecError
+from cape.errors import DependencyError, SpecError, first_line
 from cape.store import claims, reader
 from cape.sweep.estimate import relative, trial_seconds_of
 from cape.sweep.inline import interrupted, reporter, terminable
@@ -81,7 +82,7 @@ def run_sweep(
     """
     if workers is not None and workers < 1:
         raise SpecError(f"workers must be at least 1, not {workers}.")
-    if gpus_per_worker is not None and gpus_per_worker < 0:
+    if gpus_per_worker is not None and not 0 <= gpus_per_worker < math.inf:
         raise SpecError(f"gpus_per_worker must be zero or more, not {gpus_per_worker}.")
     check_address(address)  # before anything is written
     settings = {"trial_seconds": trial_seconds, "chunk_seconds": chunk_seconds, "imports": imports}
@@ -216,8 +217,8 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
                 runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
                 include_dashboard=None if address else False,
             )
-        except ConnectionError as error:
-            raise SpecError(f"There is no Ray cluster at '{address}': {error}") from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SpecError(f"There is no Ray cluster at '{address}': {first_line(error)}.") from error
     try:
         with terminable():  # Ray's own handler, installed above, would end this process at once
             yield ray.cluster_resources()

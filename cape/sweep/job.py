@@ -21,12 +21,15 @@ from cape.errors import SpecError, StoreError, first_line
 from cape.store import claims, reader
 from cape.store.location import Location
 from cape.store.provenance import provenance
+from cape.store.schema import partition
 from cape.store.verify import aside
 from cape.sweep.plan import Plan
 
 # Trials are committed in chunks of about this many seconds: long enough that a file and a message cost nothing
 # beside them, short enough that little is lost with a killed worker.
 CHUNK_SECONDS = 5.0
+
+_LONGEST_NAME = 255  # bytes, of a folder, on nearly every file system
 
 TRIAL_SECONDS = 3 * 3600.0  # default time budget of a trial
 
@@ -90,9 +93,13 @@ def check(
         download: look at datasets also where torchvision would have to fetch them first.
 
     Raises:
-        SpecError: an unknown family or dataset, two that do not fit each other, or a module that cannot be imported.
+        SpecError: too many trials, an unknown family or dataset, two that do not fit each other, or a module that
+            cannot be imported.
         DataError: data that is missing or too small.
     """
+    if not isinstance(spec, SweepSpec):
+        raise SpecError(f"A sweep is a SweepSpec, not {spec!r}; `cape.sweep.plan.read_spec` makes one of a file.")
+    Plan(spec)  # refused before data is read, or anything written
     load_imports(imports)
     root = datasets.data_root(data_root)
     for family in spec.families:
@@ -104,6 +111,8 @@ def check(
         if spec.task is not None:
             dataset = dataset.with_task(spec.task)
         for family in spec.families:
+            if max(map(len, partition(family, name).split("/"))) > _LONGEST_NAME:
+                raise SpecError(f"'{name}' is too long to name a folder of rows; give a shorter path, of a link, say.")
             member = families.get(family)
             layout, preprocess = member.layout_for(dataset), member.preprocess_for(spec.preprocess)
             dataset.batch(max(spec.batch_sizes), 0, layout, preprocess=preprocess)
@@ -122,8 +131,10 @@ def load_imports(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str
     for name in names:
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # the user's own code: whatever it raises is the answer to show
-            raise SpecError(f"The module '{name}' cannot be imported: {first_line(error)}.") from error
+        except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is the answer to show
+            why = f"{type(error).__name__}: {first_line(error)}"
+            hint = f" Name the module, not its file: {Path(name).stem}." if name.endswith(".py") else ""
+            raise SpecError(f"The module '{name}' cannot be imported ({why}).{hint}") from error
         if module.__spec__ is not None and module.__spec__.origin is not None:
             levels = name.count(".") + (module.__spec__.submodule_search_locations is not None)
             found.append(str(Path(module.__spec__.origin).resolve().parents[levels]))

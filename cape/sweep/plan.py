@@ -82,7 +82,7 @@ def read_spec(source: str | Path, data_root: str | Path | None = None) -> SweepS
         SpecError: neither a preset nor a file, or a file that does not describe a sweep.
     """
     path = Path(source)
-    if str(source) in PRESETS or (path.suffix != ".json" and not path.is_file()):
+    if str(source) in PRESETS or (path.suffix != ".json" and not path.exists()):
         return preset(str(source), data_root)
     try:
         return SweepSpec.from_json(path.read_text(encoding="utf-8-sig"))

@@ -86,8 +86,7 @@ class Progress:
         """Print the last state and end the line."""
         self._show()
         if self._enabled and self._terminal:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._print("\n")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
@@ -127,8 +126,14 @@ class Progress:
         text = f"{self.line()}\n"
         if self._terminal:  # a line that wraps is not rewritten in place
             text = f"\r{text[: shutil.get_terminal_size().columns - 1].rstrip()}\x1b[K"
-        self._stream.write(text)
-        self._stream.flush()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:  # the reader has gone, or its disk is full: no reason to stop a sweep
+            self._enabled = False
 
 
 def status_line(state: Mapping[str, Any]) -> str:

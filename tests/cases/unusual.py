@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,56 @@ functional(
     fallback=["w"],
 )
 
+# ---- hooks on gradients --------------------------------------------------------------------------------------------
+
+
+def _tripled(t: Tensor) -> Tensor:
+    if t.requires_grad:
+        t.register_hook(lambda g: 3 * g)
+    return t
+
+
+functional(
+    "hooks on what operators give",
+    lambda: {"a": nn.Linear(20, 20), "w": weight(20, 16), "norm": nn.GroupNorm(4, 16), "head": nn.Linear(16, 10)},
+    lambda m, x: m.head(_tripled(m.norm(_tripled(_tripled(m.a(x)).tanh() @ m.w)))),
+    vectors,
+)
+functional(
+    "hooks on what is made of parameters",
+    lambda: {"w": weight(20, 16), "v": weight(16, 16), "mask": torch.ones(20, 16).triu(), "head": nn.Linear(16, 10)},
+    lambda m, x: m.head((x @ _tripled(m.w * m.mask)).tanh() @ _tripled(m.v.T)),
+    vectors,
+    fallback=["w", "v"],
+)
+
+# ---- backward passes that torch batches wrongly --------------------------------------------------------------------
+
+
+def _distances(a: Tensor) -> Tensor:
+    return torch.cdist(a, a.sin(), p=1.0)
+
+
+functional(
+    "distances between positions",
+    lambda: {"a": nn.Linear(12, 8), "head": nn.Linear(49, 10)},
+    lambda m, x: m.head(_distances(m.a(x)).flatten(1)),
+    sequences,
+)
+functional(
+    "distances of parameters in the fallback",
+    lambda: {"w": weight(20, 8), "head": _head()},
+    lambda m, x: m.head(torch.einsum("bi,ii->bi", x, _distances(m.w))),
+    vectors,
+    fallback=["w"],
+)
+functional(
+    "a strided scatter",
+    lambda: {"a": nn.Linear(20, 12), "head": nn.Linear(12, 10)},
+    lambda m, x: m.head((lambda z: torch.as_strided_scatter(z, 2 * z[:, :3], (len(x), 3), (12, 2)))(m.a(x))),
+    vectors,
+)
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +328,33 @@ def _hidden() -> tuple[nn.Module, Batch]:
     return _Hidden(), (vectors(), labels(6))
 
 
+class _Gated(_Hidden):
+    """The first sample, alone of all, does not reach the hidden use of a parameter that the model also shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.ones(len(x), 1).where(x[:, :1] > 0, 0.0).to(x)
+        h = x @ self.w0 + gate * torch.einsum("bi,ii->bi", x, self.ws[0])
+        return (h.tanh() @ self.w1) @ self.w2
+
+
+@case("a parameter in a list, of all samples but one", fallback=["w0"])
+def _gated() -> tuple[nn.Module, Batch]:
+    x = vectors()
+    x[:, 0] = x[:, 0].abs()
+    x[0, 0] *= -1
+    return _Gated(), (x, labels(6))
+
+
+@case("data written into a parameter")
+def _written() -> tuple[nn.Module, Batch]:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            m.body.weight.add_(0 * x.mean())  # type: ignore[operator,union-attr]
+        return m.head(m.body(x).tanh())  # type: ignore[operator]
+
+    return Functional(forward, body=nn.Linear(20, 20), head=_head()), (vectors(), labels(6))
+
+
 class _Stateful(nn.Module):
     """Counts its calls, keeps a running mean and its last activation, and clamps its weight."""
 
@@ -319,6 +397,26 @@ class _Nested(nn.Module):
 @case("nested inputs")
 def _nested() -> tuple[nn.Module, Batch]:
     return _Nested(), (({"x": vectors(), "more": [vectors()]}, 2.0), labels(6))
+
+
+@dataclass
+class _Pair:
+    a: Tensor
+    b: Tensor
+
+
+class _Named(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+for _kind in (_Pair, _Named):
+
+    @case(f"inputs in a {_kind.__name__[1:].lower()} of the caller's")
+    def _pairs(kind: Callable[..., Any] = _kind) -> tuple[nn.Module, Batch]:
+        model = Functional(
+            lambda m, x, pair: m.head((m.a(pair.a) * pair.b + x).tanh()), a=nn.Linear(20, 20), head=_head()
+        )
+        return model, ((vectors(), kind(a=vectors(), b=vectors())), labels(6))
 
 
 @case("hooks")

@@ -239,6 +239,9 @@ def test_a_dataset_of_ones_own() -> None:
         datasets.register("mine_test", lambda root: "nothing")  # type: ignore[arg-type, return-value]
         with pytest.raises(DataError, match="returned str"):
             datasets.load("mine_test")
+        datasets.register("mine_test", lambda root: {}["train"])
+        with pytest.raises(DataError, match="loader of 'mine_test' failed: KeyError: 'train'"):
+            datasets.load("mine_test")
     finally:
         registry._USERS.pop("mine_test")
     for name in ("", "a.parquet", "a/b"):
@@ -248,6 +251,19 @@ def test_a_dataset_of_ones_own() -> None:
         datasets.register("x", 3)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"path that ends in \.parquet, not by None"):
         datasets.load(None)  # type: ignore[arg-type]
+
+
+def test_a_source_that_fails_is_named() -> None:
+    class Source:
+        def __len__(self) -> int:
+            return 4
+
+        def fetch(self, *_: Any) -> Any:
+            raise IndexError("row 7")
+
+    data = datasets.Dataset("own", "classification", 2, 4, ("vector",), False, ("a", "b"), "0" * 16, Source())  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="'own' gave no batch: IndexError: row 7"):
+        data.batch(2, 0, "vector")
 
 
 def test_from_arrays() -> None:
@@ -272,10 +288,20 @@ def test_from_arrays() -> None:
         ((x.astype(int), [0, 1, 2]), {}, "give images"),
         ((np.zeros((3, 2, 8, 8), np.uint8), [0, 1, 2]), {}, "1 or 3 channels"),
         ((x, [0, 1, 2]), {"class_names": ["a"]}, "1 class names"),
+        ((x + 1e300, [0, 1, 2]), {}, "infinite in float32"),
+        ((x, [0, 1e300, 2]), {"task": "regression"}, "infinite in float32"),
+        ((x, ["a", "b", "c"]), {"task": "regression"}, "must be numbers"),
+        ((x[:, :0], [0, 1, 2]), {}, "empty"),
+        (([[1.0], [1.0, 2.0]], [0, 1]), {}, "no arrays"),
+        ((3, 4), {}, "no inputs and no targets"),
     ]
     for arguments, options, message in wrong:
         with pytest.raises(DataError, match=message):
             datasets.from_arrays("w", *arguments, **options)
+    for count in ("outputs", "full_train_size"):
+        for value in (0, -1, 2.5):
+            with pytest.raises(SpecError, match=count):
+                datasets.from_arrays("w", x, [0, 0, 0], **{count: value})  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="cannot have the task"):
         datasets.from_arrays("w", x, [0, 1, 2], task="sequence")
 

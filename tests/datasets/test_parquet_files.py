@@ -58,6 +58,25 @@ def test_colour_is_seen_wherever_it_begins(tmp_path: Path) -> None:
     assert not datasets.load(write(tmp_path, pictures(images, [0] * 60))).gray
 
 
+def test_the_shape_is_told_without_reading_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images: list[bytes | None] = [*[png("L")] * 63, png("RGB")]
+    pq.write_table(pictures(images, [0] * 64), tmp_path / "data.parquet", row_group_size=2)
+    read, rows = {name: getattr(pq.ParquetFile, name) for name in ("read", "read_row_group")}, []
+
+    def counted(name: str) -> Callable[..., pa.Table]:
+        def call(*args: object, **options: object) -> pa.Table:
+            table = read[name](*args, **options)
+            rows.append(table.num_rows if "image" in table.column_names else 0)
+            return table
+
+        return call
+
+    for name in read:
+        monkeypatch.setattr(pq.ParquetFile, name, counted(name))
+    data = datasets.load(tmp_path / "data.parquet")
+    assert not data.gray and 16 <= sum(rows) <= 32
+
+
 def test_a_named_target_makes_a_table_whatever_its_columns_are_called(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "b"], "image": [1.0, 2.0], "t": [1, 2]}).replace_schema_metadata(TARGET)
     data = datasets.load(write(tmp_path, table))
@@ -72,6 +91,15 @@ def test_missing_values_take_the_median(tmp_path: Path) -> None:
     expected = (filled - filled.mean()) / filled.std()
     assert sorted(x[:, 0].tolist()) == pytest.approx(sorted(expected), abs=1e-6)
     assert x.shape == (4, 1 + 3) and data.full_train_size == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e300, 1e-300])
+def test_numbers_of_any_size_are_standardized_alike(tmp_path: Path, scale: float) -> None:
+    table = pa.table({"a": [scale * v for v in (-1.5, 1.5, 1.0)], "t": [scale, -scale, 0.0]})
+    x, y = datasets.load(write(tmp_path, table.replace_schema_metadata(TARGET))).batch(3, 0, "vector")
+    expected = np.array([-1.5, 1.5, 1.0]) - 1 / 3
+    assert sorted(x[:, 0].tolist()) == pytest.approx(sorted(expected / expected.std()), rel=1e-6)
+    assert sorted(y.tolist()) == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-6)
 
 
 def _metadata(**items: str) -> Callable[[], pa.Table]:
@@ -91,6 +119,9 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "null label": (lambda: pictures([png()] * 2, [0, None]), "1 rows .* have no label"),
     "negative label": (lambda: pictures([png()] * 2, [0, -1]), "run from -1 to 0"),
     "label too large": (_metadata(num_classes="2"), "run from 0 to 2, but 2 classes"),
+    "labels beyond int64": (
+        lambda: pa.table({"text": ["a"], "label": pa.array([2**63], pa.uint64())}), "up to 9223372036854775808"
+    ),
     "labels are ids": (lambda: pa.table({"text": ["a"], "label": [30_000_000]}), "30000001 classes .* more than"),
     "classes without end": (_metadata(num_classes="1000000000"), "1000000000 classes .* more than"),
     "float label": (lambda: pa.table({"text": ["a"], "label": [0.5]}), "labels .* are double"),
@@ -98,6 +129,7 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "bad N": (_metadata(full_train_size="many"), "'full_train_size' .* positive whole number, not 'many'"),
     "bad classes": (_metadata(num_classes="0"), "'num_classes'"),
     "bad names": (_metadata(label_names="{"), "'label_names' .* does not list"),
+    "names are a text": (_metadata(label_names='"abc"'), "'label_names' .* does not list"),
     "no target": (lambda: pa.table({"a": [1]}).replace_schema_metadata(TARGET), "no target column 't'"),
     "target alone": (lambda: pa.table({"t": [1]}).replace_schema_metadata(TARGET), "no column beside"),
     "null target": (

@@ -253,6 +253,60 @@ def test_what_a_model_collects_is_taken_out_again() -> None:
     assert _same(before, _picture(model))
 
 
+def test_a_frozen_copy_that_follows_in_the_forward_pass_is_put_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            m.slow.weight.mul_(0.9).add_(m.fast.weight, alpha=0.1)
+        return m.head(m.fast(x).tanh() - m.slow(x).tanh())
+
+    slow = nn.Linear(20, 20).requires_grad_(False)
+    model, (x, y) = Functional(forward, fast=nn.Linear(20, 20), slow=slow, head=_head()), (vectors(), labels(6))
+    before = _picture(model)
+    ours = cape.per_sample_norms(model, (x, y))
+    assert _same(before, _picture(model))
+    alone = [per_sample_norms_reference(model, (x[i : i + 1], y[i : i + 1])) for i in range(6)]
+    assert max(relative(a, torch.cat(r)) for a, r in zip(ours, zip(*alone, strict=True), strict=True)) < 1e-5
+
+
+def test_adapters_that_merge_in_eval_mode_are_taken_apart_again() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.down, self.up = nn.Linear(20, 20).requires_grad_(False), weight(3, 20), weight(20, 3)
+            self.head, self.merged = _head(), False
+
+        def train(self, mode: bool = True) -> Adapted:
+            if mode == self.merged:
+                self.base.weight.data += (-1 if mode else 1) * (self.up.data @ self.down.data)
+                self.merged = not mode
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.base(x) if self.merged else self.base(x) + x @ self.down.T @ self.up.T
+            return self.head(h.tanh())
+
+    model, data = Adapted(), (vectors(), labels(6))
+    before, expected = _picture(model), per_sample_norms_reference(model, data)
+    assert max(map(relative, cape.per_sample_norms(model, data), expected)) < 1e-5
+    assert _same(before, _picture(model))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradients_that_nearly_cancel(twice: bool, backend: str) -> None:
+    """Of a difference between two inputs that are nearly the same."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        near = x + 0.1 * x.sin()
+        a, b = (m.body(x), m.body(near)) if twice else m.body(torch.stack([x, near], 1)).unbind(1)
+        return (a - b) @ m.mix
+
+    torch.manual_seed(0)
+    model, data = Functional(forward, body=nn.Linear(20, 16), mix=torch.randn(16, 10)), (vectors(), labels(6))
+    ours, expected = cape.per_sample_norms(model, data, backend=backend), per_sample_norms_reference(model, data)
+    assert max(map(relative, ours, expected)) < 1e-5
+
+
 def test_a_batch_that_the_model_writes_into_is_left_alone() -> None:
     """Every pass sees the same inputs: as for the model that does not write."""
 

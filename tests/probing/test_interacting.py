@@ -95,6 +95,17 @@ def test_samples_that_meet(name: str) -> None:
         cape.per_sample_norms(Model(MEETING[name]), _batch())
 
 
+@pytest.mark.parametrize("seed", (2, 6))
+def test_samples_that_vote(seed: int) -> None:
+    """Most exchanges of samples leave a majority as it is."""
+    torch.manual_seed(seed)
+    model = Model(lambda h: h * (1.5 - (h[:, 0] > 0).to(h).mean().round()))
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(SIZE, 6, generator=generator), torch.randint(0, 3, (SIZE,), generator=generator)
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(model, batch)
+
+
 @pytest.mark.parametrize("name", MEETING_BACKWARD)
 def test_samples_that_meet_in_the_backward_pass(name: str) -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -150,6 +151,19 @@ def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_
     assert reader.count_rows(source) == 14 and reader.count_rows(out) == 8
     with pytest.raises(StoreError, match="holds rows already"):
         compact(source, out=out)
+
+
+def test_columns_of_ones_own_may_change_their_type(make_rows: MakeRows, tmp_path: Path) -> None:
+    """As a reader sees them: the wider number, or text."""
+    for i, value in enumerate([1, 2.5, True, "word", datetime.date(2020, 1, 1)]):
+        writer.write_shard([{**row, "note": value, "size": i or 0.5} for row in make_rows(1, first_seed=i)], tmp_path)
+    columns = ["trial_id", "epsilon", "note", "size"]
+    before = reader.read(tmp_path, columns=columns)
+    assert compact(tmp_path).after == 1
+    after = reader.read(tmp_path, columns=columns)
+    assert after.schema.equals(before.schema) and str(after.schema.field("size").type) == "double"
+    assert after.sort_by("trial_id").to_pylist() == before.sort_by("trial_id").to_pylist()
+    assert set(after["note"].to_pylist()) == {"1", "2.5", "true", "word", "2020-01-01"}
 
 
 def test_where_nothing_can_be_replaced_at_once_it_says_so(make_rows: MakeRows, tmp_path: Path) -> None:

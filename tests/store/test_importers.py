@@ -16,6 +16,7 @@ import pytest
 from cape.errors import DataError, SpecError
 from cape.store import reader
 from cape.store.importers import import_csv
+from cape.store.verify import verify
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 HEADER = (
@@ -90,6 +91,22 @@ def test_a_trial_that_was_cut_short_is_censored(tmp_path: Path) -> None:
     ]
 
 
+def test_datasets_of_any_script_stay_apart(tmp_path: Path) -> None:
+    path, names = tmp_path / "names.csv", ["数据", "Données", "中文"]
+    path.write_text("\n".join([HEADER, *(LINE.replace("FashionMNIST", n) for n in names)]) + "\n", encoding="utf-8-sig")
+    import_csv(path, "mlp", tmp_path / "meta")
+    assert set(reader.read(tmp_path / "meta")["dataset"].to_pylist()) == {"数据", "données", "中文"}
+    assert verify(tmp_path / "meta").sound
+    path.write_text(f"{HEADER}\n{LINE.replace('FashionMNIST', '../..')}\n")
+    with pytest.raises(DataError, match="line 2: dataset must have a letter"):
+        import_csv(path, "mlp", tmp_path / "other")
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text(f"{HEADER}\n{LINE.replace('FashionMNIST', 'Données')}\n", encoding=encoding)
+        with pytest.raises(DataError, match="names.csv is not UTF-8 text"):
+            import_csv(path, "mlp", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -156,6 +173,7 @@ def test_yes_and_no_are_read_as_they_are_meant(tmp_path: Path, word: str, conver
         (",5,True", ",0,False", "T_star must be a whole number from 1"),
         (",5,True", ",7.9,False", "T_star must be a whole number from 1"),
         (",5,True", ",5,", "converged must be true or false"),
+        (",0.99,", ",1000,", "logInitLoss is the logarithm of more than a float64 holds"),
         (",0.99,", ",text,", "logInitLoss must be a finite number"),
     ],
 )

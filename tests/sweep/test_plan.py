@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -174,6 +176,10 @@ def test_a_spec_is_a_preset_or_a_file(tmp_path: Path) -> None:
         read_spec("papr")
     with pytest.raises(SpecError, match="no file"):
         read_spec(tmp_path / "absent.json")
+    pipe = tmp_path / "pipe"  # as a shell's <(command) is
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=(SPEC.to_json(),)).start()
+    assert read_spec(pipe) == SPEC
     path.write_text('{"famlies": ["mlp"]}')
     with pytest.raises(SpecError, match="Did you mean 'families'"):
         read_spec(path)

@@ -38,6 +38,17 @@ def test_a_file_gets_lines_and_a_terminal_one_line() -> None:
     assert terminal.getvalue().count("\n") == 1 and "\r15/15 trials" in terminal.getvalue()
 
 
+def test_a_stream_that_cannot_be_written_to_does_not_stop_a_sweep() -> None:
+    class Full(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    line = Progress({"mlp": 2}, stream=Full(), every=0.0)
+    line.add(1, 3, 0, "mlp")
+    line.close()
+    assert line.trials == 1
+
+
 def test_a_line_on_a_terminal_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     terminal = Terminal()

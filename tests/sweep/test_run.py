@@ -232,6 +232,25 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 assert not [k for k in node.keywords if k.arg == "shell"], path
 
 
+def test_a_path_that_is_too_long_to_name_a_folder_is_refused_at_once(tmp_path: Path) -> None:
+    """Its bytes are written as %XX: a short path of another script makes a long name."""
+    data = tmp_path / ("数" * 40 + ".parquet")
+    _write_images(data)
+    with pytest.raises(SpecError, match="too long to name a folder"):
+        run_inline(SPEC.replace(datasets=(str(data),)), tmp_path / "meta", **QUICK)
+    assert not (tmp_path / "meta").exists()
+
+
+def test_a_module_that_ends_the_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends_at_once.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpecError, match=r"'ends_at_once' cannot be imported \(SystemExit: 3\)"):
+        run_inline(SPEC, tmp_path / "meta", imports=["ends_at_once"], **QUICK)
+    with pytest.raises(SpecError, match="A sweep is a SweepSpec, not 'smoke'"):
+        run_inline("smoke", tmp_path / "meta", **QUICK)  # type: ignore[arg-type]
+    assert not (tmp_path / "meta").exists()
+
+
 def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
     out = tmp_path / "meta"
     for error, spec in (
