@@ -244,3 +244,29 @@ def test_a_share_is_a_share() -> None:
     chosen = Preset("x", surface=0.5, shares={"mlp": 0.25})
     assert (chosen.share("mlp"), chosen.share("rnn")) == (0.25, 0.5)
     assert Preset.from_json(chosen.to_json()) == chosen
+
+
+def test_a_family_learns_from_its_relative_and_not_the_other_way() -> None:
+    def of(family: str, rows: Rows) -> Rows:
+        ids = np.array([f"{family}-{i}" for i in rows["trial_id"]], dtype=object)
+        return Rows({**rows.columns, "family": np.full(len(rows), family, dtype=object), "trial_id": ids})
+
+    many, few, test = of("mlp", trials(300)), of("dense", trials(FEWEST_TRIALS + 5, seed=1)), trials(200, seed=2)
+    both, shifted = many.join(few), np.concatenate([truth(many), truth(few) + 0.2])
+    line = {name: Line((), *(np.zeros(0),) * 3, 0.0) for name in ("mlp", "dense", POOLED)}
+
+    def fitted(rows: Rows, y: np.ndarray, families: tuple[str, ...]) -> dict[str, Surface]:
+        return fit_surfaces(rows, y, line, FEATURES, families, np.zeros(len(rows), dtype=bool), AFT_SCALE)
+
+    together = fitted(both, shifted, ("mlp", "dense"))
+    alone = {**fitted(many, truth(many), ("mlp",)), **fitted(few, truth(few) + 0.2, ("dense",))}
+    errors = [
+        np.abs(smooth(np.zeros(len(test)), surfaces, of("dense", test)) - truth(test) - 0.2).mean()
+        for surfaces in (together, alone)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    for key, array in alone["mlp"].to_arrays().items():
+        np.testing.assert_array_equal(together["mlp"].to_arrays()[key], array)
+    mask, told = both.told("dense")
+    assert mask.all() and told.augmented.tolist() == [True] * 300 + [False] * (FEWEST_TRIALS + 5)
+    assert not both.augmented.any() and not both.told("mlp")[1].augmented.any()

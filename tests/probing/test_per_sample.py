@@ -16,6 +16,7 @@ from cape import datasets, families
 from cape.errors import ModelError, SpecError
 from cape.probing.per_sample import all_norms
 from cape.probing.reference import per_sample_norms_reference
+from cape.state import map_tensors
 from tests.cases import ARCHITECTURES, CASES, Case, labels, sequences, vectors
 
 
@@ -37,11 +38,7 @@ def to_double(value: object) -> object:
         for t in [*value.double().parameters(), *value.buffers()]:
             t.data = t.data.to(torch.complex128) if t.is_complex() else t.data  # double() leaves these alone
         return value
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(to_double(v) for v in value)
-    return {k: to_double(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, value)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
