@@ -300,3 +300,20 @@ def test_importing_the_module_does_not_hide_the_function() -> None:
         "except cape.SpecError as error:\n    assert 'learning rate' in str(error)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_shipped_model_takes_a_model_for_an_ordinary_one_unless_it_knows_the_papers_far_better(
+    data_root: Path,
+) -> None:
+    from cape import families
+
+    mnist = datasets.load("mnist", data_root)
+    batch = mnist.batch(64, 0, "vector")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    papers = families.get("mlp").sample(np.random.default_rng(0), mnist)
+    torch.manual_seed(0)
+    made = [predict(model, batch, lr=1e-3, dataset_size=60_000) for model in (plain, families.build(papers))]
+    assert [m.family for m in made] == ["dense", "mlp"] and all(m.in_domain for m in made)
+    named = predict(plain, batch, lr=1e-3, dataset_size=60_000, family="mlp")
+    assert named.family == "mlp" and not named.in_domain

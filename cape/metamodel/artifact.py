@@ -1,13 +1,14 @@
-"""The fitted meta-regressor as an object and as a directory: XGBoost UBJ, JSON, and nothing pickled.
+"""The fitted meta-regressor as an object and as a directory: XGBoost UBJ (gzip), JSON, and nothing pickled.
 
 ``card.json`` is for people: preset, features, data fingerprint, out-of-fold metrics, ranges, versions.
 ``calibration.json`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
-``model.ubj`` (pooled), ``model-FAMILY.ubj`` and ``reach.ubj``, surfaces ``surface-FAMILY.npz``; the card lists each
-file with its digest.
+``model.ubj.gz`` (pooled), ``model-FAMILY.ubj.gz`` and ``reach.ubj.gz`` (a sixth of their size), surfaces
+``surface-FAMILY.npz``; the card lists each file with its digest.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -34,7 +35,9 @@ from cape.metamodel.surface import Surface, smooth, spreads, widths
 if TYPE_CHECKING:
     import xgboost as xgb
 
-FORMAT = 7  # 1 no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away, 6 no slopes
+# Before: 1 no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away, 6 no slopes,
+# 7 boosters that are not compressed.
+FORMAT = 8
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -114,6 +117,7 @@ class MetaModel:
             "reach": self.reach.to_dict() if self.reach else None,
         }
         files["calibration.json"] = json.dumps(calibration, allow_nan=False).encode()
+        files = dict(_packed(name, data) for name, data in files.items())
         card = {
             **self.card,
             "format": FORMAT,
@@ -124,7 +128,7 @@ class MetaModel:
             "files": {n: hashlib.blake2b(d, digest_size=16).hexdigest() for n, d in sorted(files.items())},
         }
         files["card.json"] = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode()  # the last
-        for stale in [*out.glob("model*.ubj"), *out.glob("surface-*.npz"), *out.glob("reach.ubj")]:
+        for stale in [*out.glob("model*.ubj*"), *out.glob("surface-*.npz"), *out.glob("reach.ubj*")]:
             if stale.name not in files:
                 stale.unlink()
         out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ class MetaModel:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
             if 3 <= card["format"] <= 6 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
-            files = {name: _read(path / name, digest) for name, digest in card["files"].items()}
+            files = dict(_unpacked(name, _read(path / name, digest)) for name, digest in card["files"].items())
             listed = {*map(_file, [*card["boosters"], POOLED]), *map(_surface_file, card.get("surfaces", []))}
             if files.keys() - {"reach.ubj"} != {"calibration.json", *listed}:
                 raise ValueError("the card lists other files than its boosters and surfaces")
@@ -244,7 +248,7 @@ def _check_card(card: Any) -> None:
         check_count(data[name], name, minimum=0)
 
 
-_OWN = re.compile(r"\.?(model.*\.ubj|surface-.*\.npz|reach\.ubj|calibration\.json|card\.json)(\.\d+)?")
+_OWN = re.compile(r"\.?(model.*\.ubj(\.gz)?|surface-.*\.npz|reach\.ubj(\.gz)?|calibration\.json|card\.json)(\.\d+)?")
 
 
 def _file(name: str) -> str:
@@ -253,6 +257,16 @@ def _file(name: str) -> str:
 
 def _surface_file(family: str) -> str:
     return f"surface-{family}.npz"
+
+
+def _packed(name: str, data: bytes) -> tuple[str, bytes]:
+    """Return a file's name and content on disk: boosters are compressed, without a date."""
+    return (f"{name}.gz", gzip.compress(data, mtime=0)) if name.endswith(".ubj") else (name, data)
+
+
+def _unpacked(name: str, data: bytes) -> tuple[str, bytes]:
+    """Undo ``_packed``."""
+    return (name.removesuffix(".gz"), gzip.decompress(data)) if name.endswith(".gz") else (name, data)
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -95,6 +95,8 @@ class Domain:
                 threshold = float(np.max(np.concatenate([found, statistics.distance(x)])))
             families[family] = FamilyStatistics(statistics.mean, statistics.scale, statistics.precision, threshold)
             ranges[family] = _ranges(mine)
+            # T* does not depend on N: a relative's trials say as well how it may be.
+            ranges[family] |= {k: v for k, v in _ranges(rows.told(family)[1]).items() if k == "log_n"}
         return cls(names, families, ranges)
 
     def check(self, row: Rows) -> tuple[bool, list[str], float]:

@@ -89,3 +89,16 @@ def test_json_round_trip_is_exact(parts: tuple[Domain, Rows]) -> None:
     again = Domain.from_dict(domain.to_dict())
     for i in range(20):
         assert again.check(_one(fresh, i)) == domain.check(_one(fresh, i))
+
+
+def test_an_ordinary_family_has_the_training_set_sizes_of_its_relative() -> None:
+    """T* does not depend on N, and all of its own trials may have had the same."""
+    known = Rows.from_table(rows(every=20))
+    family = np.where(known.trials % 2 == 0, "mlp", "dense").astype(object)
+    log_n = np.where(family == "dense", np.log(60_000.0), np.linspace(np.log(1e3), np.log(1e6), len(known)))
+    known = Rows({**known.columns, "family": family, "log_n": log_n})
+    domain = Domain.fit(known, assign_folds(known, 5), PRODUCT_FEATURES)
+    own = [log_n[family == "mlp"].min(), log_n[family == "mlp"].max()]
+    assert list(domain.ranges["mlp"]["log_n"]) == list(domain.ranges["dense"]["log_n"]) == own
+    sizes = known["log_p"][family == "dense"]
+    assert domain.ranges["dense"]["log_p"] == (sizes.min(), sizes.max())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -146,7 +148,7 @@ def test_directory_round_trip_is_exact_and_holds_no_pickle(sample: Rows, model: 
     np.testing.assert_array_equal(again.predict(sample), model.predict(sample))
     np.testing.assert_allclose(again.interval(sample)[1], model.interval(sample)[1], rtol=1e-5)
     np.testing.assert_array_equal(again.p_reach(sample), model.p_reach(sample))
-    assert {p.suffix for p in (tmp_path / "m").iterdir()} == {".ubj", ".json", ".npz"}
+    assert {p.suffix for p in (tmp_path / "m").iterdir()} == {".gz", ".json", ".npz"}
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     assert card["preset"]["features"] == list(PRODUCT_FEATURES)
     assert card["families"] == list(FAMILIES)
@@ -159,7 +161,7 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
     with pytest.raises(StoreError, match="cape fit"):
         MetaModel.load(tmp_path / "none")
     whole = model.save(tmp_path / "m")
-    for name in ("model.ubj", "calibration.json", "card.json"):
+    for name in ("model.ubj.gz", "calibration.json", "card.json"):
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(whole, broken)
         (broken / name).write_bytes((broken / name).read_bytes()[:-20])
@@ -200,10 +202,27 @@ def test_a_negative_seed_is_refused_before_anything_is_fitted(sample: Rows) -> N
         fit_table(sample, seed=-1)
 
 
+def test_a_directory_of_before_its_boosters_were_compressed_is_read(
+    sample: Rows, model: MetaModel, tmp_path: Path
+) -> None:
+    whole = model.save(tmp_path / "m")
+    card = json.loads((whole / "card.json").read_text())
+    for name in [n for n in card["files"] if n.endswith(".gz")]:
+        data = gzip.decompress((whole / name).read_bytes())
+        (whole / name.removesuffix(".gz")).write_bytes(data)
+        (whole / name).unlink()
+        del card["files"][name]
+        card["files"][name.removesuffix(".gz")] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    (whole / "card.json").write_text(json.dumps({**card, "format": 7}))
+    np.testing.assert_array_equal(MetaModel.load(whole).predict(sample), model.predict(sample))
+    model.save(whole)
+    assert not list(whole.glob("*.ubj"))  # nothing stale stays
+
+
 def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m")
     (whole / "card.json").unlink()
-    (whole / ".model.ubj.4711").write_bytes(b"half")
+    (whole / ".model.ubj.gz.4711").write_bytes(b"half")
     assert MetaModel.load(model.save(whole)).families == model.families
 
 
