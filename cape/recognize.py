@@ -56,7 +56,7 @@ def known_best(regressor: MetaModel, kind: str | None, features: Features, epsil
     """
     candidates = [family for family in related(kind) if family in regressor.families] if kind else []
     if len(candidates) < 2 or regressor.domain is None:
-        return kind
+        return candidates[0] if candidates else kind
     unsure = {}
     for family in candidates:
         row = row_from_features(features.as_dict(), family, epsilon)

@@ -59,4 +59,5 @@ def test_without_a_choice_it_is_the_kind() -> None:
     regressor: Any = Regressor({"mlp": 0.1, "dense": 0.5}, {"mlp": 9.0, "dense": 0.1}, known=False)
     assert known_best(regressor, "mlp", FEATURES, 0.1) == "mlp"
     assert known_best(regressor, "linear", FEATURES, 0.1) == "linear"
+    assert known_best(Regressor({"dense": 0.5}, {}), "mlp", FEATURES, 0.1) == "dense"  # type: ignore[arg-type]
     assert known_best(regressor, None, FEATURES, 0.1) is None
