@@ -11,13 +11,12 @@ import numpy as np
 from torch import nn
 
 from cape.config import ModelSpec
-from cape.families.makes import ACTIVATIONS, check_make, draw_make, initialized
-from cape.families.registry import DatasetInfo, Family, check_options, pick
-from cape.jsonconfig import JsonConfig
+from cape.families.makes import ACTIVATIONS, Ordinary, OrdinaryOptions, check_make, draw_make, initialized
+from cape.families.registry import check_options, pick
 
 
 @dataclass(frozen=True)
-class ConvNetOptions(JsonConfig):
+class ConvNetOptions(OrdinaryOptions):
     """Options of a plain convolutional network.
 
     Attributes:
@@ -60,46 +59,40 @@ class ConvNetOptions(JsonConfig):
             *draw_make(rng),
         )
 
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return a plain convolutional network, [B, C, H, W] -> [B, outputs]."""
+        norms: dict[str, Callable[[int], nn.Module] | None] = {
+            "none": None,
+            "batch": nn.BatchNorm2d,
+            "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels),
+        }
+        pools = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+        channels, height, width = spec.input_shape
+        layers: list[nn.Module] = []
+        for outputs in self.channels:
+            strided, norm = self.pool == "stride" and min(height, width) > 1, norms[self.norm]
+            padding = self.kernel // 2
+            layers += [nn.Conv2d(channels, outputs, self.kernel, 2 if strided else 1, padding)]
+            layers += [*([norm(outputs)] if norm else []), ACTIVATIONS[self.activation]()]
+            if strided:
+                height, width = -(-height // 2), -(-width // 2)
+            elif min(height, width) > 1:
+                layers, height, width = [*layers, pools[self.pool](2)], height // 2, width // 2
+            channels = outputs
+        if self.hidden:
+            layers += [nn.Flatten(), nn.Linear(channels * height * width, self.hidden)]
+            layers += [ACTIVATIONS[self.activation]()]
+            channels = self.hidden
+        else:
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        layers += [nn.Dropout(self.dropout)] if self.dropout else []
+        return initialized(nn.Sequential(*layers, nn.Linear(channels, spec.outputs)), self.init)
 
-def convnet(spec: ModelSpec, options: ConvNetOptions) -> nn.Module:
-    """Return a plain convolutional network, [B, C, H, W] -> [B, outputs]."""
-    norms: dict[str, Callable[[int], nn.Module] | None] = {
-        "none": None,
-        "batch": nn.BatchNorm2d,
-        "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels),
-    }
-    pools = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
-    channels, height, width = spec.input_shape
-    layers: list[nn.Module] = []
-    for outputs in options.channels:
-        strided, norm = options.pool == "stride" and min(height, width) > 1, norms[options.norm]
-        padding = options.kernel // 2
-        layers += [nn.Conv2d(channels, outputs, options.kernel, 2 if strided else 1, padding)]
-        layers += [*([norm(outputs)] if norm else []), ACTIVATIONS[options.activation]()]
-        if strided:
-            height, width = -(-height // 2), -(-width // 2)
-        elif min(height, width) > 1:
-            layers, height, width = [*layers, pools[options.pool](2)], height // 2, width // 2
-        channels = outputs
-    if options.hidden:
-        layers += [nn.Flatten(), nn.Linear(channels * height * width, options.hidden)]
-        layers += [ACTIVATIONS[options.activation]()]
-        channels = options.hidden
-    else:
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    layers += [nn.Dropout(options.dropout)] if options.dropout else []
-    return initialized(nn.Sequential(*layers, nn.Linear(channels, spec.outputs)), options.init)
 
-
-class ConvNet(Family):
+class ConvNet(Ordinary):
     """Plain convolutional networks of many makes (``ConvNetOptions``)."""
 
     name: ClassVar[str] = "convnet"
     layouts: ClassVar[tuple[str, ...]] = ("image",)
     architectures: ClassVar[tuple[str, ...]] = ("convnet",)
-
-    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
-        return self.spec("convnet", dataset, ConvNetOptions.draw(rng))
-
-    def build(self, spec: ModelSpec) -> nn.Module:
-        return convnet(spec, self.options(spec, {"convnet": ConvNetOptions}))
+    drawn: ClassVar[type[OrdinaryOptions]] = ConvNetOptions

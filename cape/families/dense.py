@@ -9,13 +9,12 @@ import numpy as np
 from torch import nn
 
 from cape.config import ModelSpec
-from cape.families.makes import ACTIVATIONS, check_make, draw_make, initialized
-from cape.families.registry import DatasetInfo, Family, check_options, pick
-from cape.jsonconfig import JsonConfig
+from cape.families.makes import ACTIVATIONS, Ordinary, OrdinaryOptions, check_make, draw_make, initialized
+from cape.families.registry import check_options, pick
 
 
 @dataclass(frozen=True)
-class DenseOptions(JsonConfig):
+class DenseOptions(OrdinaryOptions):
     """Options of a dense network.
 
     Attributes:
@@ -47,28 +46,22 @@ class DenseOptions(JsonConfig):
             *draw_make(rng),
         )
 
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return a dense network, [B, d] -> [B, outputs]."""
+        norms = {"none": None, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        layers, units = [], spec.input_shape[0]
+        for width in self.widths:
+            norm = norms[self.norm]
+            layers += [nn.Linear(units, width), *([norm(width)] if norm else []), ACTIVATIONS[self.activation]()]
+            layers += [nn.Dropout(self.dropout)] if self.dropout else []
+            units = width
+        return initialized(nn.Sequential(*layers, nn.Linear(units, spec.outputs)), self.init)
 
-def dense(spec: ModelSpec, options: DenseOptions) -> nn.Module:
-    """Return a dense network, [B, d] -> [B, outputs]."""
-    norms = {"none": None, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
-    layers, units = [], spec.input_shape[0]
-    for width in options.widths:
-        norm = norms[options.norm]
-        layers += [nn.Linear(units, width), *([norm(width)] if norm else []), ACTIVATIONS[options.activation]()]
-        layers += [nn.Dropout(options.dropout)] if options.dropout else []
-        units = width
-    return initialized(nn.Sequential(*layers, nn.Linear(units, spec.outputs)), options.init)
 
-
-class Dense(Family):
+class Dense(Ordinary):
     """Dense networks of many makes (``DenseOptions``)."""
 
     name: ClassVar[str] = "dense"
     layouts: ClassVar[tuple[str, ...]] = ("vector",)
     architectures: ClassVar[tuple[str, ...]] = ("dense",)
-
-    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
-        return self.spec("dense", dataset, DenseOptions.draw(rng))
-
-    def build(self, spec: ModelSpec) -> nn.Module:
-        return dense(spec, self.options(spec, {"dense": DenseOptions}))
+    drawn: ClassVar[type[OrdinaryOptions]] = DenseOptions

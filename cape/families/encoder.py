@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cape.config import ModelSpec
-from cape.families.makes import check_make, initialized
-from cape.families.registry import DatasetInfo, Family, check_options, pick
-from cape.jsonconfig import JsonConfig
+from cape.families.makes import Ordinary, OrdinaryOptions, check_make, initialized
+from cape.families.registry import check_options, pick
 
 
 @dataclass(frozen=True)
-class TorchEncoderOptions(JsonConfig):
+class TorchEncoderOptions(OrdinaryOptions):
     """Options of a transformer made of ``nn.TransformerEncoder``, over rows or over patches of an image.
 
     Attributes:
@@ -71,6 +70,10 @@ class TorchEncoderOptions(JsonConfig):
             pick(rng, (4, 8)),
         )
 
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return a ``TorchEncoder``."""
+        return initialized(TorchEncoder(spec, self), self.init)
+
 
 class TorchEncoder(nn.Module):
     """Rows [B, T, d] or images [B, C, H, W] -> [B, outputs], through ``nn.TransformerEncoder``."""
@@ -120,28 +123,16 @@ class TorchEncoder(nn.Module):
         return self.head(x.mean(1) if self.readout == "mean" else x[:, 0 if self.readout == "class" else -1])
 
 
-def encoder(spec: ModelSpec, options: TorchEncoderOptions) -> nn.Module:
-    """Return a ``TorchEncoder``."""
-    return initialized(TorchEncoder(spec, options), options.init)
-
-
 def _sinusoids(tokens: int, dim: int) -> Tensor:
     """Return the positions of Vaswani et al. 2017, section 3.5: [1, tokens, dim]."""
     angles = torch.arange(tokens)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None]
 
 
-class Encoder(Family):
+class Encoder(Ordinary):
     """Transformers made of ``nn.TransformerEncoder``, over rows or patches (``TorchEncoderOptions``)."""
 
     name: ClassVar[str] = "encoder"
     layouts: ClassVar[tuple[str, ...]] = ("rows", "image")
     architectures: ClassVar[tuple[str, ...]] = ("encoder",)
-
-    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
-        spec = self.spec("encoder", dataset, TorchEncoderOptions.draw(rng))
-        layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
-        return spec.replace(layout=layout, input_shape=tuple(dataset.sample_shape(layout)))
-
-    def build(self, spec: ModelSpec) -> nn.Module:
-        return encoder(spec, self.options(spec, {"encoder": TorchEncoderOptions}))
+    drawn: ClassVar[type[OrdinaryOptions]] = TorchEncoderOptions

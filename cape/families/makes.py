@@ -1,4 +1,4 @@
-"""What ordinary models share: activations, initializations, dropouts.
+"""What ordinary models share: how a family of them draws and builds; activations, initializations, dropouts.
 
 ``dense``, ``convnet``, ``recurrent`` and ``encoder`` are models as people write them, each family beside one of the
 paper's (``family_names.RELATIVES``). The paper's are of one make each: batch norm in every dense and convolutional
@@ -8,12 +8,16 @@ drawn.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from cape.families.registry import check_options, pick
+from cape.config import ModelSpec
+from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.jsonconfig import JsonConfig
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -32,6 +36,33 @@ INITS: dict[str, Callable[[Tensor], object] | None] = {
     "orthogonal": nn.init.orthogonal_,
 }
 DROPOUTS = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5)
+
+
+class OrdinaryOptions(JsonConfig, ABC):
+    """Options of an ordinary model, which draw themselves and make the model."""
+
+    @classmethod
+    @abstractmethod
+    def draw(cls, rng: np.random.Generator) -> OrdinaryOptions:
+        """Draw a make and its sizes."""
+
+    @abstractmethod
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return the model of a spec that has these options."""
+
+
+class Ordinary(Family):
+    """A family of ordinary models: one architecture, of its name, in any of its layouts that a dataset offers."""
+
+    drawn: ClassVar[type[OrdinaryOptions]]
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        spec = self.spec(self.name, dataset, self.drawn.draw(rng))
+        layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
+        return spec.replace(layout=layout, input_shape=tuple(dataset.sample_shape(layout)))
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        return self.options(spec, {self.name: self.drawn}).model(spec)
 
 
 def initialized(model: nn.Module, how: str) -> nn.Module:

@@ -9,15 +9,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from cape.config import ModelSpec
-from cape.families.makes import DROPOUTS, check_make, initialized
-from cape.families.registry import DatasetInfo, Family, check_options, pick
-from cape.jsonconfig import JsonConfig
+from cape.families.makes import DROPOUTS, Ordinary, OrdinaryOptions, check_make, initialized
+from cape.families.registry import check_options, pick
 
 CELLS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 @dataclass(frozen=True)
-class RecurrentOptions(JsonConfig):
+class RecurrentOptions(OrdinaryOptions):
     """Options of a recurrent network over rows.
 
     Attributes:
@@ -58,6 +57,10 @@ class RecurrentOptions(JsonConfig):
             pick(rng, DROPOUTS),
         )
 
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return a ``RecurrentReader``."""
+        return initialized(RecurrentReader(spec, self), self.init)
+
 
 class RecurrentReader(nn.Module):
     """A recurrent network over rows, [B, T, d] -> [B, outputs]."""
@@ -88,20 +91,10 @@ class RecurrentReader(nn.Module):
         return self.head(self.dropout(seen))
 
 
-def recurrent(spec: ModelSpec, options: RecurrentOptions) -> nn.Module:
-    """Return a ``RecurrentReader``."""
-    return initialized(RecurrentReader(spec, options), options.init)
-
-
-class Recurrent(Family):
+class Recurrent(Ordinary):
     """Recurrent networks over rows, of many makes (``RecurrentOptions``)."""
 
     name: ClassVar[str] = "recurrent"
     layouts: ClassVar[tuple[str, ...]] = ("rows",)
     architectures: ClassVar[tuple[str, ...]] = ("recurrent",)
-
-    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
-        return self.spec("recurrent", dataset, RecurrentOptions.draw(rng))
-
-    def build(self, spec: ModelSpec) -> nn.Module:
-        return recurrent(spec, self.options(spec, {"recurrent": RecurrentOptions}))
+    drawn: ClassVar[type[OrdinaryOptions]] = RecurrentOptions
