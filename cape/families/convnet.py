@@ -48,7 +48,7 @@ class ConvNetOptions(OrdinaryOptions):
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> ConvNetOptions:
-        """Return two to four blocks, of 16 or 32 channels and twice as many from block to block (128 at most)."""
+        """Return two to four blocks, of 8, 16 or 32 channels and twice as many from block to block (128 at most)."""
         first, blocks = pick(rng, (8, 16, 32)), pick(rng, (2, 2, 3, 3, 4))
         return cls(
             tuple(min(128, first << i) for i in range(blocks)),

@@ -84,10 +84,10 @@ class RecurrentReader(nn.Module):
         if self.readout == "state":
             final = state[0] if isinstance(state, tuple) else state
             seen = final[-self.directions :].transpose(0, 1).flatten(1)
+        elif self.readout == "last":
+            seen = outputs[:, -1]
         else:
-            seen = {"last": lambda: outputs[:, -1], "mean": lambda: outputs.mean(1), "max": lambda: outputs.amax(1)}[
-                self.readout
-            ]()
+            seen = outputs.mean(1) if self.readout == "mean" else outputs.amax(1)
         return self.head(self.dropout(seen))
 
 

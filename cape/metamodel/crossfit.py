@@ -136,14 +136,13 @@ def select(
         return base.replace(select=False), []
     trees = base.replace(surface=0.0)
     structures = [trees.replace(**STRUCTURE_SIZE, **s) for s in STRUCTURES if len(families) > 1 or not s["per_family"]]
-    sample = _sample(rows, SIZE_ROWS)
     first = [f for f in families if f not in RELATIVES] or list(families)
     judged = rows.take(np.isin(rows["family"].astype(str), first))
     best, scores = _best(_sample(judged, STRUCTURE_ROWS), structures, first, mapper)
     best, more = _best(_sample(judged, SIZE_ROWS), [best.replace(**size) for size in SIZES], first, mapper)
     scores += more
     if base.surface and best.line:
-        best, more = _shares(sample, best.replace(surface=base.surface), families, mapper)
+        best, more = _shares(_sample(rows, SIZE_ROWS), best.replace(surface=base.surface), families, mapper)
         scores += more
     return best.replace(select=False), scores
 

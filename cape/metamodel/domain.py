@@ -35,6 +35,7 @@ RANGED = (
     ("log_inputs", "The number of inputs {value:.0f}", "{low:.0f} to {high:.0f}"),
     ("log_outputs", "The number of outputs {value:.0f}", "{low:.0f} to {high:.0f}"),
 )
+_RANGED_NAMES = tuple(name for name, *_ in RANGED)
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ class Domain:
             if math.isinf(threshold):  # too few trials to promise the rate: nothing nearer than any of them is far
                 threshold = float(np.max(np.concatenate([found, statistics.distance(x)])))
             families[family] = FamilyStatistics(statistics.mean, statistics.scale, statistics.precision, threshold)
-            ranges[family] = _ranges(mine)
-            # T* does not depend on N: a relative's trials say as well how it may be.
-            ranges[family] |= {k: v for k, v in _ranges(rows.told(family)[1]).items() if k == "log_n"}
+            # T* does not depend on N: a relative's trials say as well how large it may be.
+            ranges[family] = {**_ranges(mine), **_ranges(rows.told(family)[1], ("log_n",))}
         return cls(names, families, ranges)
 
     def check(self, row: Rows) -> tuple[bool, list[str], float]:
@@ -159,8 +159,8 @@ class Domain:
         return cls(tuple(data["features"]), families, ranges)
 
 
-def _ranges(rows: Rows) -> dict[str, tuple[float, float]]:
-    known = {name: rows[name][np.isfinite(rows[name])] for name, *_ in RANGED}
+def _ranges(rows: Rows, names: Sequence[str] = _RANGED_NAMES) -> dict[str, tuple[float, float]]:
+    known = {name: rows[name][np.isfinite(rows[name])] for name in names}
     return {name: (float(values.min()), float(values.max())) for name, values in known.items() if len(values)}
 
 

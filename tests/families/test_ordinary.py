@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused() -> None:
         families.build(spec.replace(layout="tokens"))
     for name, option, value in (
         ("dense", "norm", "group"), ("convnet", "pool", "min"), ("recurrent", "readout", "first"),
-        ("encoder", "heads", 5),        ("dense", "init", "zeros"), ("convnet", "kernel", 4),
+        ("encoder", "heads", 5), ("dense", "init", "zeros"), ("convnet", "kernel", 4),
     ):  # fmt: skip
         spec = drawn(name, 0)
         with pytest.raises(SpecError, match=f"'{option}'"):
