@@ -215,12 +215,12 @@ def measure(args: argparse.Namespace) -> None:
 def data(args: argparse.Namespace) -> None:
     """``cape data``: the registered datasets and where each is found."""
     from cape import datasets
-    from cape.datasets.known import KNOWN
+    from cape.datasets.known import known as known_as
 
     root = datasets.data_root(args.data_root)
     print(f"data root: {root or 'none (set CAPE_DATA, or give --data-root)'}")
     for name in datasets.names():
-        known = KNOWN.get(name.removesuffix("_chars"))
+        known = known_as(name)
         if root is None and known is not None:  # loading it here would start a download
             print(f"  {name:<20} {'downloaded on first use' if known.torchvision else 'needs a data root'}")
             continue

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-RELATIVES: dict[str, str] = {"dense": "mlp", "convnet": "cnn", "recurrent": "rnn", "encoder": "transformer"}
+RELATIVES: dict[str, str] = {
+    "dense": "mlp",
+    "convnet": "cnn",
+    "recurrent": "rnn",
+    "encoder": "transformer",
+    "backbone": "cnn",
+}
 """Family of ordinary models -> the paper's family beside it, whose trials it learns from as from augmented ones."""
 
 

@@ -102,22 +102,27 @@ def arrange(x: np.ndarray, layout: str) -> np.ndarray:
         return x.reshape(batch, -1)
     if layout == "rows":  # a row of a colour image is its red, then its green, then its blue pixels
         return x.transpose(0, 2, 1, 3).reshape(batch, height, channels * width)
-    if height != SIDE:
-        x = _bilinear(height) @ x
-    if width != SIDE:
-        x = x @ _bilinear(width).T
+    x = resized(x, SIDE)
     return np.repeat(x, 3, axis=1) if channels == 1 else x
 
 
+def resized(x: np.ndarray, side: int) -> np.ndarray:
+    """Return images [B, C, H, W] as [B, C, side, side], bilinearly (pixel centres at halves, edges repeated)."""
+    height, width = x.shape[2:]
+    if height != side:
+        x = _bilinear(side, height) @ x
+    return x if width == side else x @ _bilinear(side, width).T
+
+
 @lru_cache(maxsize=16)
-def _bilinear(size: int) -> np.ndarray:
-    """Return the matrix [32, size] that resizes bilinearly (pixel centres at halves, edges repeated), float32."""
-    at = np.clip((np.arange(SIDE) + 0.5) * size / SIDE - 0.5, 0, size - 1)
+def _bilinear(side: int, size: int) -> np.ndarray:
+    """Return the matrix [side, size] that resizes one dimension, float32."""
+    at = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
     left = np.minimum(at.astype(np.int64), size - 1)
     right, share = np.minimum(left + 1, size - 1), at - left
-    matrix = np.zeros((SIDE, size), dtype=np.float32)
-    np.add.at(matrix, (np.arange(SIDE), left), 1 - share)
-    np.add.at(matrix, (np.arange(SIDE), right), share)
+    matrix = np.zeros((side, size), dtype=np.float32)
+    np.add.at(matrix, (np.arange(side), left), 1 - share)
+    np.add.at(matrix, (np.arange(side), right), share)
     return matrix
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cape.datasets.images import Statistics
+from cape.datasets.sized import split_side
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,8 @@ KNOWN = {
     "imdb": Known("text", 25_000, 2),
     "california_housing": Known("table", 20_640, 1),
 }
+
+
+def known(name: str) -> Known | None:
+    """Return what is known of the dataset that a name is made of (its characters, its images at another size)."""
+    return KNOWN.get(split_side(name)[0].removesuffix("_chars"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from cape.datasets import bundled
 from cape.datasets.dataset import Dataset
 from cape.datasets.known import KNOWN
+from cape.datasets.sized import sized, split_side
 from cape.errors import CapeError, DataError, SpecError, did_you_mean, first_line
 
 Loader = Callable[[Path | None], Dataset]
@@ -68,7 +69,8 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
     """Return a dataset by name, or that of a Parquet file by its path; kept, so that a second call costs nothing.
 
     Args:
-        name: one of :func:`names`, or a path that ends in ``.parquet``.
+        name: one of :func:`names`, or a path that ends in ``.parquet``. ``NAME@SIDE`` is a dataset of images at
+            another size (``cape.datasets.sized``): ``mnist@28``, ``cifar10@224``.
         data_root: see :func:`cape.datasets.data_root`; not used for a path or a bundled dataset.
 
     Raises:
@@ -78,6 +80,9 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
     if not isinstance(name, (str, os.PathLike)):
         raise SpecError(f"A dataset is named by a name or a path that ends in .parquet, not by {name!r}.")
     name = os.fspath(name)
+    base, side = split_side(name)
+    if side is not None and name not in _USERS:
+        return sized(load(base, data_root), side)
     if name.endswith(".parquet"):
         return _from_file(Path(name).expanduser(), name)
     if name in _USERS:

@@ -8,6 +8,7 @@
 ('mlp', 'vector', (64,))
 """
 
+from cape.families.backbone import Backbone
 from cape.families.cnn import CNN
 from cape.families.convnet import ConvNet
 from cape.families.dense import Dense
@@ -18,13 +19,14 @@ from cape.families.registry import DatasetInfo, Family, build, get, names, regis
 from cape.families.rnn import RNN
 from cape.families.transformer import Transformer
 
-for _family in (MLP(), CNN(), RNN(), Transformer(), Dense(), ConvNet(), Recurrent(), Encoder()):
+for _family in (MLP(), CNN(), RNN(), Transformer(), Dense(), ConvNet(), Recurrent(), Encoder(), Backbone()):
     register(_family)
 
 __all__ = [
     "CNN",
     "MLP",
     "RNN",
+    "Backbone",
     "ConvNet",
     "DatasetInfo",
     "Dense",

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cape.config import SweepSpec
-from cape.datasets.known import KNOWN
+from cape.datasets.known import known
 from cape.store import reader
 from cape.store.location import Location
 from cape.sweep.plan import Group, Plan
@@ -114,9 +114,10 @@ def measured_seconds(family: str, dataset: str, batch_size: int) -> float:
     """Return what a trial took when the package was measured, for other batch sizes in proportion; NaN if unknown."""
     if family not in MEASURED_SECONDS:
         return math.nan
-    gray = dataset == "digits" or (dataset in KNOWN and KNOWN[dataset].gray)
+    about = known(dataset)
+    gray = dataset == "digits" or (about is not None and about.gray)
     times = MEASURED_SECONDS[family]["gray" if gray else "colour"]
-    nearest = min(times, key=lambda known: abs(math.log(known / batch_size)))
+    nearest = min(times, key=lambda size: abs(math.log(size / batch_size)))
     return times[nearest] * batch_size / nearest
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from cape import datasets, families
 from cape.config import SweepSpec
-from cape.datasets.known import KNOWN
+from cape.datasets.known import known
 from cape.errors import SpecError, StoreError, first_line
 from cape.store import claims, reader
 from cape.store.location import Location
@@ -105,7 +105,7 @@ def check(
     for family in spec.families:
         families.get(family)
     for name in spec.datasets:
-        if root is None and name.removesuffix("_chars") in KNOWN and not download:
+        if root is None and known(name) is not None and not download:
             continue
         dataset = datasets.load(name, root)
         if spec.task is not None:
