@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 import cape
 from benchmarks.timing import machine, write_json
@@ -44,8 +45,19 @@ def lenet() -> nn.Module:
     return nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 10))
 
 
-def normed_cnn() -> nn.Module:
-    first = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+def mnist_example() -> nn.Module:
+    """The network of ``mnist/main.py`` in pytorch/examples."""
+    first = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+    second = [nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
+    return nn.Sequential(*first, *second)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(models, name)(num_classes=10)
+
+
+def normed_cnn(channels: int = 3) -> nn.Module:
+    first = [nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
     second = [nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(64, 10))
 
@@ -96,6 +108,22 @@ MODELS: dict[str, tuple[str, str, int, Callable[[], nn.Module]]] = {
         for averaged in (False, True)
     },
     "Transformer encoder": ("mnist", "rows", 32, Encoder),
+    "PyTorch's MNIST example": ("mnist@28", "image", 64, mnist_example),
+    "CNN, 1x28x28, batch norm": ("fashion_mnist@28", "image", 32, lambda: normed_cnn(1)),
+    "CNN, 3x64x64, batch norm": ("cifar10@64", "image", 32, normed_cnn),
+    **{
+        f"torchvision's {name}{', 64 pixels' if '@' in data else ''}": (data, "image", 32, _torchvision(name))
+        for name, data in (
+            ("resnet18", "cifar10"),
+            ("resnet50", "cifar10"),
+            ("mobilenet_v3_small", "cifar10"),
+            ("mobilenet_v3_large", "cifar10"),  # these four are none of the family's
+            ("regnet_y_400mf", "cifar10"),
+            ("efficientnet_b1", "cifar10"),
+            ("shufflenet_v2_x0_5", "cifar10"),
+            ("resnet18", "cifar10@64"),
+        )
+    },
 }  # fmt: skip
 
 

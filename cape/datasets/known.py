@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cape.dataset_names import split_side
 from cape.datasets.images import Statistics
-from cape.datasets.sized import split_side
 
 
 @dataclass(frozen=True)

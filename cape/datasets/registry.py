@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from cape.dataset_names import split_side
 from cape.datasets import bundled
 from cape.datasets.dataset import Dataset
 from cape.datasets.known import KNOWN
-from cape.datasets.sized import sized, split_side
+from cape.datasets.sized import sized
 from cape.errors import CapeError, DataError, SpecError, did_you_mean, first_line
 
 Loader = Callable[[Path | None], Dataset]

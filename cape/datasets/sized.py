@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 LARGEST = 1024
 
 
-def split_side(name: str) -> tuple[str, int | None]:
-    """Return the dataset and the side that ``NAME@SIDE`` names; the name and None where it names no side."""
-    base, _, side = name.rpartition("@")
-    return (base, int(side)) if base and side.isascii() and side.isdecimal() else (name, None)
-
-
 def sized(dataset: Dataset, side: int) -> Dataset:
     """Return a dataset of images as ``image`` [B, C, side, side], with the channels that they are stored with.
 

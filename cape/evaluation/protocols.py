@@ -84,7 +84,7 @@ def splits(rows: Rows, protocol: str, test: Rows | None = None) -> tuple[list[Sp
 def _with_augmented(split: Split, extra: Rows, column: str | None) -> Split:
     """Add to a split's training rows the augmented ones that share no value of ``column`` with its test rows."""
     if column is not None:
-        extra = extra.take(~np.isin(extra[column].astype(str), np.unique(split.test[column].astype(str))))
+        extra = extra.take(~np.isin(_left_out(extra, column), np.unique(_left_out(split.test, column))))
     return Split(split.name, split.train.join(extra), split.test)
 
 
@@ -120,13 +120,13 @@ def _fresh(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
 
 
 def _held_out(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
-    names = [_plain(d) in HELD_OUT for d in rows["dataset"]]
+    names = [_plain(d) in HELD_OUT for d in rows.sources]
     inside = np.array(names, dtype=bool)
     if test is None:
         if not inside.any():
             raise DataError("No row is from SVHN or IMDB; sweep them, or pass their meta-dataset as test_dir (--test).")
         test = rows.take(inside)
-    train = rows.take(~inside & ~np.isin(rows["dataset"].astype(str), np.unique(test["dataset"].astype(str))))
+    train = rows.take(~inside & ~np.isin(rows.sources, np.unique(test.sources)))
     if _reached_trials(train) < FEWEST_TRIALS:
         raise DataError("Too few trials remain once the held-out datasets are left out; sweep more datasets.")
     return [Split(", ".join(sorted({str(d) for d in test["dataset"]})), train, test)], []  # one fit serves them all
@@ -134,8 +134,8 @@ def _held_out(rows: Rows, test: Rows | None) -> tuple[list[Split], list[str]]:
 
 def _leave_one_out(rows: Rows, protocol: str) -> tuple[list[Split], list[str]]:
     column = {"lodo": "dataset", "loao": "architecture", "lofo": "family"}[protocol]
-    values = rows.keys("family", "architecture") if protocol == "loao" else rows[column]
-    groups = sorted({v for v in values if v is not None and not (isinstance(v, tuple) and v[1] is None)})
+    values = rows.keys("family", "architecture") if protocol == "loao" else _left_out(rows, column)
+    groups = sorted({v for v in values if not (isinstance(v, tuple) and v[1] is None)})
     if len(groups) < 2:
         raise DataError(f"Leaving one {column} out needs at least two, and the meta-dataset has {len(groups)}.")
     out, notes = [], []
@@ -152,6 +152,11 @@ def _leave_one_out(rows: Rows, protocol: str) -> tuple[list[Split], list[str]]:
     if not out:
         raise DataError(f"No {column} can be left out with enough trials to fit on. " + " ".join(notes))
     return out, notes
+
+
+def _left_out(rows: Rows, column: str) -> np.ndarray:
+    """Return str [n]: what a split leaves out whole; a dataset goes with its images at other sizes."""
+    return rows.sources if column == "dataset" else rows[column].astype(str)
 
 
 def calibration_rows(rows: Rows, seed: int = 0) -> np.ndarray:

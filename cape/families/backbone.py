@@ -23,7 +23,6 @@ NETS = (
     "densenet121",
     "shufflenet_v2_x1_0",
     "squeezenet1_1",
-    "regnet_y_400mf",
     "mnasnet1_0",
     "convnext_tiny",
 )

@@ -72,8 +72,8 @@ def assign_folds(rows: Rows, folds: int, seed: int = 0) -> np.ndarray:
 
 
 def assign_datasets(rows: Rows) -> np.ndarray:
-    """Return int [n]: the fold of each row's dataset, augmented rows' too; at most ``DATASET_FOLDS`` folds."""
-    index = np.unique(rows["dataset"].astype(str), return_inverse=True)[1]
+    """Return int [n]: the fold of the data of each row, augmented rows' too; at most ``DATASET_FOLDS`` folds."""
+    index = np.unique(rows.sources, return_inverse=True)[1]
     return np.random.default_rng(0).permutation(int(index.max()) + 1)[index] % DATASET_FOLDS
 
 

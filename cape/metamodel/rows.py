@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cape.dataset_names import split_side
 from cape.errors import DataError
 from cape.family_names import RELATIVES
 from cape.feature_names import BATCH_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
@@ -155,6 +156,11 @@ class Rows:
     def cells(self) -> np.ndarray:
         """Object [n]: the cell (family, dataset, batch size, lr) of each row."""
         return self.keys("family", "dataset", "batch_size", "lr")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Str [n]: the data that each row's dataset is made of, the same for ``mnist`` and ``mnist@28``."""
+        return np.array([split_side(str(name))[0] for name in self["dataset"]], dtype=str)
 
     def target(self, censored: str) -> np.ndarray:
         """Return T* in steps, [n]; NaN where the row is not to be fitted on.

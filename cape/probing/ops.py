@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -251,27 +251,34 @@ def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto"
         biases: how many biases have the same output gradient.
         form: ``auto``, ``direct`` or ``gram``.
     """
-    norms = _linear_sq_norms(a, g, biases, form)
+    if not native(a, g):
+        return linear_sq_norms_torch(a, g, biases, form)
+    norms = torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), form)
     length, cotangents = a.shape[1], g.shape[0]
-    seldom = length * (a.shape[2] + cotangents * g.shape[3]) > 4 * cotangents * a.shape[2] * g.shape[3]
-    if form != "auto" or length == 1 or seldom or not norms.numel():
+    direct = length * (a.shape[2] + cotangents * g.shape[3]) > 4 * cotangents * a.shape[2] * g.shape[3]
+    if a.is_cpu or form != "auto" or length == 1 or direct:  # a CPU's kernel looks for itself
         return norms
-    # The Gram form adds up terms of either sign. Where little is left of the positive ones, so are few digits.
+    return _uncancelled(
+        norms, a, g, biases, lambda a, g: torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), "direct")
+    )
+
+
+_SHARE_LEFT = {torch.float32: 0.1, torch.float64: 1e-4}  # as in csrc/cpu/linear_sq_norms.cpp
+
+
+def _uncancelled(
+    norms: Tensor, a: Tensor, g: Tensor, biases: int, direct: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return norms [K, B] of the Gram form, those of samples whose terms cancelled from the direct form instead.
+
+    The Gram form adds up terms of either sign. Where little is left of the positive ones, so are few digits.
+    """
     rows = torch.linalg.vector_norm(a, dim=2).square() + biases
     terms = (torch.linalg.vector_norm(g, dim=3).square() * rows).sum(2, dtype=torch.float64)
     lost = (norms < _SHARE_LEFT[a.dtype] * terms).any(0)
     if bool(lost.any()):
-        norms[:, lost] = _linear_sq_norms(a[lost], g[:, lost], biases, "direct")
+        norms[:, lost] = direct(a[lost], g[:, lost])
     return norms
-
-
-_SHARE_LEFT = {torch.float32: 0.1, torch.float64: 1e-4}
-
-
-def _linear_sq_norms(a: Tensor, g: Tensor, biases: int, form: str) -> Tensor:
-    if native(a, g):
-        return torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), form)
-    return linear_sq_norms_torch(a, g, biases, form)
 
 
 def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0, form: str = "auto") -> Tensor:
@@ -286,7 +293,10 @@ def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0, form: str = "au
         size, norms = cotangents * d * p, _direct_form
     step = max(1, MATERIALIZE_ELEMENTS // max(1, size))
     parts = [norms(a[lo : lo + step], g[:, lo : lo + step], biases) for lo in range(0, batch, step)]
-    return torch.cat(parts, 1) if parts else a.new_zeros(cotangents, 0, dtype=torch.float64)
+    found = torch.cat(parts, 1) if parts else a.new_zeros(cotangents, 0, dtype=torch.float64)
+    if form != "auto" or norms is _direct_form:
+        return found
+    return _uncancelled(found, a, g, biases, lambda a, g: linear_sq_norms_torch(a, g, biases, "direct"))
 
 
 def _gram_form(a: Tensor, g: Tensor, biases: int) -> Tensor:

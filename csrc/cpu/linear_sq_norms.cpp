@@ -7,6 +7,9 @@
 
 #include <cape/kernels.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "form.h"
 #include "scratch.h"
 
@@ -35,6 +38,29 @@ double squares(const cape::Kernels<scalar_t>& kernels, const scalar_t* x, int64_
   return sums[1];
 }
 
+// The Gram form adds up terms of either sign. Where no more than this share of the positive ones is left, too few
+// digits are, and the direct form, which adds up squares, takes its place.
+template <typename scalar_t>
+constexpr double kShareLeft = sizeof(scalar_t) == 4 ? 0.1 : 1e-4;
+
+// Whether a norm of one sample is what its Gram form's terms left of one another: a [T, d], g [K, T, p].
+template <typename scalar_t>
+bool cancelled(const cape::Kernels<scalar_t>& kernels, const cape::LinearShape& s, cape::Strided<scalar_t> a,
+               cape::Strided<scalar_t> g, int64_t g_step, const std::vector<double>& total,
+               std::vector<double>& positive) {
+  std::fill(positive.begin(), positive.end(), 0.0);
+  for (int64_t t = 0; t < s.t; ++t) {
+    const double left = squares(kernels, a.data + t * a.row, s.d, a.col) + double(s.biases);
+    for (int64_t k = 0; k < s.cotangents; ++k) {
+      positive[size_t(k)] += left * squares(kernels, g.data + k * g_step + t * g.row, s.p, g.col);
+    }
+  }
+  for (int64_t k = 0; k < s.cotangents; ++k) {
+    if (total[size_t(k)] < kShareLeft<scalar_t> * positive[size_t(k)]) return true;
+  }
+  return false;
+}
+
 // The CPU always works in the tensors' own precision, whatever lower one is allowed.
 Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::string_view, c10::string_view form_name) {
   check_inputs(a, g);
@@ -46,15 +72,17 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
     const auto& kernels = cape::kernels<scalar_t>();
     const cape::LinearShape shape{t, d, p, cotangents, biases};
     cape::Form form = cape::form_of({form_name.data(), form_name.size()});
-    if (form == cape::Form::automatic) form = cape::choose(kernels.tile, shape);
+    const bool chosen = form == cape::Form::automatic;
+    if (chosen) form = cape::choose(kernels.tile, shape);
     TORCH_CHECK(form == cape::Form::direct || form == cape::Form::gram, "linear_sq_norms: no form '", form_name, "'.");
     const scalar_t* a_data = a.const_data_ptr<scalar_t>();
     const scalar_t* g_data = g.const_data_ptr<scalar_t>();
     const int64_t grain = t > 1 ? 1 : std::max<int64_t>(1, 32768 / std::max<int64_t>(1, d + cotangents * p));
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-      std::vector<double> total(static_cast<size_t>(cotangents));
-      const auto scratch =
-          cape::scratch<scalar_t>(t > 1 ? cape::scratch_of(kernels.tile, form, shape) : cape::ScratchSize{0, 0});
+      std::vector<double> total(static_cast<size_t>(cotangents)), positive(total);
+      const auto scratch = [&](cape::Form one) {
+        return cape::scratch<scalar_t>(cape::scratch_of(kernels.tile, one, shape));
+      };
       for (int64_t b = begin; b < end; ++b) {
         const scalar_t* ab = a_data + b * a.stride(0);
         const scalar_t* gb = g_data + b * g.stride(1);
@@ -64,8 +92,13 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
             total[size_t(k)] = left * squares(kernels, gb + k * g.stride(0), p, g.stride(3));
           }
         } else {
-          kernels.linear(form, shape, {ab, a.stride(1), a.stride(2)}, {gb, g.stride(2), g.stride(3)}, g.stride(0),
-                         scratch, total.data());
+          const cape::Strided<scalar_t> left{ab, a.stride(1), a.stride(2)}, right{gb, g.stride(2), g.stride(3)};
+          kernels.linear(form, shape, left, right, g.stride(0), scratch(form), total.data());
+          if (chosen && form == cape::Form::gram &&
+              cancelled(kernels, shape, left, right, g.stride(0), total, positive)) {
+            const auto direct = cape::Form::direct;
+            kernels.linear(direct, shape, left, right, g.stride(0), scratch(direct), total.data());
+          }
         }
         for (int64_t k = 0; k < cotangents; ++k) result[k * batch + b] = total[size_t(k)];
       }

@@ -109,13 +109,23 @@ SPECS, LARGE = one_of_each()
 
 
 def test_every_architecture_is_drawn() -> None:
-    assert families.names() == ("mlp", "cnn", "rnn", "transformer", "dense", "convnet", "recurrent", "encoder")
+    assert families.names() == (
+        "mlp",
+        "cnn",
+        "rnn",
+        "transformer",
+        "dense",
+        "convnet",
+        "recurrent",
+        "encoder",
+        "backbone",
+    )
     drawn = {(s.family, s.architecture) for s in SPECS}
     assert drawn == {(n, a) for n in families.names() for a in families.get(n).architectures}
     assert {(s.family, s.layout) for s in SPECS} == {
         ("mlp", "vector"), ("cnn", "image"), ("rnn", "rows"), ("rnn", "tokens"),
         ("transformer", "image"), ("transformer", "tokens"), ("dense", "vector"), ("convnet", "image"),
-        ("recurrent", "rows"), ("encoder", "rows"), ("encoder", "image"),
+        ("recurrent", "rows"), ("encoder", "rows"), ("encoder", "image"), ("backbone", "image"),
     }  # fmt: skip
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
-from cape import families
+from cape import datasets, families
 from cape.config import ModelSpec, SweepSpec
 from cape.errors import SpecError
-from cape.families import makes, recurrent
+from cape.families import backbone, makes, recurrent
 from cape.family_names import RELATIVES, related
 from cape.probing.per_sample import per_sample_norms
 from cape.probing.reference import per_sample_norms_reference
@@ -21,7 +22,7 @@ from cape.tasks import TASK_LOSS, loss_for
 from cape.trial import run_trials
 from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, batch, built, parameters
 
-NAMES = tuple(RELATIVES)
+NAMES = tuple(name for name in RELATIVES if name != "backbone")  # whose nets are large; `tests/probing` has them
 SEVERAL = [(name, seed) for name in NAMES for seed in range(6)]
 
 
@@ -30,7 +31,7 @@ def drawn(family: str, seed: int, info: object = GRAY) -> ModelSpec:
 
 
 def test_every_make_is_drawn() -> None:
-    made = {name: [drawn(name, seed) for seed in range(200)] for name in NAMES}
+    made = {name: [drawn(name, seed) for seed in range(200)] for name in RELATIVES}
     seen = {n: {k: {str(s.options[k]) for s in specs} for k in specs[0].options} for n, specs in made.items()}
     assert seen["dense"]["norm"] == {"none", "batch", "layer"} and seen["convnet"]["norm"] == {"none", "batch", "group"}
     for name in ("dense", "convnet"):
@@ -41,6 +42,9 @@ def test_every_make_is_drawn() -> None:
     assert seen["encoder"]["readout"] == {"mean", "last", "class"}
     assert seen["encoder"]["position"] == {"none", "learned", "sinusoidal"}
     assert {s.layout for s in made["encoder"]} == {"rows", "image"}
+    assert {(s.options["net"], s.options["fine"]) for s in made["backbone"]} == {
+        (net, fine) for net in backbone.NETS for fine in (False, True)
+    }
     assert max(parameters(s) for name in NAMES for s in {t.to_json(): t for t in made[name]}.values()) < 4_000_000
 
 
@@ -123,6 +127,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for name, option, value in (
         ("dense", "norm", "group"), ("convnet", "pool", "min"), ("recurrent", "readout", "first"),
         ("encoder", "heads", 5), ("dense", "init", "zeros"), ("convnet", "kernel", 4),
+        ("backbone", "net", "vit_b_16"),
     ):  # fmt: skip
         spec = drawn(name, 0)
         with pytest.raises(SpecError, match=f"'{option}'"):
@@ -130,5 +135,24 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_each_stands_beside_one_of_the_papers_families() -> None:
-    assert related("mlp") == ("mlp", "dense") and related("linear") == ("linear",)
+    assert (
+        related("mlp") == ("mlp", "dense")
+        and related("cnn") == ("cnn", "convnet", "backbone")
+        and related("linear") == ("linear",)
+    )
     assert set(RELATIVES.values()) == {"mlp", "cnn", "rnn", "transformer"}
+
+
+def test_backbones_are_torchvisions(data_root: Path) -> None:
+    small, large = datasets.load("mnist@28", data_root), datasets.load("cifar10@96", data_root)
+    nets = {drawn("backbone", seed, small).options["net"] for seed in range(200)}
+    assert nets == set(backbone.NETS) - {"densenet121", "convnext_tiny"}  # whose maps would vanish
+    assert not any(drawn("backbone", seed, large).options["fine"] for seed in range(50))
+    spec = ModelSpec("backbone", "backbone", "image", (3, 32, 32), 10, options={"net": "resnet18", "fine": False})
+    torch.manual_seed(4)
+    same = models.resnet18(num_classes=10)
+    assert all(torch.equal(a, b) for a, b in zip(built(spec, 4).parameters(), same.parameters(), strict=True))
+    fine = built(spec.replace(options={"net": "resnet18", "fine": True}, input_shape=(1, 28, 28)))
+    stem = fine.conv1
+    assert (stem.in_channels, stem.kernel_size, stem.stride) == (1, (3, 3), (1, 1))
+    assert isinstance(fine.maxpool, nn.Identity) and fine.eval()(torch.randn(2, 1, 28, 28)).shape == (2, 10)

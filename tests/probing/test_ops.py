@@ -88,6 +88,23 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
             assert_close(ours, linear_reference(a, g) + count * biases, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "t", "d", "p"), [(1, 2, 64, 48), (5, 7, 96, 33), (3, 6, 40, 300), (0, 4, 64, 64)])
+def test_linear_whose_terms_cancel(b: int, t: int, d: int, p: int, dtype: torch.dtype, backend: str) -> None:
+    """Positions that are nearly the same, with gradients that are nearly opposite: a Gram form keeps few digits."""
+    near = 1e-3 if dtype == torch.float32 else 1e-6
+    a = torch.randn(b, 1, d, dtype=dtype) + near * torch.randn(b, t, d, dtype=dtype)
+    g = torch.randn(2, b, 1, p, dtype=dtype) * torch.ones(t, 1, dtype=dtype).cumsum(0).sub((t + 1) / 2)
+    g[1] = torch.randn(b, t, p, dtype=dtype)  # the other cotangent's terms do not cancel
+    with ops.use_backend(backend):
+        for strided in (g, g.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert_close(ops.linear_sq_norms(a, strided), linear_reference(a, g), dtype)
+    if b and backend == "native":
+        gram = ops.linear_sq_norms(a, g, form="gram")[0]
+        assert float((gram / linear_reference(a, g)[0] - 1).abs().max()) > (1e-5 if dtype == torch.float32 else 1e-11)
+
+
 def test_linear_without_inputs_or_cotangents() -> None:
     for backend in BACKENDS:
         with ops.use_backend(backend):

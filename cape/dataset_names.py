@@ -1,0 +1,9 @@
+"""What the names of datasets say: no data, and no torch, is needed to know it."""
+
+from __future__ import annotations
+
+
+def split_side(name: str) -> tuple[str, int | None]:
+    """Return the dataset and the side that ``NAME@SIDE`` names; the name and None where it names no side."""
+    base, _, side = name.rpartition("@")
+    return (base, int(side)) if base and side.isascii() and side.isdecimal() else (name, None)

@@ -1,0 +1,68 @@
+"""Images at another size: ``NAME@SIDE``."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cape import datasets
+from cape.config import Augmentation
+from cape.dataset_names import split_side
+from cape.datasets.known import known
+from cape.errors import DataError, SpecError
+
+
+def test_names() -> None:
+    assert split_side("mnist@28") == ("mnist", 28) and split_side("a@b@7") == ("a@b", 7)
+    for name in ("mnist", "mnist@", "@28", "mnist@x", "mnist@-1", "mnist@²", "a@2/b.parquet"):
+        assert split_side(name) == (name, None)
+    gray = known("mnist@28")
+    assert gray is not None and gray.gray and known("imdb_chars") == known("imdb") and known("other@28") is None
+
+
+def test_images_as_they_are_stored(data_root: Path) -> None:
+    x, y = datasets.load("mnist@28", data_root).batch(6, 3, "image")
+    pixels, labels = datasets.load("mnist", data_root).batch(6, 3, "vector")
+    assert x.shape == (6, 1, 28, 28) and torch.equal(x.flatten(1), pixels) and torch.equal(y, labels)
+
+
+@pytest.mark.parametrize(("name", "side"), [("cifar10", 20), ("cifar10", 80), ("fashion_mnist", 61), ("digits", 1)])
+def test_other_sizes_are_bilinear(name: str, side: int, data_root: Path) -> None:
+    dataset = datasets.load(f"{name}@{side}", data_root)
+    assert dataset.name == f"{name}@{side}" and dataset.layouts == ("image",)
+    x, _ = dataset.batch(5, 0, "image")
+    assert tuple(x.shape[1:]) == dataset.sample_shape("image") and x.is_contiguous()
+    base = datasets.load(name, data_root)
+    images = base.source.normalized(np.random.default_rng(0).choice(len(base), 5, replace=False), "image", "standard")
+    expected = F.interpolate(torch.from_numpy(images), (side, side), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+
+
+def test_it_is_a_dataset_like_any_other(data_root: Path, tmp_path: Path) -> None:
+    dataset = datasets.load("fashion_mnist@40", data_root)
+    assert len(dataset) == len(datasets.load("fashion_mnist", data_root)) and dataset.full_train_size == 60_000
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again.batch(3, 1, "image")[0], dataset.batch(3, 1, "image")[0])
+    changed = datasets.augmented(dataset, Augmentation(seed=1, classes=0.0, noise=0.5))
+    assert changed.outputs == 2 and changed.batch(4, 0, "image")[0].shape == (4, 1, 40, 40)
+    x, y = dataset.batch(4, 0, "image", task="multilabel")
+    assert y.shape == (4, 10) and x.shape == (4, 1, 40, 40)
+    file = data_root / "fashion_mnist.parquet"
+    assert torch.equal(datasets.load(f"{file}@9").batch(2, 0, "image")[1], dataset.batch(2, 0, "image")[1])
+
+
+def test_what_has_no_size_is_refused(data_root: Path) -> None:
+    with pytest.raises(SpecError, match="'imdb' has no images"):
+        datasets.load("imdb@32", data_root)
+    for side in (0, 1025):
+        with pytest.raises(SpecError, match="1 to 1,024 pixels"):
+            datasets.load(f"mnist@{side}", data_root)
+    with pytest.raises(SpecError, match="comes as image, not as 'vector'"):
+        datasets.load("mnist@28", data_root).batch(1, 0, "vector")
+    with pytest.raises(DataError, match="no data file"):
+        datasets.load("nowhere.parquet@28")
