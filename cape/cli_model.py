@@ -125,7 +125,8 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
         except (Exception, SystemExit) as error:  # likewise
             raise ModelError(
                 f"{path} cannot run on {setting.layout} inputs of shape {tuple(x.shape)}"
-                f" ({type(error).__name__}: {_first_line(error)}); try --layout or --kwargs."
+                f" ({type(error).__name__}: {_first_line(error)}); try --layout, --kwargs or, for images of another"
+                " size, --data NAME@SIDE."
             ) from error
     if isinstance(outputs, torch.Tensor) and not bool(torch.isfinite(outputs).all()):
         raise ModelError(f"{path} returns NaN or infinite outputs at initialization; check its inputs and weights.")

@@ -158,9 +158,9 @@ def predict(
         epsilon: fraction of the first loss to reach, in (0, 1).
         meta_model: a meta-regressor or its directory; the one shipped with CAPE where None.
         family: ``mlp``, ``cnn``, ``rnn``, ``transformer``, the ordinary models beside them (``dense``, ``convnet``,
-            ``recurrent``, ``encoder``) or one of your own; where None, inferred from the layers and from which of the
-            two knows the model better. One that the meta-regressor was not fitted on is out of domain, and has no
-            interval.
+            ``recurrent``, ``encoder``, ``backbone``) or one of your own; where None, inferred from the layers and from
+            which of them knows the model best. One that the meta-regressor was not fitted on is out of domain, and has
+            no interval.
 
     Raises:
         SpecError: lr, ε or dataset_size out of range, or a misspelt family.

@@ -1,9 +1,9 @@
 """What ordinary models share: how a family of them draws and builds; activations, initializations, dropouts.
 
-``dense``, ``convnet``, ``recurrent`` and ``encoder`` are models as people write them, each family beside one of the
-paper's (``family_names.RELATIVES``). The paper's are of one make each: batch norm in every dense and convolutional
-block, one initialization, one way to read the output. Here norm, initialization, activation, sizes and readout are
-drawn.
+``dense``, ``convnet``, ``recurrent`` and ``encoder`` are models as people write them, ``backbone`` as they take them
+from torchvision, each family beside one of the paper's (``family_names.RELATIVES``). The paper's are of one make each:
+batch norm in every dense and convolutional block, one initialization, one way to read the output. Here norm,
+initialization, activation, sizes and readout are drawn.
 """
 
 from __future__ import annotations

@@ -52,6 +52,19 @@ def test_what_is_left_out_is_not_fitted_on(sample: Rows, protocol: str, column: 
         assert split.name not in set(split.train[column])
 
 
+def test_a_dataset_is_left_out_at_every_size(sample: Rows) -> None:
+    sized = np.array([f"{d}@28" if i % 2 else d for i, d in enumerate(sample["dataset"])], dtype=object)
+    made, _ = splits(Rows({**sample.columns, "dataset": sized}), "lodo")
+    assert {s.name for s in made} == set(sample["dataset"])
+    for split in made:
+        assert set(split.test["dataset"]) == {split.name, f"{split.name}@28"}
+        assert not set(split.train["dataset"]) & set(split.test["dataset"])
+    renamed = np.array([f"svhn@{i % 40}" if d == "cifar10" else d for i, d in enumerate(sized)], dtype=object)
+    ((split,), _) = splits(Rows({**sample.columns, "dataset": renamed}), "held-out")
+    assert {d.split("@")[0] for d in split.test["dataset"]} == {"svhn"}
+    assert not any(d.startswith("svhn") for d in split.train["dataset"])
+
+
 def test_augmented_trials_are_fitted_on_but_not_those_of_what_is_left_out(sample: Rows) -> None:
     trials = np.unique(sample["trial_id"].astype(str))[::4]
     marks = np.where(np.isin(sample["trial_id"].astype(str), trials), "{}", None).astype(object)

@@ -216,6 +216,8 @@ def test_a_dataset_is_left_out_whole_with_its_augmented_trials() -> None:
     rows = trials(60).join(augment(trials(60)))
     rows = Rows({**rows.columns, "dataset": np.array(list("abcdef") * 20, object)})
     dealt = assign_datasets(rows)
+    sized = np.array([f"{d}@{i % 3}" for i, d in enumerate(rows["dataset"])], dtype=object)
+    assert (dealt == assign_datasets(Rows({**rows.columns, "dataset": sized}))).all()
     assert set(dealt) == {0, 1, 2, 3}
     assert all(len(set(dealt[rows["dataset"] == d])) == 1 for d in "abcdef")
 
