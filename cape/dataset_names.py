@@ -6,4 +6,5 @@ from __future__ import annotations
 def split_side(name: str) -> tuple[str, int | None]:
     """Return the dataset and the side that ``NAME@SIDE`` names; the name and None where it names no side."""
     base, _, side = name.rpartition("@")
-    return (base, int(side)) if base and side.isascii() and side.isdecimal() else (name, None)
+    number = side.isascii() and side.isdecimal() and len(side) < 10
+    return (base, int(side)) if base and number else (name, None)

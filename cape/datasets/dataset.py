@@ -122,7 +122,8 @@ class Dataset:
         Args:
             size: number B of samples.
             seed: a whole number, zero or more.
-            layout: ``vector`` [B, d], ``rows`` [B, T, d], ``image`` [B, 3, 32, 32] (float32) or ``tokens``
+            layout: ``vector`` [B, d], ``rows`` [B, T, d], ``image`` [B, 3, 32, 32] (of ``NAME@SIDE``, as many
+                channels as are stored and that side; float32) or ``tokens``
                 [B, T] (int64).
             task: another task than the dataset's own (see :meth:`with_task`).
             preprocess: ``standard``: images normalized per channel; ``reference``: as the authors' generators

@@ -19,7 +19,7 @@ from cape.errors import DataError, SpecError
 
 def test_names() -> None:
     assert split_side("mnist@28") == ("mnist", 28) and split_side("a@b@7") == ("a@b", 7)
-    for name in ("mnist", "mnist@", "@28", "mnist@x", "mnist@-1", "mnist@²", "a@2/b.parquet"):
+    for name in ("mnist", "mnist@", "@28", "mnist@x", "mnist@-1", "mnist@²", "mnist@" + "9" * 5000, "a@2/b.parquet"):
         assert split_side(name) == (name, None)
     gray = known("mnist@28")
     assert gray is not None and gray.gray and known("imdb_chars") == known("imdb") and known("other@28") is None

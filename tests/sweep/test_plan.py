@@ -190,6 +190,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
     plans = {path.stem: Plan(read_spec(path)) for path in sorted((ROOT / "ray_jobs" / "specs").glob("*.json"))}
     assert {name: len(plan) for name, plan in plans.items()} == {
         "augmented": 5832,
+        "backbone": 128,
         "faint": 1584,
         "finer": 1656,
         "fresh": 1152,
@@ -198,6 +199,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "ordinary_fresh": 432,
         "plain": 6228,
         "replicates": 960,
+        "sizes": 128,
     }
     ids = np.concatenate([plan.all_ids() for plan in plans.values()])
     assert len(np.unique(ids)) == len(ids)
