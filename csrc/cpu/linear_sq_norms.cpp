@@ -38,6 +38,23 @@ double squares(const cape::Kernels<scalar_t>& kernels, const scalar_t* x, int64_
   return sums[1];
 }
 
+// The same in the tensors' own precision, roughly: sixteen sums at once, which a compiler puts into vectors.
+template <typename scalar_t>
+double rough_squares(const scalar_t* x, int64_t n, int64_t stride) {
+  constexpr int64_t kLanes = 16;
+  scalar_t sums[kLanes] = {};
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * x[i + lane];
+    }
+  }
+  for (; i < n; ++i) sums[i % kLanes] += x[i * stride] * x[i * stride];
+  double total = 0.0;
+  for (const scalar_t sum : sums) total += double(sum);
+  return total;
+}
+
 // The Gram form adds up terms of either sign. Where no more than this share of the positive ones is left, too few
 // digits are, and the direct form, which adds up squares, takes its place.
 template <typename scalar_t>
@@ -45,14 +62,13 @@ constexpr double kShareLeft = sizeof(scalar_t) == 4 ? 0.1 : 1e-4;
 
 // Whether a norm of one sample is what its Gram form's terms left of one another: a [T, d], g [K, T, p].
 template <typename scalar_t>
-bool cancelled(const cape::Kernels<scalar_t>& kernels, const cape::LinearShape& s, cape::Strided<scalar_t> a,
-               cape::Strided<scalar_t> g, int64_t g_step, const std::vector<double>& total,
-               std::vector<double>& positive) {
+bool cancelled(const cape::LinearShape& s, cape::Strided<scalar_t> a, cape::Strided<scalar_t> g, int64_t g_step,
+               const std::vector<double>& total, std::vector<double>& positive) {
   std::fill(positive.begin(), positive.end(), 0.0);
   for (int64_t t = 0; t < s.t; ++t) {
-    const double left = squares(kernels, a.data + t * a.row, s.d, a.col) + double(s.biases);
+    const double left = rough_squares(a.data + t * a.row, s.d, a.col) + double(s.biases);
     for (int64_t k = 0; k < s.cotangents; ++k) {
-      positive[size_t(k)] += left * squares(kernels, g.data + k * g_step + t * g.row, s.p, g.col);
+      positive[size_t(k)] += left * rough_squares(g.data + k * g_step + t * g.row, s.p, g.col);
     }
   }
   for (int64_t k = 0; k < s.cotangents; ++k) {
@@ -94,8 +110,7 @@ Tensor linear_sq_norms(const Tensor& a, const Tensor& g, int64_t biases, c10::st
         } else {
           const cape::Strided<scalar_t> left{ab, a.stride(1), a.stride(2)}, right{gb, g.stride(2), g.stride(3)};
           kernels.linear(form, shape, left, right, g.stride(0), scratch(form), total.data());
-          if (chosen && form == cape::Form::gram &&
-              cancelled(kernels, shape, left, right, g.stride(0), total, positive)) {
+          if (chosen && form == cape::Form::gram && cancelled(shape, left, right, g.stride(0), total, positive)) {
             const auto direct = cape::Form::direct;
             kernels.linear(direct, shape, left, right, g.stride(0), scratch(direct), total.data());
           }
