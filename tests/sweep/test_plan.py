@@ -197,6 +197,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "held_out": 342,
         "ordinary": 2448,
         "ordinary_fresh": 432,
+        "ordinary_replicates": 720,
         "plain": 6228,
         "replicates": 960,
         "sizes": 128,
