@@ -16,6 +16,8 @@ SLOW_FEATURES = (
 # What a model and a batch are, without any pass through the model.
 SHAPE_FEATURES = ("log_layers", "log_inputs", "log_outputs")
 BATCH_FEATURES = ("log_steepness", "log_hardness", "log_flow")
+# What the first and the last weight see, and how the loss depends on it.
+END_FEATURES = ("log_hidden_hardness", "log_hidden_size", "log_hidden_pull", "log_entry_pull", "log_late_share")
 FEATURE_NAMES = (
     "log_p",
     "log_g2",
@@ -34,4 +36,5 @@ FEATURE_NAMES = (
     *SHAPE_FEATURES,
     "draw_noise",
     *BATCH_FEATURES,
+    *END_FEATURES,
 )

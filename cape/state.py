@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -255,6 +256,12 @@ def has_hooks(model: nn.Module) -> bool:
 def has_gradient_hooks(parameters: Iterable[Tensor]) -> bool:
     """Return whether code of the caller's changes a parameter's gradient."""
     return any(p._backward_hooks for p in parameters)
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run compiled modules as they were written: compiled code shows no operator."""
+    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it would take seconds
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def call(model: nn.Module, x: Inputs) -> Any:

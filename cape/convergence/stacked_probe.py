@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from cape.convergence.convert import Unstackable, layers_of
 from cape.convergence.draws import Draws
-from cape.convergence.layers import StackedParameter
+from cape.convergence.layers import Layer, Linear, StackedParameter
 from cape.convergence.stack import Subject, backwards, loss_gradients, stacked_losses
 from cape.errors import ModelError
 from cape.probing.chain import chain_norms, chain_of
+from cape.probing.ends import end_signals
 from cape.probing.features import LINE, Features, FirstStep, features_of, gradient_signals, step_of
 from cape.probing.signals import draw_noise
 from cape.probing.wanted import Norms, Wanted
@@ -36,7 +37,8 @@ def probed_together(model: nn.Module, batch: tuple[Tensor, Tensor], loss: str) -
     except Unstackable:
         return 0
     fits = y.device.type == "cpu" and len(y) > 1 and Loss(loss).is_named
-    if not fits or x.dtype != torch.float32 or chain_of(model, x) is None:
+    chain = chain_of(model, x) if fits and x.dtype == torch.float32 else None
+    if chain is None or sum(isinstance(layer, nn.Linear) for layer in chain) < 2:
         return 0
     return max(1, min(_WIDEST, _BYTES // sum(p.nbytes for p in model.parameters())))
 
@@ -94,6 +96,18 @@ class _FixedMasks(Draws):
         return out.copy_(self._masks[self._next - 1])
 
 
+class _Seen(Layer):
+    """Nothing, in front of the last dense layer: it keeps what passes there."""
+
+    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        self.values = x
+        return x
+
+    def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
+        self.gradient = grad
+        return grad
+
+
 class _ProbeStack:
     """Several models, their batches and the layers that run them."""
 
@@ -105,6 +119,11 @@ class _ProbeStack:
             raise Unstackable("it is no chain of dense layers over vectors")
         self._criterion = criterion
         self._layers = layers_of(models[0], len(models))
+        dense = [i for i, layer in enumerate(self._layers) if isinstance(layer, Linear)]
+        if len(dense) < 2:
+            raise Unstackable("it has no hidden layer")
+        self._hidden = _Seen()
+        self._layers.insert(dense[-1], self._hidden)
         self._parameters: list[StackedParameter] = [p for layer in self._layers for p in layer.parameters]
         self._lrs = [s.lr for s in subjects]
         self._x = torch.stack([s.batch[0].detach() for s in subjects])
@@ -127,6 +146,10 @@ class _ProbeStack:
             raise ModelError("A loss at initialization is not positive and finite.")
         for _ in backwards(self._layers, grad):
             pass
+        hidden = self._hidden.values
+        ends = [
+            end_signals(hidden[slot], self._hidden.gradient[slot], self._y[slot], losses[slot].item()) for slot in slots
+        ]
         gradients = [
             gradient_signals(
                 [p.value[slot] for p in self._parameters], [p.grad[slot] for p in self._parameters], self._lrs[slot]
@@ -146,7 +169,7 @@ class _ProbeStack:
             after.append(stacked_losses(self._criterion, moved[-1], self._y).tolist())
         return [
             step_of(
-                self._criterion, outputs[slot], self._y[slot], losses[slot].item(), gradients[slot],
+                self._criterion, outputs[slot], self._y[slot], losses[slot].item(), gradients[slot], ends[slot],
                 [there[slot] for there in moved], [values[slot] for values in after],
                 draw_noise(outputs[slot], redrawn[slot]),
             )

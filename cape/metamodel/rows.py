@@ -14,7 +14,7 @@ import numpy as np
 from cape.dataset_names import split_side
 from cape.errors import DataError
 from cape.family_names import RELATIVES
-from cape.feature_names import BATCH_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
+from cape.feature_names import BATCH_FEATURES, END_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,7 @@ PRODUCT_FEATURES = (
     *SHAPE_FEATURES,
     "draw_noise",
     *BATCH_FEATURES,
+    *END_FEATURES,
     "family",
 )
 CAP = 5000.0

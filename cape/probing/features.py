@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from cape.config import check_count, check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
+from cape.probing.ends import Ends, EndSignals, end_signals, mark_data
 from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
@@ -22,6 +25,7 @@ from cape.state import (
     Untouched,
     call,
     check_batch,
+    eagerly,
     ordinary_tensor,
     preserved,
     running,
@@ -65,6 +69,8 @@ class Features:
             train mode (see ``signals.draw_noise``); 0 for a model that draws nothing.
         log_steepness, log_hardness, log_flow: how hard the batch's targets are to tell apart by its inputs (see
             ``separation``).
+        log_hidden_hardness, log_hidden_size, log_hidden_pull, log_entry_pull, log_late_share: what the first weight and
+            the last one see, in train mode, and how the loss depends on it (see ``ends.end_signals``).
     """
 
     log_p: float
@@ -95,6 +101,11 @@ class Features:
     log_steepness: float
     log_hardness: float
     log_flow: float
+    log_hidden_hardness: float
+    log_hidden_size: float
+    log_hidden_pull: float
+    log_entry_pull: float
+    log_late_share: float
 
     def as_dict(self) -> dict[str, float | None]:
         """Return the features by name, in the order of ``FEATURE_NAMES``."""
@@ -174,6 +185,11 @@ def features_of(
         log_steepness=apart.steepness,
         log_hardness=apart.hardness,
         log_flow=apart.flow,
+        log_hidden_hardness=line.ends.hidden_hardness,
+        log_hidden_size=line.ends.hidden_size,
+        log_hidden_pull=line.ends.hidden_pull,
+        log_entry_pull=line.ends.entry_pull,
+        log_late_share=line.ends.late_share,
     )
 
 
@@ -184,7 +200,7 @@ class FirstStep:
     Attributes:
         l0, grad_l1, grad_l2: the loss and its gradient's norms.
         log_output_spread: see ``signals.output_spread``.
-        layers: how that gradient is spread over the layers.
+        layers: how that gradient is spread over the layers. ends: what the first and the last weight see.
         after, spreads: the loss after each of ``LINE`` such updates, and how the samples' losses differ then.
         log_own: see ``own_decrease``, at the last of them.
         outputs: numbers that a sample's output has. draw_noise: see ``signals.draw_noise``.
@@ -195,6 +211,7 @@ class FirstStep:
     grad_l2: float
     log_output_spread: float
     layers: LayerSignals
+    ends: EndSignals
     after: tuple[float, ...]
     spreads: tuple[float, ...]
     log_own: float
@@ -215,26 +232,39 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     if y.is_cuda:
         generators.append(torch.cuda.default_generators[y.device.index])
 
-    def outputs_now(seed: int = 0) -> Tensor:
+    def outputs_now(seed: int = 0, watching: AbstractContextManager[Any] | None = None) -> Tensor:
         seed_draws(seed, [y.device.index] if y.is_cuda else [])
-        return call(model, inputs.again())
+        given = inputs.again()
+        with watching or nullcontext():
+            return call(model, given)
 
     most = min(torch.finfo(p.dtype).max for p in params)
     if lr * LINE[-1] > most:
         raise SpecError(f"A learning rate of {lr:g} takes the parameters beyond what their type holds ({most:.1e}).")
-    with preserved(criterion.beside(model), seed=0, parameters=True), torch.inference_mode(False), torch.enable_grad():
+    with (
+        preserved(criterion.beside(model), seed=0, parameters=True),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        eagerly(),
+    ):
         inputs = Untouched(x)
+        mark_data(inputs.again())
+        ends = Ends(params, len(y))
         y = ordinary_tensor(y)
         model.train()
         with running(model, "in train mode"):
-            outputs = outputs_now()
+            outputs = outputs_now(watching=ends)
         criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
         l0 = loss.item()
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        hidden = outputs if ends.hidden is None else ends.hidden
+        entry = hidden if ends.entry is None else ends.entry.values
+        *grads, of_hidden, of_entry = torch.autograd.grad(loss, [*params, hidden, entry], allow_unused=True)
+        seen = end_signals(hidden, of_hidden, y, l0, ends.entry, of_entry)
+        del ends, hidden, entry, of_hidden, of_entry
         moving = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
         gradient = gradient_signals([p for p, _ in moving], [g for _, g in moving], lr)
         directions = [(p, g.sign()) for p, g in moving]
@@ -248,7 +278,7 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
                 done = k
                 moved.append(outputs_now())
                 after.append(criterion.mean(moved[-1], y).item())
-        return step_of(criterion, outputs, y, l0, gradient, moved, after, noise)
+        return step_of(criterion, outputs, y, l0, gradient, seen, moved, after, noise)
 
 
 def gradient_signals(
@@ -268,6 +298,7 @@ def step_of(
     targets: Tensor,
     l0: float,
     gradient: tuple[float, float, LayerSignals],
+    ends: EndSignals,
     moved: Sequence[Tensor],
     after: Sequence[float],
     noise: float,
@@ -279,7 +310,7 @@ def step_of(
     spreads = tuple(spread(criterion.per_sample(there, targets)) for there in moved)
     own = own_decrease(leaf, residual, moved[-1], l0)
     size = leaf.numel() // len(leaf)
-    return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], tuple(after), spreads, own, size, noise)
+    return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], ends, tuple(after), spreads, own, size, noise)
 
 
 def _log(value: float) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -39,6 +38,7 @@ from cape.state import (
     Kept,
     call,
     check_batch,
+    eagerly,
     evaluated,
     map_tensors,
     ordinary_tensor,
@@ -128,7 +128,7 @@ def all_norms(
         evaluated(model, wanted.criterion.beside(model), seed=0) as kept,
         ops.use_backend(backend),
         torch.enable_grad(),
-        _eagerly(),
+        eagerly(),
         kept_memory(y.device),
     ):
         look = partial(scan, model, x, batch_size, list(params.values()), kept)
@@ -149,12 +149,6 @@ def all_norms(
             _log.debug("one scan was not enough: %s", error)
             parts = run(look())
     return Norms.joined(parts)
-
-
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled modules as they were written: compiled code shows no operator."""
-    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it would take seconds
-    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
 
 
 def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool) -> None:

@@ -66,6 +66,20 @@ def separation(x: Inputs, y: Tensor) -> Separation:
     )
 
 
+def hardness(values: Tensor, y: Tensor) -> float:
+    """Return the ``hardness`` of ``separation`` alone, of one tensor of values [B, ...], without eigenvalues."""
+    count = min(len(y), MOST)
+    differ = _relative(_squares(y[:count]))
+    if not differ.any():
+        return -math.log1p(RIDGE)
+    kernel = _centred(torch.exp(-_relative(_squares(values[:count]))))
+    kernel /= max(float(kernel.trace()) / (count - 1), 1e-300)
+    wanted = _centred(-0.5 * differ)
+    kernel.diagonal().add_(RIDGE)
+    left = torch.cholesky_solve(wanted, torch.linalg.cholesky(kernel))
+    return math.log(float(left.trace() / wanted.trace()))
+
+
 def _squares(values: Tensor) -> Tensor:
     """Return the squared distances between samples [B, ...], float64 [B, B]; of integers, how many differ."""
     flat = values.detach().reshape(len(values), -1)

@@ -47,9 +47,9 @@ def layer_signals(
         return LayerSignals(math.log(FLOOR), math.log(FLOOR), math.log(FLOOR))
     _, count, size, square = (sum(values) for values in zip(*known, strict=True))
     return LayerSignals(
-        weakest=_log_ratio(math.sqrt(min(s / n for _, n, _, s in weights)), math.sqrt(square / count)),
-        last_share=_log_ratio(weights[-1][2], size),
-        move=_log_ratio(lr * math.sqrt(count), length),
+        weakest=log_ratio(math.sqrt(min(s / n for _, n, _, s in weights)), math.sqrt(square / count)),
+        last_share=log_ratio(weights[-1][2], size),
+        move=log_ratio(lr * math.sqrt(count), length),
     )
 
 
@@ -71,7 +71,7 @@ def output_spread(outputs: Tensor) -> float:
     No less than the logarithm of ``FLOOR``: of a batch of one it is that.
     """
     values = outputs.detach().double().flatten(1) if outputs.dim() > 1 else outputs.detach().double()[:, None]
-    return _log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
+    return log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
 
 
 def draw_noise(outputs: Tensor, redrawn: Tensor) -> float:
@@ -101,10 +101,10 @@ def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) ->
     change = (moved.detach().double() - outputs.detach().double()).reshape(count, -1)
     pull = residual.detach().double().reshape(count, -1)
     own = -float(((change - change.mean(0)) * (pull - pull.mean(0))).sum()) / count
-    return _log_ratio(own, l0) if math.isfinite(own) else math.log(FLOOR)
+    return log_ratio(own, l0) if math.isfinite(own) else math.log(FLOOR)
 
 
-def _log_ratio(part: float, whole: float) -> float:
+def log_ratio(part: float, whole: float) -> float:
     """Return log(part / whole), no less than the logarithm of ``FLOOR`` and no more than its negative."""
     if not whole > 0.0:
         return math.log(FLOOR)

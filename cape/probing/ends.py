@@ -1,0 +1,184 @@
+"""Where a model's weights first meet its data and where they last do: what it reads, and what its head sees.
+
+A torch-function mode watches one ordinary forward pass for the operators that take a weight (a trainable parameter of
+two dimensions or more, or what was computed from such alone) together with data. The data of the first is the *entry*
+(of an embedding: the rows that it looks up), the data of the last the *hidden* representation. Both are in the pass's
+graph, so that the backward pass that follows gives their gradients as well. Nothing that is computed changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cape.probing import operators
+from cape.probing.operators import tensors_in, written_by
+from cape.probing.separation import hardness
+from cape.probing.signals import log_ratio
+from cape.probing.uses import wide
+from cape.state import map_tensors
+
+_CHANNELS_FIRST = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The data of the first weight: ``values`` of any layout; whether the channels come before the positions."""
+
+    values: Tensor
+    channels_first: bool
+
+
+@dataclass(frozen=True)
+class EndSignals:
+    """Natural logarithms; see ``Features``."""
+
+    hidden_hardness: float
+    hidden_size: float
+    hidden_pull: float
+    entry_pull: float
+    late_share: float
+
+
+class Ends(TorchFunctionMode):
+    """The mode.
+
+    Attributes:
+        entry, hidden: what was seen, each as this use of it alone has it; ``None`` where no weight met data: a
+            scripted model shows no operator, and one that is batched or differentiated inside is passed over.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+        """Args: ``parameters``: that are trained. ``count``: samples of the batch."""
+        super().__init__()
+        self._count = count
+        self.entry: Entry | None = None
+        self.hidden: Tensor | None = None
+        self._of_parameters = {id(p): p for p in parameters}
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in operators.PASSIVE or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        found = tensors_in((args, kwargs))
+        of_parameters = [t for t in found if id(t) in self._of_parameters]
+        data = [t for t in found if getattr(t, "_cape_data", False) or (t.requires_grad and not self._known(t))]
+        if of_parameters and not data:
+            result = func(*args, **kwargs)
+            self._of_parameters.update((id(t), t) for t in tensors_in(result) if t.requires_grad)
+            return result
+        weighs = any(t.dim() >= 2 for t in of_parameters if t.layout is torch.strided)
+        if data and weighs and not written_by(func, args, kwargs) and not _transformed():
+            result = self._meet(func, args, kwargs, data[-1])  # ``tensors_in`` finds the last one first
+        else:
+            result = func(*args, **kwargs)
+        if data and func not in operators.CONSTANTS:
+            mark_data(result)
+        return result
+
+    def _known(self, t: Tensor) -> bool:
+        return id(t) in self._of_parameters
+
+    def _meet(self, func: Any, args: Any, kwargs: Any, data: Tensor) -> Any:
+        """Run an operator on data that a backward pass gives the gradient of, and remember it."""
+        if data.is_floating_point() and data.layout is torch.strided:
+            seen = data.view_as(data) if data.requires_grad else data.detach().requires_grad_()
+            args, kwargs = map_tensors(lambda t: seen if t is data else t, (args, kwargs))
+            result = func(*args, **kwargs)
+            if by_sample(seen, self._count) is not None:
+                self.hidden = seen
+        else:
+            seen = result = func(*args, **kwargs)
+        if self.entry is None and isinstance(seen, Tensor) and seen.requires_grad:
+            self.entry = Entry(seen, func in _CHANNELS_FIRST)
+        return result
+
+
+def mark_data(values: Any) -> None:
+    """Mark every tensor among the values as computed from the inputs."""
+    for t in tensors_in(values):
+        if not isinstance(t, torch.nn.Parameter):
+            t._cape_data = True  # type: ignore[attr-defined]
+
+
+def _transformed() -> bool:
+    """Whether the model is inside one of torch.func's transformations of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def end_signals(
+    hidden: Tensor,
+    hidden_gradient: Tensor | None,
+    targets: Tensor,
+    l0: float,
+    entry: Entry | None = None,
+    entry_gradient: Tensor | None = None,
+) -> EndSignals:
+    """Return what the two ends say.
+
+    ``hidden_hardness``: ``separation``'s of the hidden representation: how hard the targets are to tell apart where
+    the head stands. ``hidden_size``: log of its root mean square. ``hidden_pull``: log Σ|h·∂L/∂h| / L_0: the relative
+    change of the loss when every hidden value grows or shrinks by its own size, to first order. ``entry_pull``: the
+    same of the entry, where samples have positions there (a sequence, an image), else 0. ``late_share``: log of the
+    share of Σ|∂L/∂entry| that the last eighth of the positions has, over an eighth, the mean of the samples' shares:
+    high where a recurrent model is read at its end, 0 where all positions count alike.
+
+    Args:
+        hidden, hidden_gradient: of one layout, whatever it is. targets: [B, ...]. l0: mean loss.
+    """
+    values = by_sample(hidden.detach(), len(targets))
+    assert values is not None  # what ``Ends`` remembers has the batch
+    size = math.sqrt(wide(hidden.detach()).square().sum(dtype=torch.float64).item() / max(1, hidden.numel()))
+    read = None if entry is None or entry_gradient is None else by_sample(entry_gradient, len(targets))
+    pull, late = 0.0, 0.0
+    if read is not None and entry is not None and read.dim() >= 3:
+        pull = _pull(entry.values, entry_gradient, l0)
+        late = _late(read, 1 if entry.channels_first else -1)
+    return EndSignals(
+        hidden_hardness=hardness(values, targets),
+        hidden_size=log_ratio(_finite(size), 1.0),
+        hidden_pull=_pull(hidden, hidden_gradient, l0),
+        entry_pull=pull,
+        late_share=late,
+    )
+
+
+def by_sample(t: Tensor, count: int) -> Tensor | None:
+    """Return [B, ...] of a tensor whose batch is its first dimension, its second, or a part of its first.
+
+    ``None`` where it is none of these.
+    """
+    if t.dim() and len(t) == count:
+        return t
+    if t.dim() > 1 and t.shape[1] == count:
+        return t.transpose(0, 1)
+    return t.reshape(count, -1, *t.shape[1:]) if t.dim() and len(t) % count == 0 else None
+
+
+def _pull(values: Tensor, gradient: Tensor | None, l0: float) -> float:
+    if gradient is None:
+        return log_ratio(0.0, l0)
+    change = (wide(values.detach()) * wide(gradient)).abs_().sum(dtype=torch.float64).item()
+    return log_ratio(_finite(change), l0)
+
+
+def _finite(value: float) -> float:
+    """Return a value, infinity where it is no number: ``log_ratio`` cuts it off."""
+    return math.inf if math.isnan(value) else value
+
+
+def _late(gradient: Tensor, channels: int) -> float:
+    """Return the signal for gradients [B, ...] whose dimension ``channels`` is no position."""
+    each = wide(gradient).abs().sum(channels, dtype=torch.float64).flatten(1)
+    each = torch.nan_to_num(each / each.sum(1, keepdim=True)).mean(0)
+    last = max(1, each.numel() // 8)
+    even = float(each.sum()) * last / each.numel()
+    return log_ratio(float(each[-last:].sum()), even) if even else 0.0
