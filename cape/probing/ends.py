@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
-from cape.probing.operators import tensors_in, written_by
+from cape.probing.operators import tensors_in, watched_backward, watched_grad, written_by
 from cape.probing.separation import hardness
 from cape.probing.signals import log_ratio
 from cape.probing.uses import wide
@@ -54,12 +54,15 @@ class Ends(TorchFunctionMode):
     Attributes:
         entry, hidden: what was seen, each as this use of it alone has it; ``None`` where no weight met data: a
             scripted model shows no operator, and one that is batched or differentiated inside is passed over.
+        repeating: whether a pass is only made again, as checkpoints do in the backward pass, which then sees what the
+            first pass saw.
     """
 
     def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
         """Args: ``parameters``: that are trained. ``count``: samples of the batch."""
         super().__init__()
         self._count = count
+        self.repeating = False
         self.entry: Entry | None = None
         self.hidden: Tensor | None = None
         self._of_parameters = {id(p): p for p in parameters}
@@ -70,43 +73,83 @@ class Ends(TorchFunctionMode):
             return func(*args, **kwargs)
         found = tensors_in((args, kwargs))
         of_parameters = [t for t in found if id(t) in self._of_parameters]
-        data = [t for t in found if getattr(t, "_cape_data", False) or (t.requires_grad and not self._known(t))]
+        data = [t for t in found if self._is_data(t)]
         if of_parameters and not data:
             result = func(*args, **kwargs)
             self._of_parameters.update((id(t), t) for t in tensors_in(result) if t.requires_grad)
             return result
         weighs = any(t.dim() >= 2 for t in of_parameters if t.layout is torch.strided)
         if data and weighs and not written_by(func, args, kwargs) and not _transformed():
-            result = self._meet(func, args, kwargs, data[-1])  # ``tensors_in`` finds the last one first
+            result = self._meet(func, args, kwargs, data[::-1])  # ``tensors_in`` finds the last one first
         else:
             result = func(*args, **kwargs)
         if data and func not in operators.CONSTANTS:
             mark_data(result)
         return result
 
-    def _known(self, t: Tensor) -> bool:
-        return id(t) in self._of_parameters
+    def _is_data(self, t: Tensor) -> bool:
+        """Whether a value was computed from the inputs, also by what shows no operator (numpy, scripted parts)."""
+        if id(t) in self._of_parameters:
+            return False
+        if getattr(t, "_cape_data", False) or t.requires_grad:
+            return True
+        return t.is_floating_point() and t.dim() > 0 and len(t) == self._count
 
-    def _meet(self, func: Any, args: Any, kwargs: Any, data: Tensor) -> Any:
+    def _meet(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor]) -> Any:
         """Run an operator on data that a backward pass gives the gradient of, and remember it."""
-        if data.is_floating_point() and data.layout is torch.strided:
-            seen = data.view_as(data) if data.requires_grad else data.detach().requires_grad_()
-            args, kwargs = map_tensors(lambda t: seen if t is data else t, (args, kwargs))
-            result = func(*args, **kwargs)
-            if by_sample(seen, self._count) is not None:
-                self.hidden = seen
-        else:
+        met = next(filter(_is_plain, data), None)
+        if met is None:
             seen = result = func(*args, **kwargs)
-        if self.entry is None and isinstance(seen, Tensor) and seen.requires_grad:
+        else:
+            seen = met.view_as(met) if met.requires_grad else met.detach().requires_grad_()
+            result = func(
+                *map_tensors(lambda t: seen if t is met else t, args),
+                **map_tensors(lambda t: seen if t is met else t, kwargs),
+            )
+        if self.repeating or not (isinstance(seen, Tensor) and _is_plain(seen)):
+            return result
+        if self.entry is None and seen.requires_grad:
             self.entry = Entry(seen, func in _CHANNELS_FIRST)
+        if met is not None and by_sample(seen, self._count) is not None:
+            self.hidden = seen
         return result
 
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], outputs: Tensor, targets: Tensor, accumulating: bool = False
+    ) -> tuple[list[Tensor | None], EndSignals]:
+        """Return a mean loss's gradients for the parameters, and what the ends say.
 
-def mark_data(values: Any) -> None:
-    """Mark every tensor among the values as computed from the inputs."""
+        The outputs are the hidden representation where no other was seen. ``accumulating``: by ``backward``, into
+        the ``grad`` of all leaves, which must be none.
+        """
+        hidden = outputs if self.hidden is None else self.hidden
+        entry = None if self.entry is None else self.entry.values
+        wanted = [*parameters, hidden, *([] if entry is None else [entry])]
+        self.repeating = True
+        with self:
+            if accumulating:
+                for t in wanted:
+                    t.retain_grad()
+                watched_backward(loss)
+                found = [t.grad for t in wanted]
+            else:
+                found = list(watched_grad(loss, wanted, allow_unused=True))
+        grads, (of_hidden, *of_entry) = found[: len(parameters)], found[len(parameters) :]
+        channels_first = self.entry is not None and self.entry.channels_first
+        read = None if entry is None or of_entry[0] is None else (entry, of_entry[0], channels_first)
+        return grads, end_signals(hidden, of_hidden, targets, loss.item(), read)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.is_floating_point() and t.layout is torch.strided
+
+
+def mark_data(values: Any) -> Any:
+    """Mark every tensor among the values as computed from the inputs, and return them."""
     for t in tensors_in(values):
         if not isinstance(t, torch.nn.Parameter):
             t._cape_data = True  # type: ignore[attr-defined]
+    return values
 
 
 def _transformed() -> bool:
@@ -119,8 +162,7 @@ def end_signals(
     hidden_gradient: Tensor | None,
     targets: Tensor,
     l0: float,
-    entry: Entry | None = None,
-    entry_gradient: Tensor | None = None,
+    read: tuple[Tensor, Tensor, bool] | None = None,
 ) -> EndSignals:
     """Return what the two ends say.
 
@@ -132,22 +174,26 @@ def end_signals(
     high where a recurrent model is read at its end, 0 where all positions count alike.
 
     Args:
-        hidden, hidden_gradient: of one layout, whatever it is. targets: [B, ...]. l0: mean loss.
+        hidden, hidden_gradient: of one layout, with the batch where ``by_sample`` finds it.
+        targets: [B, ...].
+        l0: mean loss.
+        read: the entry, its gradient, and whether its channels come before its positions.
     """
     values = by_sample(hidden.detach(), len(targets))
-    assert values is not None  # what ``Ends`` remembers has the batch
+    assert values is not None
     size = math.sqrt(wide(hidden.detach()).square().sum(dtype=torch.float64).item() / max(1, hidden.numel()))
-    read = None if entry is None or entry_gradient is None else by_sample(entry_gradient, len(targets))
-    pull, late = 0.0, 0.0
-    if read is not None and entry is not None and read.dim() >= 3:
-        pull = _pull(entry.values, entry_gradient, l0)
-        late = _late(read, 1 if entry.channels_first else -1)
+    entry_pull, late_share = 0.0, 0.0
+    if read is not None:
+        entry, gradient, channels_first = read
+        each = by_sample(gradient, len(targets))
+        if each is not None and each.dim() >= 3:
+            entry_pull, late_share = _pull(entry, gradient, l0), _late(each, 1 if channels_first else -1)
     return EndSignals(
         hidden_hardness=hardness(values, targets),
         hidden_size=log_ratio(_finite(size), 1.0),
         hidden_pull=_pull(hidden, hidden_gradient, l0),
-        entry_pull=pull,
-        late_share=late,
+        entry_pull=entry_pull,
+        late_share=late_share,
     )
 
 

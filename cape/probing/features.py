@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from cape.config import check_count, check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
-from cape.probing.ends import Ends, EndSignals, end_signals, mark_data
+from cape.probing.ends import Ends, EndSignals, mark_data
 from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
@@ -232,11 +230,13 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     if y.is_cuda:
         generators.append(torch.cuda.default_generators[y.device.index])
 
-    def outputs_now(seed: int = 0, watching: AbstractContextManager[Any] | None = None) -> Tensor:
+    def outputs_now(seed: int = 0, ends: Ends | None = None) -> Tensor:
         seed_draws(seed, [y.device.index] if y.is_cuda else [])
         given = inputs.again()
-        with watching or nullcontext():
+        if ends is None:
             return call(model, given)
+        with ends:
+            return call(model, mark_data(given))
 
     most = min(torch.finfo(p.dtype).max for p in params)
     if lr * LINE[-1] > most:
@@ -248,23 +248,24 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         eagerly(),
     ):
         inputs = Untouched(x)
-        mark_data(inputs.again())
-        ends = Ends(params, len(y))
         y = ordinary_tensor(y)
         model.train()
         with running(model, "in train mode"):
-            outputs = outputs_now(watching=ends)
+            outputs = outputs_now(ends=(ends := Ends(params, len(y))))
         criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
         l0 = loss.item()
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
-        hidden = outputs if ends.hidden is None else ends.hidden
-        entry = hidden if ends.entry is None else ends.entry.values
-        *grads, of_hidden, of_entry = torch.autograd.grad(loss, [*params, hidden, entry], allow_unused=True)
-        seen = end_signals(hidden, of_hidden, y, l0, ends.entry, of_entry)
-        del ends, hidden, entry, of_hidden, of_entry
+        try:
+            grads, seen = ends.gradients(loss, params, outputs, y)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):  # a re-entrant checkpoint goes back by ``backward`` alone
+                raise
+            outputs = outputs_now(ends=(ends := Ends(params, len(y))))
+            grads, seen = ends.gradients(criterion.mean(outputs, y), params, outputs, y, accumulating=True)
+        del ends
         moving = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
         gradient = gradient_signals([p for p, _ in moving], [g for _, g in moving], lr)
         directions = [(p, g.sign()) for p, g in moving]

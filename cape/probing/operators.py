@@ -137,6 +137,11 @@ def opened(func: Any) -> Any | None:
     return _opened_functions[func]
 
 
+# torch.autograd's own without their override checks: a mode sees what a checkpoint recomputes inside them.
+watched_backward = opened(torch.autograd.backward) or torch.autograd.backward
+watched_grad = opened(torch.autograd.grad) or torch.autograd.grad
+
+
 # ---- copies of one tensor ----
 
 _COPIES = {Tensor.contiguous, Tensor.clone, torch.clone}

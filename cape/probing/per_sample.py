@@ -29,7 +29,7 @@ from cape.probing.cotangents import hidden
 from cape.probing.fallback import fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
-from cape.probing.operators import opened
+from cape.probing.operators import watched_backward, watched_grad
 from cape.probing.scan import INTERACTING, INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
 from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind, takes_turns
 from cape.probing.wanted import Norms, Wanted
@@ -50,10 +50,6 @@ from cape.state import (
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
-
-# Without their override checks, so that the mode sees what a checkpoint recomputes inside them.
-_backward = opened(torch.autograd.backward) or torch.autograd.backward
-_grad = opened(torch.autograd.grad) or torch.autograd.grad
 
 _HANDLER_MODULES = (handlers, products, pulled, raw, recurrent)  # importing them registers the handlers
 
@@ -160,7 +156,7 @@ def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool
     with warnings.catch_warnings(), hidden(v) as one:
         warnings.filterwarnings("ignore", "There is a performance drop")  # the operator takes turns instead
         mode.level = torch._C._functorch.peek_interpreter_stack().level()
-        _grad(out, mode.anchor, one, retain_graph=retain_graph, allow_unused=True)
+        watched_grad(out, mode.anchor, one, retain_graph=retain_graph, allow_unused=True)
 
 
 class _UnsettledError(Exception):
@@ -338,7 +334,7 @@ class _Engine:
                         if together:
                             _pull_together(mode, out, v, retain_graph=done < count)
                         else:
-                            _backward(out, v[0], retain_graph=done < count)
+                            watched_backward(out, v[0], retain_graph=done < count)
                 except torch.utils.checkpoint.CheckpointError:  # one use was recorded, an equal one was not
                     return torch.zeros_like(total), everything
                 if mode.mismatch or mode.late & mode.recorded:
@@ -391,7 +387,7 @@ class _Engine:
 
         mode.on_gradient = weigh
         with mode:
-            _backward(out, v, retain_graph=True)
+            watched_backward(out, v, retain_graph=True)
         for p in mode.parameters.values():
             p.grad = None
         return seen

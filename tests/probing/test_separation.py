@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cape.probing import separation as module
-from cape.probing.separation import LEFT, MOST, NEAREST, RIDGE, SLOWEST, separation
+from cape.probing.separation import LEFT, MOST, NEAREST, RIDGE, SLOWEST, hardness, separation
 
 
 def images(count: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,9 +36,21 @@ def test_every_number_is_what_its_definition_says() -> None:
     found = separation(x, y)
     assert found.steepness == pytest.approx(np.mean(steep), rel=1e-6)
     assert found.hardness == pytest.approx(math.log(ridge), abs=1e-6)
+    assert hardness(x, y) == pytest.approx(math.log(ridge), abs=1e-6)
     values, vectors = np.linalg.eigh(kernel + SLOWEST * mean)
     decay = vectors @ np.diag(np.exp(-values * math.exp(found.flow))) @ vectors.T
     assert np.sum((decay @ labels) ** 2) / np.sum(labels**2) == pytest.approx(LEFT, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_hardness_alone_is_that_of_the_separation(count: int, value: float) -> None:
+    """Also where nothing differs, and of numbers that are none; with more samples than are looked at."""
+    x, y = images(count)
+    for given in ((x, y), (x, torch.zeros_like(y)), (torch.full_like(x, value), y), (x, y.float())):
+        assert hardness(*given) == pytest.approx(separation(*given).hardness, abs=1e-6)
+    many = images(MOST + 3)
+    assert hardness(*many) == pytest.approx(separation(*many).hardness, abs=1e-6)
 
 
 def test_neither_scale_nor_order_nor_layout_counts() -> None:
