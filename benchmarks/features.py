@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.timing import machine, write_json
 from cape.errors import DataError
 from cape.evaluation import metrics
-from cape.feature_names import BATCH_FEATURES, SHAPE_FEATURES, SLOW_FEATURES
+from cape.feature_names import BATCH_FEATURES, END_FEATURES, SHAPE_FEATURES, SLOW_FEATURES
 from cape.metamodel.regressors import dmatrix, log_steps, xgboost
 from cape.metamodel.rows import OPTIMIZER_FEATURES, PAPER_FEATURES, STATIC_FEATURES, Rows
 from cape.store import reader
@@ -37,6 +37,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "+ slow-regime signals": SLOW,
     "+ sizes and noise": SHAPE,
     "+ the batch's separation": (*SHAPE, *BATCH_FEATURES),
+    "+ the ends": (*SHAPE, *BATCH_FEATURES, *END_FEATURES),
 }
 CONSTANT = "median"
 
@@ -61,7 +62,7 @@ def read_rows(meta_dir: str) -> Rows:
     """
     rows = Rows.from_table(reader.read(meta_dir))
     rows = rows.take(rows.reached & np.isfinite(rows["log_p"]))
-    for name in SETS["+ the batch's separation"]:
+    for name in SETS["+ the ends"]:
         if np.isnan(rows[name]).any():
             raise DataError(f"Rows of {meta_dir} lack '{name}'; compute it with `cape store reprobe {meta_dir}`.")
     return rows

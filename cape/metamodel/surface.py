@@ -18,7 +18,7 @@ from cape.metamodel.line import EPSILON_TERM, POOLED, Line, standardized, term_v
 from cape.metamodel.process import one_thread
 from cape.metamodel.rows import Rows
 
-LEVEL = Size(points=(600, 900), learned_from=(250, 375))
+LEVEL = Size(points=(1000, 1400), learned_from=(250, 375))
 SLOPE = Size(points=(200, 300), learned_from=(150, 225))
 """Slopes are mostly noise, for T* is whole: three times as many points say no more of them (docs/evidence.md)."""
 
