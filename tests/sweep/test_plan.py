@@ -195,7 +195,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "finer": 1656,
         "fresh": 1152,
         "held_out": 342,
-        "ordinary": 2448,
+        "ordinary": 2976,
         "ordinary_fresh": 432,
         "ordinary_replicates": 720,
         "plain": 6228,
