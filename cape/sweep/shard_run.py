@@ -165,7 +165,7 @@ class ShardRun:
             mine = [i for i in record.get("trials", ()) if i in trials]
             # A process that ended together with its driver was not ended by its trial, unless they are one process.
             blamed = record.get("run") == self._job.run or record.get("inline")
-            if len(mine) == 1 and blamed and self._charge(mine[0], record.get("error")):
+            if len(mine) == 1 and blamed and self._charge(mine[0], name, record.get("error")):
                 given_up.append((name, mine[0]))
                 continue
             suspects.update({i: trials[i] for i in mine})
@@ -183,20 +183,23 @@ class ShardRun:
                 suspects = dict(trials)
         self._claim.take({"done": had, "barren": barren})
         for name, trial_id in given_up:
+            done.add(trial_id)  # also where the shard is another's by now, who finds the record
             if self._commit(self._failed(trials[trial_id])):
-                done.add(trial_id)
                 self._gave_up += 1
                 self._location.delete(name)
         return suspects
 
-    def _charge(self, trial_id: str, error: str | None) -> bool:
-        """Count a try that ended its process; return whether it was the last."""
+    def _charge(self, trial_id: str, flight: str, error: str | None) -> bool:
+        """Count a try that ended its process; return whether it was the last.
+
+        A flight counts once: whoever finds its record may end, or lose the shard, before the record is gone.
+        """
         name = f"{TRIES}/{trial_id}.json"
-        noted = _record(self._location.read(name))
-        tries = int(noted.get("tries", 0)) + 1
+        flights = dict.fromkeys([*_record(self._location.read(name)).get("flights", ()), flight])
         error = error or "its process died without an exception"
-        self._location.write(name, json.dumps({"tries": tries, "error": error}).encode())
-        return tries >= MAX_TRIES
+        noted = {"tries": len(flights), "error": error, "flights": list(flights)}
+        self._location.write(name, json.dumps(noted).encode())
+        return len(flights) >= MAX_TRIES
 
     def _failed(self, trial: TrialSpec) -> list[Row]:
         noted = _record(self._location.read(f"{TRIES}/{trial.trial_id}.json"))

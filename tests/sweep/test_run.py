@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,6 +149,29 @@ def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: P
         assert trials == 6 - first["trials"]
         assert len(table(tmp_path)) == 12
         assert shard_run.ShardRun(job, shard, "cpu").step()["done"]
+
+
+def test_a_death_counts_once_however_often_its_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gives a trial up may lose the shard before it commits that, and leaves the record to the next one."""
+    shard = Shard(Plan(SPEC).groups[0], range(6))
+    trial = next(iter(Plan(SPEC).trials_of(shard))).trial_id
+
+    def died(job: Job, number: int) -> None:
+        about = {"run": job.run, "shard": shard.key, "inline": False, "pid": 1, "trials": [trial], "error": None}
+        (tmp_path / shard_run.FLIGHTS).mkdir(exist_ok=True)
+        (tmp_path / shard_run.FLIGHTS / f"{number}.json").write_text(json.dumps(about))
+
+    with running(SPEC, tmp_path, resume=False, data_root=None, chunk_seconds=0.05) as (job, _):
+        for number in range(shard_run.MAX_TRIES):
+            died(job, number)
+            with monkeypatch.context() as lost:
+                lost.setattr(shard_run.ShardRun, "_commit", lambda self, rows: None)
+                shard_run.ShardRun(job, shard, "cpu")
+                shard_run.ShardRun(job, shard, "cpu")
+        shard_run.ShardRun(job, shard, "cpu")
+    rows = [r for r in reader.read(tmp_path).to_pylist() if r["trial_id"] == trial]
+    assert {r["error"] for r in rows} == {"given up after 3 tries: its process died without an exception"}
+    assert not list((tmp_path / shard_run.FLIGHTS).glob("*"))
 
 
 def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
