@@ -153,8 +153,9 @@ def mark_data(values: Any) -> Any:
 
 
 def _transformed() -> bool:
-    """Whether the model is inside one of torch.func's transformations of its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether the model is inside a transformation or a forward-mode derivative of its own."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or torch.autograd.forward_ad._current_level >= 0
 
 
 def end_signals(

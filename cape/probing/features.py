@@ -238,6 +238,13 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         with ends:
             return call(model, mark_data(given))
 
+    def outputs_there(seed: int = 0) -> Tensor:
+        try:
+            with torch.no_grad():
+                return outputs_now(seed)
+        except RuntimeError:  # a model that takes derivatives of its own, such as a force, needs a graph
+            return outputs_now(seed).detach()
+
     most = min(torch.finfo(p.dtype).max for p in params)
     if lr * LINE[-1] > most:
         raise SpecError(f"A learning rate of {lr:g} takes the parameters beyond what their type holds ({most:.1e}).")
@@ -266,19 +273,19 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
             outputs = outputs_now(ends=(ends := Ends(params, len(y))))
             grads, seen = ends.gradients(criterion.mean(outputs, y), params, outputs, y, accumulating=True)
         del ends
-        moving = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-        gradient = gradient_signals([p for p, _ in moving], [g for _, g in moving], lr)
-        directions = [(p, g.sign()) for p, g in moving]
-        del grads, moving
+        moving = [(p.detach(), g) for p, g in zip(params, grads, strict=True) if g is not None]
+        flat = [_real(g).flatten(-2) if g.is_complex() else g for _, g in moving]
+        gradient = gradient_signals([_real(p) for p, _ in moving], flat, lr)
+        directions = [(_real(p), _real(g).sign()) for p, g in moving]
+        del grads, moving, flat
         after, moved, done = [], [], 0
-        with torch.no_grad():
-            noise = draw_noise(outputs, outputs_now(seed=1)) if draws else 0.0
-            for k in LINE:
-                for p, direction in directions:
-                    p.add_(direction, alpha=-lr * (k - done))
-                done = k
-                moved.append(outputs_now())
-                after.append(criterion.mean(moved[-1], y).item())
+        noise = draw_noise(outputs, outputs_there(seed=1)) if draws else 0.0
+        for k in LINE:
+            for p, direction in directions:
+                p.add_(direction, alpha=-lr * (k - done))
+            done = k
+            moved.append(outputs_there())
+            after.append(criterion.mean(moved[-1], y).item())
         return step_of(criterion, outputs, y, l0, gradient, seen, moved, after, noise)
 
 
@@ -312,6 +319,11 @@ def step_of(
     own = own_decrease(leaf, residual, moved[-1], l0)
     size = leaf.numel() // len(leaf)
     return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], ends, tuple(after), spreads, own, size, noise)
+
+
+def _real(t: Tensor) -> Tensor:
+    """Return a view of complex numbers as AdamW sees them: each as two real ones."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _log(value: float) -> float:
