@@ -27,8 +27,10 @@ def sized(dataset: Dataset, side: int) -> Dataset:
     """Return a dataset of images as ``image`` [B, C, side, side], with the channels that they are stored with.
 
     Raises:
-        SpecError: it is not one of images, or the side is not 1 to 1,024.
+        SpecError: it is not one of images, it has a side already, or the side is not 1 to 1,024.
     """
+    if isinstance(dataset.source, _Sized):
+        raise SpecError(f"'{dataset.name}@{side}' names two sides; name one.")
     if not isinstance(dataset.source, Images):
         raise SpecError(f"'{dataset.name}' has no images, and so no side of them; name it without '@{side}'.")
     if not 1 <= side <= LARGEST:

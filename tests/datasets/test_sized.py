@@ -59,6 +59,8 @@ def test_it_is_a_dataset_like_any_other(data_root: Path, tmp_path: Path) -> None
 def test_what_has_no_size_is_refused(data_root: Path) -> None:
     with pytest.raises(SpecError, match="'imdb' has no images"):
         datasets.load("imdb@32", data_root)
+    with pytest.raises(SpecError, match="'mnist@28@14' names two sides"):
+        datasets.load("mnist@28@14", data_root)
     for side in (0, 1025):
         with pytest.raises(SpecError, match="1 to 1,024 pixels"):
             datasets.load(f"mnist@{side}", data_root)
