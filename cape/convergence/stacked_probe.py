@@ -37,8 +37,7 @@ def probed_together(model: nn.Module, batch: tuple[Tensor, Tensor], loss: str) -
     except Unstackable:
         return 0
     fits = y.device.type == "cpu" and len(y) > 1 and Loss(loss).is_named
-    chain = chain_of(model, x) if fits and x.dtype == torch.float32 else None
-    if chain is None or sum(isinstance(layer, nn.Linear) for layer in chain) < 2:
+    if not fits or x.dtype != torch.float32 or _chain_of(model, x) is None:
         return 0
     return max(1, min(_WIDEST, _BYTES // sum(p.nbytes for p in model.parameters())))
 
@@ -65,6 +64,12 @@ def probe_many(subjects: Sequence[Subject], sizes: Sequence[int], loss: str) -> 
         features_of(subject.model, subject.batch, one, line, subject.lr, size)
         for subject, one, line, size in zip(subjects, norms, lines, sizes, strict=True)
     ]
+
+
+def _chain_of(model: nn.Module, x: Tensor) -> list[nn.Module] | None:
+    """Return the layers of a chain that has a hidden one, or ``None``."""
+    chain = chain_of(model, x)
+    return None if chain is None or sum(isinstance(layer, nn.Linear) for layer in chain) < 2 else chain
 
 
 class _FixedMasks(Draws):
@@ -113,17 +118,14 @@ class _ProbeStack:
 
     def __init__(self, subjects: Sequence[Subject], criterion: Loss) -> None:
         models = [s.model for s in subjects]
-        chains = [chain_of(s.model, s.batch[0]) for s in subjects]
+        chains = [_chain_of(s.model, s.batch[0]) for s in subjects]
         self._chains = [chain for chain in chains if chain is not None]
         if len(self._chains) < len(models):
-            raise Unstackable("it is no chain of dense layers over vectors")
+            raise Unstackable("it is no chain of dense layers over vectors, two at least")
         self._criterion = criterion
         self._layers = layers_of(models[0], len(models))
-        dense = [i for i, layer in enumerate(self._layers) if isinstance(layer, Linear)]
-        if len(dense) < 2:
-            raise Unstackable("it has no hidden layer")
         self._hidden = _Seen()
-        self._layers.insert(dense[-1], self._hidden)
+        self._layers.insert(max(i for i, layer in enumerate(self._layers) if isinstance(layer, Linear)), self._hidden)
         self._parameters: list[StackedParameter] = [p for layer in self._layers for p in layer.parameters]
         self._lrs = [s.lr for s in subjects]
         self._x = torch.stack([s.batch[0].detach() for s in subjects])

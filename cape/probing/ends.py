@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
-from cape.probing.operators import tensors_in, watched_backward, watched_grad, written_by
+from cape.probing.operators import is_marked, mark_data, tensors_in, watched_backward, watched_grad, written_by
 from cape.probing.separation import hardness
 from cape.probing.signals import log_ratio
 from cape.probing.uses import wide
 from cape.state import map_tensors
 
-_CHANNELS_FIRST = {
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-}  # fmt: skip
+_CHANNELS_FIRST = {function for _, *functions in operators.CONVOLUTIONS for function in functions}
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class EndSignals:
-    """Natural logarithms; see ``Features``."""
+    """Natural logarithms; see ``end_signals``."""
 
     hidden_hardness: float
     hidden_size: float
@@ -54,6 +52,7 @@ class Ends(TorchFunctionMode):
     Attributes:
         entry, hidden: what was seen, each as this use of it alone has it; ``None`` where no weight met data: a
             scripted model shows no operator, and one that is batched or differentiated inside is passed over.
+        differentiates: whether the model takes derivatives of its own, and so needs a graph in every pass.
         repeating: whether a pass is only made again, as checkpoints do in the backward pass, which then sees what the
             first pass saw.
     """
@@ -62,7 +61,7 @@ class Ends(TorchFunctionMode):
         """Args: ``parameters``: that are trained. ``count``: samples of the batch."""
         super().__init__()
         self._count = count
-        self.repeating = False
+        self.repeating = self.differentiates = False
         self.entry: Entry | None = None
         self.hidden: Tensor | None = None
         self._of_parameters = {id(p): p for p in parameters}
@@ -71,6 +70,7 @@ class Ends(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in operators.PASSIVE or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        self.differentiates |= func in operators.DERIVATIVES
         found = tensors_in((args, kwargs))
         of_parameters = [t for t in found if id(t) in self._of_parameters]
         data = [t for t in found if self._is_data(t)]
@@ -91,7 +91,7 @@ class Ends(TorchFunctionMode):
         """Whether a value was computed from the inputs, also by what shows no operator (numpy, scripted parts)."""
         if id(t) in self._of_parameters:
             return False
-        if getattr(t, "_cape_data", False) or t.requires_grad:
+        if is_marked(t) or t.requires_grad:
             return True
         return t.is_floating_point() and t.dim() > 0 and len(t) == self._count
 
@@ -115,16 +115,21 @@ class Ends(TorchFunctionMode):
         return result
 
     def gradients(
-        self, loss: Tensor, parameters: Sequence[Tensor], outputs: Tensor, targets: Tensor, accumulating: bool = False
+        self,
+        loss: Tensor,
+        parameters: Sequence[Tensor],
+        outputs: Tensor,
+        targets: Tensor,
+        l0: float,
+        accumulating: bool = False,
     ) -> tuple[list[Tensor | None], EndSignals]:
-        """Return a mean loss's gradients for the parameters, and what the ends say.
+        """Return the gradients of a mean loss, whose value is ``l0``, for the parameters, and what the ends say.
 
         The outputs are the hidden representation where no other was seen. ``accumulating``: by ``backward``, into
         the ``grad`` of all leaves, which must be none.
         """
         hidden = outputs if self.hidden is None else self.hidden
-        entry = None if self.entry is None else self.entry.values
-        wanted = [*parameters, hidden, *([] if entry is None else [entry])]
+        wanted = [*parameters, hidden, *([] if self.entry is None else [self.entry.values])]
         self.repeating = True
         with self:
             if accumulating:
@@ -135,21 +140,11 @@ class Ends(TorchFunctionMode):
             else:
                 found = list(watched_grad(loss, wanted, allow_unused=True))
         grads, (of_hidden, *of_entry) = found[: len(parameters)], found[len(parameters) :]
-        channels_first = self.entry is not None and self.entry.channels_first
-        read = None if entry is None or of_entry[0] is None else (entry, of_entry[0], channels_first)
-        return grads, end_signals(hidden, of_hidden, targets, loss.item(), read)
+        return grads, end_signals(hidden, of_hidden, targets, l0, self.entry, *of_entry)
 
 
 def _is_plain(t: Tensor) -> bool:
     return t.is_floating_point() and t.layout is torch.strided
-
-
-def mark_data(values: Any) -> Any:
-    """Mark every tensor among the values as computed from the inputs, and return them."""
-    for t in tensors_in(values):
-        if not isinstance(t, torch.nn.Parameter):
-            t._cape_data = True  # type: ignore[attr-defined]
-    return values
 
 
 def _transformed() -> bool:
@@ -163,7 +158,8 @@ def end_signals(
     hidden_gradient: Tensor | None,
     targets: Tensor,
     l0: float,
-    read: tuple[Tensor, Tensor, bool] | None = None,
+    entry: Entry | None = None,
+    entry_gradient: Tensor | None = None,
 ) -> EndSignals:
     """Return what the two ends say.
 
@@ -178,17 +174,19 @@ def end_signals(
         hidden, hidden_gradient: of one layout, with the batch where ``by_sample`` finds it.
         targets: [B, ...].
         l0: mean loss.
-        read: the entry, its gradient, and whether its channels come before its positions.
+        entry, entry_gradient: where the model has an entry, and the loss depends on it.
     """
     values = by_sample(hidden.detach(), len(targets))
     assert values is not None
     size = math.sqrt(wide(hidden.detach()).square().sum(dtype=torch.float64).item() / max(1, hidden.numel()))
     entry_pull, late_share = 0.0, 0.0
-    if read is not None:
-        entry, gradient, channels_first = read
-        each = by_sample(gradient, len(targets))
+    if entry is not None and entry_gradient is not None:
+        each = by_sample(entry_gradient, len(targets))
         if each is not None and each.dim() >= 3:
-            entry_pull, late_share = _pull(entry, gradient, l0), _late(each, 1 if channels_first else -1)
+            entry_pull, late_share = (
+                _pull(entry.values, entry_gradient, l0),
+                _late(each, 1 if entry.channels_first else -1),
+            )
     return EndSignals(
         hidden_hardness=hardness(values, targets),
         hidden_size=log_ratio(_finite(size), 1.0),

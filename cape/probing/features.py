@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cape.config import check_count, check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
-from cape.probing.ends import Ends, EndSignals, mark_data
+from cape.probing.ends import Ends, EndSignals
+from cape.probing.operators import mark_data
 from cape.probing.ops import size_sums
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
@@ -238,13 +239,6 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         with ends:
             return call(model, mark_data(given))
 
-    def outputs_there(seed: int = 0) -> Tensor:
-        try:
-            with torch.no_grad():
-                return outputs_now(seed)
-        except RuntimeError:  # a model that takes derivatives of its own, such as a force, needs a graph
-            return outputs_now(seed).detach()
-
     most = min(torch.finfo(p.dtype).max for p in params)
     if lr * LINE[-1] > most:
         raise SpecError(f"A learning rate of {lr:g} takes the parameters beyond what their type holds ({most:.1e}).")
@@ -266,12 +260,13 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")
         try:
-            grads, seen = ends.gradients(loss, params, outputs, y)
+            grads, seen = ends.gradients(loss, params, outputs, y, l0)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):  # a re-entrant checkpoint goes back by ``backward`` alone
                 raise
             outputs = outputs_now(ends=(ends := Ends(params, len(y))))
-            grads, seen = ends.gradients(criterion.mean(outputs, y), params, outputs, y, accumulating=True)
+            grads, seen = ends.gradients(criterion.mean(outputs, y), params, outputs, y, l0, accumulating=True)
+        graph = ends.differentiates
         del ends
         moving = [(p.detach(), g) for p, g in zip(params, grads, strict=True) if g is not None]
         flat = [_real(g).flatten(-2) if g.is_complex() else g for _, g in moving]
@@ -279,13 +274,14 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         directions = [(_real(p), _real(g).sign()) for p, g in moving]
         del grads, moving, flat
         after, moved, done = [], [], 0
-        noise = draw_noise(outputs, outputs_there(seed=1)) if draws else 0.0
-        for k in LINE:
-            for p, direction in directions:
-                p.add_(direction, alpha=-lr * (k - done))
-            done = k
-            moved.append(outputs_there())
-            after.append(criterion.mean(moved[-1], y).item())
+        with torch.set_grad_enabled(graph):
+            noise = draw_noise(outputs, outputs_now(seed=1)) if draws else 0.0
+            for k in LINE:
+                for p, direction in directions:
+                    p.add_(direction, alpha=-lr * (k - done))
+                done = k
+                moved.append(outputs_now().detach())
+                after.append(criterion.mean(moved[-1], y).item())
         return step_of(criterion, outputs, y, l0, gradient, seen, moved, after, noise)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cape.probing import ops
 from cape.probing.intercept import Handler, Interceptor, handles
 from cape.probing.layout import Layout
+from cape.probing.operators import CONVOLUTIONS
 from cape.probing.ops import ConvGeometry
 from cape.probing.uses import (
     AffineUse,
@@ -125,11 +126,7 @@ def _convolution(spatial: int, transposed: bool) -> Handler:
     return handler
 
 
-for _spatial, _plain, _transposed in (
-    (1, torch.conv1d, torch.conv_transpose1d),
-    (2, torch.conv2d, torch.conv_transpose2d),
-    (3, torch.conv3d, torch.conv_transpose3d),
-):
+for _spatial, _plain, _transposed in CONVOLUTIONS:
     handles(_plain)(_convolution(_spatial, False))
     handles(_transposed)(_convolution(_spatial, True))
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from cape.probing import operators
 from cape.probing.cotangents import physical
 from cape.probing.layout import Layout, Sighting, Verdict, digits, first_rows, same_rows
-from cape.probing.operators import core_of_copies, opened, tensors_in, written_by
+from cape.probing.operators import core_of_copies, is_marked, mark_data, opened, tensors_in, written_by
 from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
 from cape.probing.uses import Use
 from cape.state import map_tensors
@@ -127,7 +127,7 @@ class Interceptor(TorchFunctionMode):
         """Whether a value was computed from the inputs (what has a gradient of unknown origin may have been)."""
         if not isinstance(t, Tensor):
             return False
-        if getattr(t, "_cape_data", False) or id(t) in self._filled:
+        if is_marked(t) or id(t) in self._filled:
             return True
         return t.requires_grad and not self.of_parameters(t)
 
@@ -149,17 +149,9 @@ class Interceptor(TorchFunctionMode):
             return False
         return result.numel() == 1 or all(n % self.batch_size for n in result.shape)
 
-    @staticmethod
-    def mark_data(values: Any) -> Any:
-        """Mark every tensor among the values as computed from the inputs."""
-        for t in tensors_in(values):
-            if not isinstance(t, nn.Parameter):  # data was written into it; it is the model's, and bears no mark
-                t._cape_data = True  # type: ignore[attr-defined]
-        return values
-
     def inputs(self, x: Any) -> Any:
         """Return copies of the input tensors, marked as data: the model may write into what it is given."""
-        return map_tensors(lambda t: self.mark_data(t.detach().clone()), x)
+        return map_tensors(lambda t: mark_data(t.detach().clone()), x)
 
     # ---- the mode ------------------------------------------------------------------------------------------------
 
@@ -199,26 +191,26 @@ class Interceptor(TorchFunctionMode):
             if not data or func in operators.CONSTANTS:
                 return result
             self.reduced |= self._loses_samples(found[0], result)
-            return self.mark_data(result)
+            return mark_data(result)
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
         if not torch.is_grad_enabled():
             if self.in_backward or not data:
                 return func(*args, **kwargs)
             self._unwatched.update(self._name(t) for t in found if self.of_parameters(t))
-            return self.mark_data(func(*args, **kwargs))
+            return mark_data(func(*args, **kwargs))
         if not data:
             return self._derive(func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(self, func, args, kwargs)
             if result is not NotImplemented:
-                return self.mark_data(result)
+                return mark_data(result)
         inner = opened(func)
         if inner is not None:  # a composite of torch.nn.functional: watch what it is made of
             with self:
-                return self.mark_data(inner(*args, **kwargs))
-        return self.mark_data(func(*args, **kwargs))
+                return mark_data(inner(*args, **kwargs))
+        return mark_data(func(*args, **kwargs))
 
     def _differentiate(self, func: Any) -> None:
         """Take what a derivative inside the model may pass through out of the record."""

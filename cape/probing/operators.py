@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Types that hold no tensor: asking for these first, and by type, takes a third of the time.
 _PLAIN = frozenset({
@@ -35,6 +35,19 @@ def tensors_in(values: Any) -> list[Tensor]:
         elif isinstance(value, Mapping):
             stack += value.values()
     return found
+
+
+def mark_data(values: Any) -> Any:
+    """Mark every tensor among the values as computed from the inputs, and return them; see ``is_marked``."""
+    for t in tensors_in(values):
+        if not isinstance(t, nn.Parameter):  # data was written into it; it is the model's, and bears no mark
+            t._cape_data = True  # type: ignore[attr-defined]
+    return values
+
+
+def is_marked(t: Tensor) -> bool:
+    """Return whether ``mark_data`` was given a tensor."""
+    return getattr(t, "_cape_data", False)
 
 
 # Functions that take shape and type from a tensor, but no value.
@@ -76,6 +89,12 @@ RUNNING = {
 }
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+# Convolutions by their spatial dimensions, plain and transposed; data has its channels before these.
+CONVOLUTIONS = (
+    (1, torch.conv1d, torch.conv_transpose1d),
+    (2, torch.conv2d, torch.conv_transpose2d),
+    (3, torch.conv3d, torch.conv_transpose3d),
+)
 # Derivatives inside the model: what they consume of a parameter goes past the operators that the mode watches.
 DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._VF._make_dual}
 RENORMALIZING = {F.embedding, F.embedding_bag}

@@ -21,6 +21,7 @@ from cape.probing.cotangents import physical
 from cape.probing.handlers import watched_linear
 from cape.probing.intercept import Interceptor, handles
 from cape.probing.layout import Layout
+from cape.probing.operators import mark_data
 from cape.probing.raw import meet_raw
 from cape.probing.uses import LinearUse, Part
 
@@ -88,7 +89,7 @@ def layers(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
         return NotImplemented  # projections, dropout between layers
     if not all(mode.of_parameters(w) for w in weights):
         return NotImplemented
-    time_first = mode.mark_data(x.detach().transpose(0, 1)) if batch_first else x
+    time_first = mark_data(x.detach().transpose(0, 1)) if batch_first else x
     states = [meet_raw(mode, "state", s, time_first, s.shape) if mode.of_parameters(s) else s for s in states]
     hx = tuple(states) if isinstance(hx, (list, tuple)) else states[0]
     verdict, layout = mode.verdict(func.__name__, x, list(weights))

@@ -197,13 +197,13 @@ class ShardRun:
         name = f"{TRIES}/{trial_id}.json"
         flights = dict.fromkeys([*_record(self._location.read(name)).get("flights", ()), flight])
         error = error or "its process died without an exception"
-        noted = {"tries": len(flights), "error": error, "flights": list(flights)}
+        noted = {"flights": list(flights), "error": error}
         self._location.write(name, json.dumps(noted).encode())
         return len(flights) >= MAX_TRIES
 
     def _failed(self, trial: TrialSpec) -> list[Row]:
         noted = _record(self._location.read(f"{TRIES}/{trial.trial_id}.json"))
-        text = f"given up after {noted.get('tries')} tries: {noted.get('error')}"
+        text = f"given up after {len(noted.get('flights', ()))} tries: {noted.get('error')}"
         return failed_rows(trial, self._device, self._job.spec.spec_hash, text)
 
     def _run(self, suspects: dict[str, TrialSpec], others: Iterator[TrialSpec]) -> Iterator[list[Row]]:

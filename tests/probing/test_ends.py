@@ -100,7 +100,7 @@ def test_vectors_have_no_positions_and_one_layer_is_both_ends() -> None:
 
 
 class Written(nn.Module):
-    """A dense network on each position, with its weights used in one of many ways; ``module`` is the plain one."""
+    """A dense network on each position, with its weights used in one of many ways; ``modules`` is the plain one."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
