@@ -23,7 +23,8 @@ class ConvNetOptions(OrdinaryOptions):
         channels: of the blocks: a convolution, norm, activation, and half the height and width.
         kernel: 3 or 5. pool: what halves them: ``max``, ``avg``, or the ``stride`` of the convolution.
         hidden: units of a dense layer over the flattened maps; 0 for none, where the head sees the maps' means.
-        norm: ``none``, ``batch`` or ``group``. activation, init: as in ``DenseOptions``. dropout: before the head.
+        norm: ``none``, ``batch`` or ``group``. activation, init, head: as in ``DenseOptions``. dropout: before
+            the head.
     """
 
     channels: tuple[int, ...]
@@ -34,9 +35,10 @@ class ConvNetOptions(OrdinaryOptions):
     activation: str
     init: str
     dropout: float = 0.0
+    head: str = "init"
 
     def __post_init__(self) -> None:
-        check_make("a plain convolutional network", self.activation, self.init, self.dropout)
+        check_make("a plain convolutional network", self.activation, self.init, self.head, self.dropout)
         check_options(
             "a plain convolutional network",
             channels=(list(self.channels), len(self.channels) >= 1 and min(self.channels) >= 1),
@@ -86,7 +88,7 @@ class ConvNetOptions(OrdinaryOptions):
         else:
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         layers += [nn.Dropout(self.dropout)] if self.dropout else []
-        return initialized(nn.Sequential(*layers, nn.Linear(channels, spec.outputs)), self.init)
+        return initialized(nn.Sequential(*layers, nn.Linear(channels, spec.outputs)), self.init, self.head)
 
 
 class ConvNet(Ordinary):

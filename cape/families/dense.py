@@ -20,6 +20,7 @@ class DenseOptions(OrdinaryOptions):
     Attributes:
         widths: units of the hidden layers. norm: ``none``, ``batch`` or ``layer``, before the activation.
         activation, init: names of ``ACTIVATIONS`` and ``INITS``. dropout: after each activation.
+        head: starts like the other layers (``init``) or at ``zero``.
     """
 
     widths: tuple[int, ...]
@@ -27,9 +28,10 @@ class DenseOptions(OrdinaryOptions):
     activation: str
     init: str
     dropout: float = 0.0
+    head: str = "init"
 
     def __post_init__(self) -> None:
-        check_make("a dense network", self.activation, self.init, self.dropout)
+        check_make("a dense network", self.activation, self.init, self.head, self.dropout)
         check_options(
             "a dense network",
             widths=(list(self.widths), len(self.widths) >= 1 and min(self.widths) >= 1),
@@ -55,7 +57,7 @@ class DenseOptions(OrdinaryOptions):
             layers += [nn.Linear(units, width), *([norm(width)] if norm else []), ACTIVATIONS[self.activation]()]
             layers += [nn.Dropout(self.dropout)] if self.dropout else []
             units = width
-        return initialized(nn.Sequential(*layers, nn.Linear(units, spec.outputs)), self.init)
+        return initialized(nn.Sequential(*layers, nn.Linear(units, spec.outputs)), self.init, self.head)
 
 
 class Dense(Ordinary):

@@ -24,7 +24,7 @@ class TorchEncoderOptions(OrdinaryOptions):
         norm_first, activation (``relu`` or ``gelu``), dropout: of ``nn.TransformerEncoderLayer``.
         position: ``none``, ``learned`` or ``sinusoidal``. readout: the ``mean`` token, the ``last``, or one of the
             ``class``.
-        init: as in ``DenseOptions``. patch: side of a patch in pixels, of images.
+        init, head: as in ``DenseOptions``. patch: side of a patch in pixels, of images.
     """
 
     dim: int
@@ -38,9 +38,10 @@ class TorchEncoderOptions(OrdinaryOptions):
     init: str
     dropout: float = 0.0
     patch: int = 4
+    head: str = "init"
 
     def __post_init__(self) -> None:
-        check_make("an encoder", self.activation, self.init, self.dropout)
+        check_make("an encoder", self.activation, self.init, self.head, self.dropout)
         check_options(
             "an encoder",
             dim=(self.dim, self.dim >= 2 and self.dim % 2 == 0),
@@ -70,9 +71,14 @@ class TorchEncoderOptions(OrdinaryOptions):
             pick(rng, (4, 8)),
         )
 
+    def started(self, rng: np.random.Generator) -> TorchEncoderOptions:
+        """Draw how the head starts, and in one of six draws small weights everywhere."""
+        made = super().started(rng)
+        return made.replace(init=pick(rng, (made.init,) * 5 + ("small",)))
+
     def model(self, spec: ModelSpec) -> nn.Module:
         """Return a ``TorchEncoder``."""
-        return initialized(TorchEncoder(spec, self), self.init)
+        return initialized(TorchEncoder(spec, self), self.init, self.head)
 
 
 class TorchEncoder(nn.Module):

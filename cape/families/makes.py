@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,17 +34,31 @@ INITS: dict[str, Callable[[Tensor], object] | None] = {
     "xavier_normal": nn.init.xavier_normal_,
     "xavier_uniform": nn.init.xavier_uniform_,
     "orthogonal": nn.init.orthogonal_,
+    "small": lambda weight: nn.init.normal_(weight, std=0.02),  # GPT's and BERT's; drawn for transformers alone
 }
+HEADS = ("init", "zero")
 DROPOUTS = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5)
+
+
+Options = TypeVar("Options", bound="OrdinaryOptions")
 
 
 class OrdinaryOptions(JsonConfig, ABC):
     """Options of an ordinary model, which draw themselves and make the model."""
 
+    LATER: ClassVar[tuple[str, ...]] = ("head",)
+
     @classmethod
     @abstractmethod
     def draw(cls, rng: np.random.Generator) -> OrdinaryOptions:
         """Draw a make and its sizes."""
+
+    def started(self: Options, rng: np.random.Generator) -> Options:
+        """Draw how the head starts: like the other layers, or in one of six draws at zero.
+
+        After all else: a trial's draws before it are what they were when all heads started like the other layers.
+        """
+        return self.replace(head=pick(rng, ("init",) * 5 + ("zero",)))
 
     @abstractmethod
     def model(self, spec: ModelSpec) -> nn.Module:
@@ -57,18 +71,21 @@ class Ordinary(Family):
     drawn: ClassVar[type[OrdinaryOptions]]
 
     def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
-        spec = self.spec(self.name, dataset, self.drawn.draw(rng))
+        options = self.drawn.draw(rng)
+        spec = self.spec(self.name, dataset, options)  # which raises where the dataset does not fit
         layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
-        return spec.replace(layout=layout, input_shape=tuple(dataset.sample_shape(layout)))
+        shape, options = tuple(dataset.sample_shape(layout)), options.started(rng)
+        return spec.replace(layout=layout, input_shape=shape, options=options.to_dict())
 
     def build(self, spec: ModelSpec) -> nn.Module:
         return self.options(spec, {self.name: self.drawn}).model(spec)
 
 
-def initialized(model: nn.Module, how: str) -> nn.Module:
+def initialized(model: nn.Module, how: str, head: str) -> nn.Module:
     """Initialize every matrix and kernel of dense, convolutional, recurrent and attention layers, with zero biases.
 
-    ``torch`` leaves what the layers have by themselves. Norms and positions stay in any case.
+    ``torch`` leaves what the layers have by themselves. Norms and positions stay in any case. Where the ``head`` is
+    ``zero``, the last dense layer gives zeros (torchvision's vision transformer; MLP-Mixer, Tolstikhin et al. 2021).
     """
     rule = INITS[how]
     if rule is not None:
@@ -79,14 +96,19 @@ def initialized(model: nn.Module, how: str) -> nn.Module:
                         rule(p)
                     elif "bias" in name:
                         nn.init.zeros_(p)
+    if head == "zero":
+        *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
     return model
 
 
-def check_make(what: str, activation: str, init: str, dropout: float) -> None:
+def check_make(what: str, activation: str, init: str, head: str, dropout: float) -> None:
     check_options(
         what,
         activation=(activation, activation in ACTIVATIONS),
         init=(init, init in INITS),
+        head=(head, head in HEADS),
         dropout=(dropout, 0.0 <= dropout < 1.0),
     )
 
@@ -94,4 +116,5 @@ def check_make(what: str, activation: str, init: str, dropout: float) -> None:
 def draw_make(rng: np.random.Generator) -> tuple[str, str, float]:
     """Return an activation, an initialization (torch's own in half of all draws) and a dropout."""
     activation = pick(rng, ("relu", "relu", "relu", *ACTIVATIONS))
-    return activation, pick(rng, ("torch",) * (len(INITS) - 1) + tuple(INITS)[1:]), pick(rng, DROPOUTS)
+    rules = [name for name in INITS if name not in ("torch", "small")]
+    return activation, pick(rng, ["torch"] * len(rules) + rules), pick(rng, DROPOUTS)

@@ -23,7 +23,7 @@ class RecurrentOptions(OrdinaryOptions):
         cell: ``lstm``, ``gru`` or ``rnn`` (tanh). layers, hidden, bidirectional: torch's.
         readout: what the head sees: the ``last`` row's output, the ``mean`` or ``max`` over all rows, or the final
             ``state`` of each direction.
-        init: as in ``DenseOptions``. dropout: between layers and before the head.
+        init, head: as in ``DenseOptions``. dropout: between layers and before the head.
     """
 
     cell: str
@@ -33,9 +33,10 @@ class RecurrentOptions(OrdinaryOptions):
     readout: str
     init: str
     dropout: float = 0.0
+    head: str = "init"
 
     def __post_init__(self) -> None:
-        check_make("a recurrent network", "tanh", self.init, self.dropout)
+        check_make("a recurrent network", "tanh", self.init, self.head, self.dropout)
         check_options(
             "a recurrent network",
             cell=(self.cell, self.cell in CELLS),
@@ -59,7 +60,7 @@ class RecurrentOptions(OrdinaryOptions):
 
     def model(self, spec: ModelSpec) -> nn.Module:
         """Return a ``RecurrentReader``."""
-        return initialized(RecurrentReader(spec, self), self.init)
+        return initialized(RecurrentReader(spec, self), self.init, self.head)
 
 
 class RecurrentReader(nn.Module):

@@ -123,7 +123,10 @@ def chunk_name(trial_ids: Iterable[str], *, extra: bool = False) -> str:
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
-    """Return a table as the bytes of a Parquet file: zstd, a checksum on every page."""
+    """Return a table as the bytes of a Parquet file: zstd, a checksum on every page.
+
+    Without statistics, which no reader uses (rows are found by partition): those of sixty columns are 7 KB of a file.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -131,6 +134,8 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
         compression="zstd",
         compression_level=_LEVEL,
         use_dictionary=False,
+        use_byte_stream_split=["losses.list.element"],  # a third of a file, and 5 % smaller so
+        write_statistics=False,
         write_page_checksum=True,
         row_group_size=row_group_size,
     )

@@ -35,7 +35,11 @@ def test_every_make_is_drawn() -> None:
     seen = {n: {k: {str(s.options[k]) for s in specs} for k in specs[0].options} for n, specs in made.items()}
     assert seen["dense"]["norm"] == {"none", "batch", "layer"} and seen["convnet"]["norm"] == {"none", "batch", "group"}
     for name in ("dense", "convnet"):
-        assert seen[name]["activation"] == set(makes.ACTIVATIONS) and seen[name]["init"] == set(makes.INITS)
+        assert seen[name]["activation"] == set(makes.ACTIVATIONS)
+        assert seen[name]["init"] == set(makes.INITS) - {"small"}
+    assert seen["encoder"]["init"] == {"torch", "xavier_uniform", "small"}
+    for name in NAMES:
+        assert 0.1 < np.mean([s.options.get("head") == "zero" for s in made[name]]) < 0.25
     assert seen["convnet"]["pool"] == {"max", "avg", "stride"} and "0" in seen["convnet"]["hidden"]
     assert seen["recurrent"]["cell"] == set(recurrent.CELLS)
     assert seen["recurrent"]["readout"] == {"last", "mean", "max", "state"}
