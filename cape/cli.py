@@ -89,18 +89,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("id", metavar="ID")
     sub.add_argument("--address", metavar="URL", help="job server")
 
-    sub = command("store", "look after a meta-dataset: verify its rows, merge its files, probe its trials anew")
+    sub = command("store", "look after a meta-dataset: verify its rows, merge its files, forget failed trials")
     sub.add_argument(
         "action",
-        choices=("verify", "compact", "path", "reprobe"),
-        help="path: what to give to another reader; reprobe: compute features anew, keep T*",
+        choices=("verify", "compact", "retry", "path", "reprobe"),
+        help="retry: forget failed trials, so that a resume runs them again; path: what to give to another reader;"
+        " reprobe: compute features anew, keep T*",
     )
     sub.add_argument("meta_dir", metavar="META_DIR")
     sub.add_argument("--set-aside", action="store_true", help="verify: move bad files to META_DIR/_corrupt")
     sub.add_argument("--out", metavar="DIR", help="compact: write there, leave META_DIR alone")
     sub.add_argument("--target-mb", type=float, default=64.0, metavar="MB", help="compact: size of a file (default 64)")
     sub.add_argument(
-        "--keep-seconds", type=float, default=3600.0, metavar="S", help="compact: readers keep old files so long (3600)"
+        "--keep-seconds", type=float, default=3600.0, metavar="S", help="readers keep old files so long (3600)"
     )
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="reprobe: processes (default 1)")
     sub.add_argument(

@@ -71,7 +71,9 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def store(args: argparse.Namespace) -> None:
-    """``cape store verify|compact|path|reprobe DIR``."""
+    """``cape store verify|compact|retry|path|reprobe DIR``."""
+    if not 0.0 <= args.keep_seconds < math.inf:
+        raise SpecError(f"--keep-seconds must be zero or more, not {args.keep_seconds}.")
     if args.action == "path":
         from cape.store.reader import rows_path
 
@@ -102,13 +104,15 @@ def store(args: argparse.Namespace) -> None:
                 keep_seconds=args.keep_seconds,
             )
         )
+    elif args.action == "retry":
+        from cape.store.retry import retry
+
+        print(retry(args.meta_dir, keep_seconds=args.keep_seconds))
     else:
         from cape.store.compact import compact
 
         if not 0.0 < args.target_mb < math.inf:
             raise SpecError(f"--target-mb must be more than zero, not {args.target_mb}.")
-        if not 0.0 <= args.keep_seconds < math.inf:
-            raise SpecError(f"--keep-seconds must be zero or more, not {args.keep_seconds}.")
         size = int(args.target_mb * 2**20)
         print(compact(args.meta_dir, out=args.out, target_bytes=size, keep_seconds=args.keep_seconds))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+CHARACTERS: dict[str, str] = {"imdb_chars": "imdb"}
+"""Dataset of characters in sequence -> the texts that they are read from."""
+
 
 def split_side(name: str) -> tuple[str, int | None]:
     """Return the dataset and the side that ``NAME@SIDE`` names; the name and None where it names no side."""

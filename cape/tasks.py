@@ -248,7 +248,12 @@ class Loss:
     def _check_fit(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ``ModelError`` where the loss cannot be computed of outputs and targets of these shapes."""
         if self._named is _class_dim_cross_entropy and self._by_label(outputs, targets):
-            return  # they were just looked at
+            if self._class_dim(outputs, targets) == 1:
+                return  # they were just looked at
+            raise ModelError(
+                f"Outputs of shape {tuple(outputs.shape)} have their classes last for targets of shape"
+                f" {tuple(targets.shape)}; the loss for these is 'sequence_cross_entropy'."
+            )
         shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, {targets.dtype}"
         if self._named in (_half_mse, _binary_cross_entropy) and targets.numel() != outputs.numel():
             raise ModelError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cape.dataset_names import split_side
+from cape.dataset_names import CHARACTERS, split_side
 from cape.datasets import bundled
 from cape.datasets.dataset import Dataset
 from cape.datasets.known import KNOWN
@@ -17,15 +17,14 @@ from cape.errors import CapeError, DataError, SpecError, did_you_mean, first_lin
 Loader = Callable[[Path | None], Dataset]
 
 _BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": bundled.digits, "diabetes": bundled.diabetes}
-_CHARACTERS = {"imdb_chars": "imdb"}
 _USERS: dict[str, Loader] = {}
 _LOADED: dict[tuple[str, str, int, int], Dataset] = {}
 
 
 def names() -> tuple[str, ...]:
     """Return the names that :func:`load` knows, the user's own last."""
-    own = [name for name in _USERS if name not in KNOWN and name not in _BUNDLED and name not in _CHARACTERS]
-    return (*KNOWN, *_CHARACTERS, *_BUNDLED, *own)
+    own = [name for name in _USERS if name not in KNOWN and name not in _BUNDLED and name not in CHARACTERS]
+    return (*KNOWN, *CHARACTERS, *_BUNDLED, *own)
 
 
 def register(name: str, loader: Loader) -> None:
@@ -91,8 +90,8 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
         return _kept((name, str(root), 0, 0), lambda: _from_user(name, root))
     if name in _BUNDLED:
         return _kept((name, "", 0, 0), _BUNDLED[name])
-    if name in _CHARACTERS:
-        sequence = load(_CHARACTERS[name], data_root).with_task("sequence")
+    if name in CHARACTERS:
+        sequence = load(CHARACTERS[name], data_root).with_task("sequence")
         return dataclasses.replace(sequence, name=name)
     if name not in KNOWN:
         raise SpecError(f"Unknown dataset '{name}'.{did_you_mean(name, names())} A path ends in .parquet.")

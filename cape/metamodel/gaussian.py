@@ -14,7 +14,7 @@ import numpy as np
 
 from cape.metamodel import process
 from cape.metamodel.line import term_values
-from cape.metamodel.rows import Rows
+from cape.metamodel.rows import RELATIVE, Rows
 
 WITNESSES = (300, 400)
 """Plain points, and points of both kinds, that the spread is judged by, at most."""
@@ -114,7 +114,8 @@ class GaussianProcess:
                 for some in _subsets(able, augmented, size.learned_from)
             ]
         )
-        chosen = _first(order, augmented, size.points)
+        relative = rows["augmentation"][first] == RELATIVE  # they are many, and the family's own say more of it
+        chosen = _first(order[np.argsort(relative[order], kind="stable")], augmented, size.points)
         points = z[chosen].astype(np.float16).astype(np.float64)
         deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
         weight = np.zeros(len(points) + deviating)

@@ -34,6 +34,9 @@ PRODUCT_FEATURES = (
     *END_FEATURES,
     "family",
 )
+RELATIVE = "relative"
+"""What stands in the place of an augmentation where a row is of the relative of the family that is fitted."""
+
 CAP = 5000.0
 """Cap on updates, and T* of a censored trial in paper mode (design §3)."""
 
@@ -133,7 +136,7 @@ class Rows:
         if mask.sum() == own.sum():
             return mask, rows
         augmentation = rows["augmentation"].copy()
-        augmentation[~own[mask]] = "relative"
+        augmentation[~own[mask]] = RELATIVE
         return mask, Rows({**rows.columns, "augmentation": augmentation})
 
     @property

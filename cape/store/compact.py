@@ -195,24 +195,25 @@ def _merge_all(
     seen: dict[str, set[tuple[str, float]]] = defaultdict(set)
     for folder, names in plans:
         paths = [f"{base}/{folder}/{name}".lstrip("/") for name in names]
-        union = _union(source, paths)
+        table = union(source, paths)
         kept = [
             i
-            for i, key in enumerate(zip(union["trial_id"].to_pylist(), union["epsilon"].to_pylist()))
+            for i, key in enumerate(zip(table["trial_id"].to_pylist(), table["epsilon"].to_pylist()))
             if key not in seen[folder] and not seen[folder].add(key)  # type: ignore[func-returns-value]
         ]
-        duplicates += union.num_rows - len(kept)
+        duplicates += table.num_rows - len(kept)
         if not kept:
             continue
-        if len(kept) < union.num_rows:
-            union = union.take(kept)
-        name = chunk_name(union["trial_id"].to_pylist(), extra=names[0].startswith(EXTRA_PREFIX))
-        target.write(f"{into}/{folder}/{name}", to_parquet(union, ROW_GROUP))
-        rows += union.num_rows
+        if len(kept) < table.num_rows:
+            table = table.take(kept)
+        name = chunk_name(table["trial_id"].to_pylist(), extra=names[0].startswith(EXTRA_PREFIX))
+        target.write(f"{into}/{folder}/{name}", to_parquet(table, ROW_GROUP))
+        rows += table.num_rows
     return rows, duplicates
 
 
-def _union(location: Location, names: list[str]) -> pa.Table:
+def union(location: Location, names: list[str]) -> pa.Table:
+    """Return the rows of files as one table; raises ``StoreError`` where one of them cannot be read."""
     try:
         # What a turned bit made wrong must not get a new checksum.
         tables = [

@@ -158,6 +158,8 @@ def test_bad_arguments_get_one_sentence(digits: Batch) -> None:
         measure(mlp(), (x[:0], y[:0]))
     with pytest.raises(ModelError, match="labels must lie in 0..9"):
         measure(mlp(), (x, y + 90))
+    with pytest.raises(ModelError, match="classes last .* 'sequence_cross_entropy'"):
+        measure(nn.Embedding(10, 10), (y.view(16, 4), y.view(16, 4)))
     with pytest.raises(ModelError, match="no trainable parameter"):
         measure(mlp().requires_grad_(False), digits)
     with pytest.raises(SpecError, match="learning rate"):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,8 @@ import torch
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
+from cape.store.retry import retry
+from cape.store.verify import verify
 from cape.sweep import shard_run
 from cape.sweep.actor import ShardWorker
 from cape.sweep.driver import _share, run_sweep
@@ -190,6 +193,37 @@ def test_a_trial_that_fails_is_counted_and_the_sweep_goes_on(tmp_path: Path, mon
     assert (result.trials, result.failed, result.rows) == (12, 1, 24)
     rows = [r for r in reader.read(tmp_path).to_pylist() if r["stop_reason"] == "failed"]
     assert {(r["trial_id"], r["error"]) for r in rows} == {(unlucky.trial_id, "RuntimeError: out of luck")}
+
+    # A resume passes over it, until it is forgotten.
+    again = run_inline(SPEC, tmp_path, resume=True, **QUICK)
+    assert (again.trials, again.failed) == (12, 1)
+    with pytest.raises(StoreError, match="holds no rows, and so no failed trial"):
+        retry(tmp_path / "nothing")
+    before = table(tmp_path)
+    done = retry(tmp_path)
+    assert done.trials == 1 and "1 failed trials" in str(done)
+    left = table(tmp_path)
+    assert left == {key: row for key, row in before.items() if key[0] != unlucky.trial_id} and len(left) == 22
+    assert "nothing was changed" in str(retry(tmp_path))
+    monkeypatch.setattr(type(family), "build", build)
+    mended = run_inline(SPEC, tmp_path, resume=True, **QUICK)
+    assert (mended.trials, mended.failed) == (12, 0)
+    assert verify(tmp_path, lambda spec: Plan(spec).all_ids()).sound
+    assert len(table(tmp_path)) == 24 and not reader.count_rows(tmp_path, pds.field("stop_reason") == "failed")
+
+
+def test_failed_trials_alone_leave_an_empty_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cape import families
+
+    def never(self: Any, spec: Any) -> torch.nn.Module:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(type(families.get("mlp")), "build", never)
+    assert run_inline(SPEC, tmp_path, **QUICK).failed == 12
+    assert retry(tmp_path).trials == 12 and reader.list_chunks(tmp_path) == []
+    monkeypatch.undo()
+    assert run_inline(SPEC, tmp_path, resume=True, **QUICK).trials == 12
+    assert len(table(tmp_path)) == 24
 
 
 def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, tmp_path: Path) -> None:
