@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cape.metamodel.gaussian import DRAWS, GaussianProcess, _subsets
+from cape.metamodel.gaussian import DRAWS, GaussianProcess, Size, _subsets
 from cape.metamodel.regressors import AFT_SCALE
-from cape.metamodel.rows import Rows
+from cape.metamodel.rows import RELATIVE, Rows
 from cape.metamodel.surface import LEVEL
 
 FEATURES = ("log_lr", "log_b")
@@ -36,6 +36,19 @@ def test_it_follows_what_is_smooth_from_few_trials() -> None:
     inside = (np.abs(test["log_lr"]) < 1.5) & (np.abs(test["log_b"]) < 1.5)
     gap = process.predict(test)[inside] - truth(test)[inside]
     assert np.sqrt(np.mean(gap**2)) < 0.1
+
+
+def test_its_own_augmented_trials_are_centred_on_before_a_relatives() -> None:
+    plain, own, relatives = trials(20), augment(trials(10, seed=1)), trials(200, seed=2)
+    marked = {"trial_id": [f"0{t}" for t in relatives["trial_id"]], "augmentation": [RELATIVE] * 200}
+    relatives = Rows({**relatives.columns, **{k: np.array(v, object) for k, v in marked.items()}})
+    rows = plain.join(relatives).join(own)
+    process = GaussianProcess.fit(rows, truth(rows), FEATURES, Size(points=(20, 40), learned_from=(20, 40)))
+    wanted = np.stack([own[name] for name in FEATURES], axis=1)
+    centred = process.points[20:30] * process.scale + process.centre
+    order = [int(np.argmin(np.abs(wanted - c).sum(axis=1))) for c in centred]
+    assert len(process.points) == 40 and sorted(order) == list(range(10))
+    np.testing.assert_allclose(centred, wanted[order], atol=0.01)
 
 
 def test_far_away_it_leaves_the_line_alone() -> None:
