@@ -52,6 +52,7 @@ class Kept:
         # What was made in inference mode, or of which numbers share a place, cannot be written into here.
         buffers = [b for b in buffers if not (is_lazy(b) or b.is_inference() or overlaps(b))]
         self._buffers = [(b, b.data if _has_a_place(b) else None, b.detach().clone(), dict(vars(b))) for b in buffers]
+        self._versions = [b._version for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._in_memory: dict[int, list[nn.Parameter]] = {}  # parameters by their memory, from the first write on
         if parameters or switches_itself(model):
@@ -107,13 +108,32 @@ class Kept:
                 array[...] = values
         for generator, state in self._generators:
             _set_state(generator, state)
-        for b, memory, value, marks in self._buffers:
+        for b, memory, _, marks in self._buffers:
             if memory is not None and not b.is_set_to(memory):
                 b.data = memory
-            if not _same(b, value):
-                b.copy_(value)
             vars(b).clear()
             vars(b).update(marks)
+        # Without a write where none is needed: a graph may hold the buffer, and would not be differentiated any more.
+        for i, written in enumerate(self._written()):
+            if written:
+                b, _, value, _ = self._buffers[i]
+                b.copy_(value)
+                self._versions[i] = b._version
+
+    def _written(self) -> list[bool]:
+        """Return which buffers hold other numbers than they did. What writes through ``data`` counts nothing."""
+        found = [b._version != version for (b, *_), version in zip(self._buffers, self._versions, strict=True)]
+        unknown = []
+        for i, (b, _, value, _) in enumerate(self._buffers):
+            if b.layout is torch.strided and b.device.type == "cpu":
+                found[i] = not torch.equal(b, value)
+            elif b.layout is torch.strided and not found[i]:
+                unknown.append((i, (b != value).any()))
+        if unknown:  # one copy from the device for all of them
+            places, differs = zip(*unknown, strict=True)
+            for i, other in zip(places, torch.stack([d.to(differs[0].device) for d in differs]).tolist(), strict=True):
+                found[i] = other
+        return found
 
     def restore(self) -> None:
         """Put everything back; where a value cannot be, all the rest is."""
@@ -150,10 +170,6 @@ def _put_back(collection: Any, items: Any) -> None:
         return
     collection.clear()
     (collection.extend if isinstance(collection, (list, deque)) else collection.update)(items)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device.type == "cpu" and a.layout is torch.strided and torch.equal(a, b)
 
 
 def overlaps(t: Tensor) -> bool:
@@ -210,13 +226,25 @@ def evaluated(model: nn.Module, beside: nn.Module, seed: int | None = None) -> I
     """Run a block with a model in eval mode, and put everything of ``beside``, which holds it, back as ``preserved``.
 
     ``rewind`` goes back to what the model is in eval mode: adapters, say, merge their weights when they are switched.
+    torch's fast path of frozen transformers is off: it gives zeros in padded places, where training sees numbers.
     """
-    with preserved(beside) if switches_itself(model) else nullcontext() as before:
+    with without_fast_path(), preserved(beside) if switches_itself(model) else nullcontext() as before:
         if before is not None:
             model.eval()
         with preserved(beside, seed) as kept:
             model.eval()
             yield kept
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Let ``nn.TransformerEncoder`` and attention run in eval mode what they run in train mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def switches_itself(model: nn.Module) -> bool:
@@ -245,6 +273,11 @@ def seed_draws(seed: int, devices: Iterable[int] = ()) -> None:
             torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def draws_of(devices: Iterable[int] = ()) -> list[Tensor]:
+    """Return the states of torch's global generators, on some GPUs too: other ones once a number was drawn."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -394,6 +427,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if meta:
         raise ModelError(
             f"The parameter '{meta[0]}' is on the device 'meta' and holds no numbers; build the model on a real one."
+        )
+    computed = [n for n, p in found.items() if not p.is_leaf]
+    if computed:
+        raise ModelError(
+            f"The parameter '{computed[0]}' is computed from another tensor (copying a scripted module makes such), so"
+            " that no optimizer could train it; build or script the model anew."
+        )
+    shared = [n for n, p in found.items() if overlaps(p)]
+    if shared:
+        raise ModelError(
+            f"Several numbers of the parameter '{shared[0]}' are one place in memory (it was expanded), so that no"
+            " optimizer could train it; make it contiguous, or expand it where it is used."
         )
     found = {n: p for n, p in found.items() if p.numel()}
     if not found:

@@ -146,19 +146,30 @@ class Loss:
             return torch.stack(rows)
 
     def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
-        """Raise ``ModelError`` where a sample's loss is another in a batch of one."""
-        one = slice(len(outputs) // 2, len(outputs) // 2 + 1)
-        try:
-            alone = self._function(outputs[one], targets[one])
-        except Exception:  # it cannot take one sample: it holds something of the whole batch
+        """Raise ``ModelError`` where some sample's loss is another in a batch of one.
+
+        torch's own losses are known not to do that. A loss that is a mean was computed of each sample alone already.
+        """
+        if type(self._function).__module__ == "torch.nn.modules.loss" or self._function(outputs, targets).dim() == 0:
             return
-        if alone.dim() == 0 or len(alone) == 1:
-            gap = (_mean_per_sample(alone.reshape(1, -1)) - losses[one]).abs()
-            if bool((gap > torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()).any()):
+        alone = []
+        for i in range(len(outputs)):
+            try:
+                value = self._function(outputs[i : i + 1], targets[i : i + 1])
+            except Exception:  # it cannot take one sample: it holds something of the whole batch
+                return
+            if value.dim() > 0 and len(value) != 1:
                 raise ModelError(
-                    f"The loss '{self.name}' gives a sample another number in a batch than alone, so that it has no"
-                    " loss of its own; return each sample's loss, unweighted by the others, or their mean."
+                    f"The loss '{self.name}' returned shape {tuple(value.shape)} for one sample; return one number per"
+                    " sample, [B], or a scalar."
                 )
+            alone.append(_mean_per_sample(value.reshape(1, -1)))
+        gap = (torch.cat(alone) - losses).abs()
+        if bool((gap > torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()).any()):
+            raise ModelError(
+                f"The loss '{self.name}' gives a sample another number in a batch than alone, so that it has no"
+                " loss of its own; return each sample's loss, unweighted by the others, or their mean."
+            )
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
@@ -170,11 +181,12 @@ class Loss:
 
         Classification: the true class's logit. Sequences and dense outputs: the mean over positions of the true
         classes' logits (ignored positions left out). Multi-label: the mean over the labels that are on (zero
-        where none is). Anything else: the mean of the outputs (a regression's scalar output itself).
+        where none is). Anything else: the mean of the outputs (a regression's scalar output itself), or of their real
+        parts.
         """
         if self._by_label(outputs, targets):
             dim = self._class_dim(outputs, targets)
-            valid = targets != IGNORE_INDEX
+            valid = self._valid(targets, outputs.shape[dim])
             logits = outputs.gather(dim, targets.where(valid, 0).long().unsqueeze(dim)).squeeze(dim)
             logits, valid = logits.reshape(len(logits), -1), valid.reshape(len(logits), -1)
             return (logits * valid).sum(1) / valid.sum(1).clamp(min=1)
@@ -182,7 +194,7 @@ class Loss:
         if self._is_multilabel(outputs, targets):
             on = _match(outputs, targets).reshape(flat.shape)
             return (flat * on).sum(1) / on.sum(1).clamp(min=1)
-        return flat.mean(1)
+        return (flat.real if flat.is_complex() else flat).mean(1)
 
     def cotangents(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each sample's loss [B], and its gradient and that of its target logit in the outputs.
@@ -226,7 +238,7 @@ class Loss:
             )
         if self._by_label(outputs, targets) and targets.numel():
             classes = outputs.shape[self._class_dim(outputs, targets)]
-            valid = targets[targets != IGNORE_INDEX]
+            valid = targets[self._valid(targets, classes)]
             low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
             if low < 0 or high >= classes:
                 raise ModelError(
@@ -234,6 +246,14 @@ class Loss:
                     f" 0..{classes - 1}."
                 )
         self._check_fit(outputs, targets)
+
+    def _valid(self, targets: Tensor, classes: int) -> Tensor:
+        """Return which labels name a class, bool as ``targets``: all but those that the loss ignores.
+
+        What a callable that does not say it ignores is not known: it may be any label beyond the classes.
+        """
+        ignored = IGNORE_INDEX if self._named is not None else getattr(self._function, "ignore_index", None)
+        return (targets >= 0) & (targets < classes) if ignored is None else targets != ignored
 
     def _by_label(self, outputs: Tensor, targets: Tensor) -> bool:
         """Whether targets are the numbers of classes: whole, one for each row of outputs, and not compared with them.
@@ -243,7 +263,10 @@ class Loss:
         whole = not targets.is_floating_point() and targets.dim() == outputs.dim() - 1
         if not whole or self._named in (_half_mse, _binary_cross_entropy):
             return False
-        return self._named is not None or outputs.shape[self._class_dim(outputs, targets)] > 1
+        if self._named is not None:
+            return True
+        dim = self._find_class_dim(outputs, targets)  # none: what a callable makes of such targets is its own affair
+        return dim is not None and outputs.shape[dim] > 1
 
     def _check_fit(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ``ModelError`` where the loss cannot be computed of outputs and targets of these shapes."""
@@ -275,15 +298,19 @@ class Loss:
             raise ModelError(f"The loss '{self.name}' does not depend on the outputs; do not detach them.")
 
     def _class_dim(self, outputs: Tensor, targets: Tensor) -> int:
+        dim = self._find_class_dim(outputs, targets)
+        if dim is None:
+            raise ModelError(
+                f"Targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(outputs.shape)}."
+            )
+        return dim
+
+    def _find_class_dim(self, outputs: Tensor, targets: Tensor) -> int | None:
         torch_layout = targets.shape == outputs.shape[:1] + outputs.shape[2:]
         last_layout = targets.shape == outputs.shape[:-1]
         if last_layout and (self.name == "sequence_cross_entropy" or not torch_layout):
             return outputs.dim() - 1
-        if not torch_layout:
-            raise ModelError(
-                f"Targets of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(outputs.shape)}."
-            )
-        return 1
+        return 1 if torch_layout else None
 
     def _is_multilabel(self, outputs: Tensor, targets: Tensor) -> bool:
         if self.name in _MULTILABEL or isinstance(self._function, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)):

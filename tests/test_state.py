@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,6 +20,35 @@ def test_what_holds_no_numbers_is_refused() -> None:
     for batch in ((x.to("meta"), y), (x, y.to("meta"))):
         with pytest.raises(ModelError, match="The batch is on the device 'meta'"):
             check_batch(batch)
+
+
+def test_what_no_optimizer_could_train_is_refused() -> None:
+    shared = nn.Linear(4, 3)
+    shared.bias = nn.Parameter(torch.zeros(1).expand(3))
+    with pytest.raises(ModelError, match="'bias' are one place in memory"):
+        trainable(shared)
+    copied = copy.deepcopy(torch.jit.script(nn.Linear(4, 3)))
+    with pytest.raises(ModelError, match="'weight' is computed from another tensor"):
+        trainable(copied)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_buffer_that_nobody_wrote_into_is_not_written(sparse: bool) -> None:
+    """A graph may hold it, and could not be differentiated any more."""
+    model = nn.Linear(3, 2)
+    table = torch.eye(3)
+    model.register_buffer("table", table.to_sparse() if sparse else table)
+    with preserved(model) as kept:
+        version = model.table._version  # type: ignore[operator, union-attr]
+        kept.rewind()
+        assert model.table._version == version  # type: ignore[operator, union-attr]
+        with torch.no_grad():
+            model.table.mul_(2)  # type: ignore[operator]
+        kept.rewind()
+        assert model.table.to_dense().equal(table)  # type: ignore[operator]
+        if not sparse:
+            model.table.data[0] = 5.0  # type: ignore[operator, index]
+    assert model.table.to_dense().equal(table)  # type: ignore[operator]
 
 
 class Logging(nn.Module):

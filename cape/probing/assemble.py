@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cape.memory import device_failed
 from cape.probing import ops
 from cape.probing.intercept import Recorded
 from cape.probing.taps import parameters_behind
@@ -64,6 +65,22 @@ def _item(recorded: Recorded, target: int, parameters: dict[int, nn.Parameter]) 
         if region is not None:
             return Item(recorded, target, (parameters[id(base)],), region)
     return Item(recorded, target, tuple(parameters_behind([t], parameters)), None)
+
+
+def written_since(uses: Sequence[Recorded], parameters: dict[int, nn.Parameter]) -> set[int]:
+    """Return the ids of the parameters behind targets that the model wrote into after their use.
+
+    Such a tensor is another function of the parameters by now, and would pull the use's gradient back as that one.
+    """
+    return {
+        id(base)
+        for r in uses
+        for i, version in enumerate(r.versions)
+        if r.use.targets[i]._version != version
+        for item in [_item(r, i, parameters)]
+        if item.region is None
+        for base in item.bases
+    }
 
 
 def plan(uses: Sequence[Recorded], parameters: dict[int, nn.Parameter], leaked: set[int]) -> Plan:
@@ -140,10 +157,21 @@ def _to_parameters(
     bases = [b for b in item.bases if id(b) in wanted]
     if len(item.bases) == 1 and item.tensor is item.bases[0]:
         return [(bases[0], grads)]
-    with torch.enable_grad():
-        pulled = torch.autograd.grad(
-            item.tensor, bases, grads.to(item.tensor.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
+    grads = grads.to(item.tensor.dtype)
+
+    def pull(v: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            item.tensor, bases, v, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
+
+    with torch.enable_grad():
+        try:
+            pulled = pull(grads, True)
+        except RuntimeError as error:  # an operator without a batching rule: one sample at a time
+            if device_failed(error):
+                raise
+            each = [pull(g, False) for g in grads]
+            pulled = tuple(None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True))
     return [(b, g) for b, g in zip(bases, pulled, strict=True) if g is not None]
 
 

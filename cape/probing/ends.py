@@ -9,7 +9,7 @@ graph, so that the backward pass that follows gives their gradients as well. Not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,21 +57,22 @@ class Ends(TorchFunctionMode):
             first pass saw.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
-        """Args: ``parameters``: that are trained. ``count``: samples of the batch."""
+    def __init__(self, parameters: Sequence[Tensor], count: int, constants: Iterable[Tensor] = ()) -> None:
+        """Args: ``parameters``: that are trained. ``count``: samples of the batch. ``constants``: no data for sure."""
         super().__init__()
         self._count = count
         self.repeating = self.differentiates = False
         self.entry: Entry | None = None
         self.hidden: Tensor | None = None
         self._of_parameters = {id(p): p for p in parameters}
+        self._constants = {id(t): t for t in constants}
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in operators.PASSIVE or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         self.differentiates |= func in operators.DERIVATIVES
-        found = tensors_in((args, kwargs))
+        found = tensors_in(args[:1] if func in operators.TEMPLATES else (args, kwargs))
         of_parameters = [t for t in found if id(t) in self._of_parameters]
         data = [t for t in found if self._is_data(t)]
         if of_parameters and not data:
@@ -93,7 +94,7 @@ class Ends(TorchFunctionMode):
             return False
         if is_marked(t) or t.requires_grad:
             return True
-        return t.is_floating_point() and t.dim() > 0 and len(t) == self._count
+        return id(t) not in self._constants and t.is_floating_point() and t.dim() > 0 and len(t) == self._count
 
     def _meet(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor]) -> Any:
         """Run an operator on data that a backward pass gives the gradient of, and remember it."""
@@ -102,10 +103,14 @@ class Ends(TorchFunctionMode):
             seen = result = func(*args, **kwargs)
         else:
             seen = met.view_as(met) if met.requires_grad else met.detach().requires_grad_()
-            result = func(
-                *map_tensors(lambda t: seen if t is met else t, args),
-                **map_tensors(lambda t: seen if t is met else t, kwargs),
-            )
+
+            def given(t: Tensor) -> Tensor:
+                if t is met:
+                    return seen
+                # Only because of ``seen`` does the graph keep the weight, which the model may write into afterwards.
+                return t.clone() if not met.requires_grad and not t.is_leaf and id(t) in self._of_parameters else t
+
+            result = func(*map_tensors(given, args), **map_tensors(given, kwargs))
         if self.repeating or not (isinstance(seen, Tensor) and _is_plain(seen)):
             return result
         if self.entry is None and seen.requires_grad:

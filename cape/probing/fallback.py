@@ -44,6 +44,47 @@ def fallback_norms(
     return _looped(model, x, cotangents, parameters, range(batch_size), batch_size, rewind)
 
 
+def drawn_norms(
+    model: nn.Module,
+    x: Inputs,
+    cotangents: Sequence[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    outputs: Tensor,
+) -> Tensor:
+    """Like ``fallback_norms``, all through the graph of one pass over the batch, whose draws cannot be had again alone.
+
+    It costs a backward pass over the whole batch for each sample.
+
+    Args:
+        outputs: that the pass must give, with the model's state and the generators as they are.
+
+    Raises:
+        ModelError: the pass gives others.
+    """
+    out = call(model, map_tensors(Tensor.clone, x))
+    scale = outputs.abs().amax().nan_to_num(0.0, 0.0, 0.0)
+    if bool(((out.detach() - outputs).abs() > torch.finfo(out.dtype).eps ** 0.7 * scale).any()):
+        raise ModelError(
+            "The model draws random numbers in eval mode, others in every pass whatever the seed, so that its gradients"
+            " cannot be told; let it draw from torch's global generator."
+        )
+    params = list(parameters.values())
+    result = torch.zeros(len(cotangents), len(out), dtype=torch.float64, device=out.device)
+    if not out.requires_grad:
+        return result
+    model.zero_grad(set_to_none=True)
+    with gradients_kept(leaves_behind([out])):
+        for k, v in enumerate(cotangents):
+            for b in range(len(out)):
+                last = (k, b) == (len(cotangents) - 1, len(out) - 1)
+                only = torch.zeros_like(v)
+                only[b] = v[b]
+                torch.autograd.backward(out, only, retain_graph=not last)
+                result[k, b] = sum(float(_square(p.grad)) for p in params if p.grad is not None)
+                model.zero_grad(set_to_none=True)
+    return result
+
+
 def _looped(
     model: nn.Module,
     x: Inputs,

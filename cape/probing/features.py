@@ -252,7 +252,7 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         y = ordinary_tensor(y)
         model.train()
         with running(model, "in train mode"):
-            outputs = outputs_now(ends=(ends := Ends(params, len(y))))
+            outputs = outputs_now(ends=(ends := Ends(params, len(y), model.buffers())))
         criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
@@ -264,8 +264,9 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         except RuntimeError as error:
             if "use_reentrant" not in str(error):  # a re-entrant checkpoint goes back by ``backward`` alone
                 raise
-            outputs = outputs_now(ends=(ends := Ends(params, len(y))))
+            outputs = outputs_now(ends=(ends := Ends(params, len(y), model.buffers())))
             grads, seen = ends.gradients(criterion.mean(outputs, y), params, outputs, y, l0, accumulating=True)
+        grads = [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
         graph = ends.differentiates
         del ends
         moving = [(p.detach(), g) for p, g in zip(params, grads, strict=True) if g is not None]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cape.errors import ModelError
 from cape.probing import ops
 from cape.probing.intercept import Handler, Interceptor, handles
 from cape.probing.layout import Layout
@@ -279,6 +280,12 @@ def rms_norm(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
+_BY_FREQUENCY = (
+    "An embedding with scale_grad_by_freq divides a row's gradient by how often the batch has it, so that samples"
+    " influence each other's gradients and there is no per-sample gradient; leave scale_grad_by_freq out."
+)
+
+
 def _lookup(
     mode: Interceptor, index: Tensor, w: Tensor, padding_idx: int | None, run: Callable[[Tensor], Tensor]
 ) -> Any:
@@ -290,7 +297,9 @@ def embedding(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[st
     index, w, padding_idx, max_norm, _norm_type, by_frequency, _sparse = bind(
         "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", args, kwargs
     )
-    if not mode.is_data(index) or mode.is_data(w) or max_norm is not None or by_frequency:
+    if by_frequency:
+        raise ModelError(_BY_FREQUENCY)
+    if not mode.is_data(index) or mode.is_data(w) or max_norm is not None:
         return NotImplemented
     return _lookup(mode, index, w, padding_idx, lambda w: F.embedding(index, w, padding_idx))
 
@@ -302,7 +311,9 @@ def embedding_bag(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dic
         " include_last_offset padding_idx",
         args, kwargs, mode="mean",
     )  # fmt: skip
-    plain = offsets is None and max_norm is None and not by_frequency and how in ("sum", "mean") and index.dim() == 2
+    if by_frequency:
+        raise ModelError(_BY_FREQUENCY)
+    plain = offsets is None and max_norm is None and how in ("sum", "mean") and index.dim() == 2
     if not plain or not mode.is_data(index) or mode.is_data(w) or (weights is not None and weights.requires_grad):
         return NotImplemented
     if padding_idx is not None and how == "mean":

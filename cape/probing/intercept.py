@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Layout, Sighting, Verdict, digits, first_rows, same_rows
+from cape.probing.layout import Glimpse, Layout, Sighting, Verdict, digits, first_rows, same_rows
 from cape.probing.operators import core_of_copies, is_marked, mark_data, opened, tensors_in, written_by
 from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
 from cape.probing.uses import Use
@@ -55,6 +55,7 @@ class Recorded:
     """
 
     use: Use
+    versions: tuple[int, ...]  # of the use's targets
     gradient: Tensor | None = None
     pulls: bool = False  # whether who hands the gradient over takes it back, pulled back to the use's data
     pulled: Tensor | None = None
@@ -112,7 +113,7 @@ class Interceptor(TorchFunctionMode):
         self._names: dict[int, Any] = {}
         self._decisions: dict[Any, bool | None] = {}
         self._unwatched: set[Any] = set()  # names of what was used without grad mode
-        self._compared: list[tuple[Tensor, Tensor, float]] = []
+        self._compared: list[tuple[Glimpse, Glimpse, float]] = []
         self.unsettled = False
         self._next = 0
         self.anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
@@ -140,6 +141,14 @@ class Interceptor(TorchFunctionMode):
     def _is_first(self, dim: Any, t: Tensor) -> bool:
         """Whether a dimension may be the batch's: the first one of several, or the only one where it has that size."""
         return dim in (0, -t.dim()) and (t.dim() > 1 or len(t) == self.batch_size)
+
+    def _parts_samples(self, given: Any, dims: Sequence[int]) -> bool:
+        """Whether one of these dimensions may be the batch's: the first one where its size allows it, or the second."""
+        if not dims or not isinstance(given, Tensor) or given.dim() == 0:
+            return False
+        second = given.dim() > 1 and given.shape[1] == self.batch_size
+        place = 0 if given.shape[0] % self.batch_size == 0 else 1 if second else None
+        return place is not None and any(d % given.dim() == place for d in dims)
 
     def _loses_samples(self, given: Tensor, result: Any) -> bool:
         """Whether an operator made fewer numbers, and no dimension of them is the batch's any more."""
@@ -190,7 +199,10 @@ class Interceptor(TorchFunctionMode):
                 result = func(*args, **kwargs)
             if not data or func in operators.CONSTANTS:
                 return result
-            self.reduced |= self._loses_samples(found[0], result)
+            self.reduced = self.reduced or (
+                self._loses_samples(found[0], result)
+                or self._parts_samples(args[0], operators.narrowed(func, args, kwargs))
+            )
             return mark_data(result)
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
@@ -245,6 +257,8 @@ class Interceptor(TorchFunctionMode):
 
     def core(self, p: Tensor) -> Tensor:
         """Return a tensor that expands to ``p`` and holds each of its numbers once, as far as that is known."""
+        if p.layout is not torch.strided:
+            return p
         known, version = self._cores.get(id(p), (p, p._version))
         if version != p._version:
             return p
@@ -327,9 +341,8 @@ class Interceptor(TorchFunctionMode):
         self.recorded.update(*map(self._behind, live))
         with torch._C.DisableTorchFunction():
             if self.places:
-                then = rows if len(self.places) == 2 else rows[list(self.places)]
                 now = first_rows(data, layout, list(self.places.values()))
-                self._compared.append((now, then, digits(data.dtype)))
+                self._compared.append((now, rows.of(list(self.places)), digits(data.dtype)))
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:
@@ -359,7 +372,7 @@ class Interceptor(TorchFunctionMode):
 
     def register(self, use: Use) -> _Arrival:
         """Add a use and return what its gradient must be handed to."""
-        recorded = Recorded(use)
+        recorded = Recorded(use, tuple(t._version for t in use.targets))
         self.uses.append(recorded)
         return _Arrival(self, recorded)
 

@@ -104,7 +104,7 @@ def two_samples(x: Inputs, batch_size: int, kinds: str = "fib") -> tuple[Inputs,
         elif "i" in kinds:
             low, high = int(value.min()), int(value.max())
             if low < high:
-                other[0] = (base[0] - low + 1) % (high - low + 1) + low
+                other[0] = ((base[0].long() - low + 1) % (high - low + 1) + low).to(base.dtype)
             elif low > 0 or value.device.type == "cpu":  # a wrong index on a GPU would end the process
                 other[0] += -1 if low > 0 else 1
         if not torch.equal(base, other):
@@ -190,13 +190,13 @@ class Verdict(NamedTuple):
     Attributes:
         key: which call it is.
         layout: of the data (``None``: leave the parameter attached).
-        rows: the beginnings of the two samples' rows of the data, [2, n].
+        rows: what is seen of the two samples' rows of the data.
         puzzling: the data changed, but not as the rows of one sample: samples may have met.
     """
 
     key: tuple[Any, ...]
     layout: Layout | None
-    rows: Tensor | None
+    rows: Glimpse | None
     puzzling: bool
 
 
@@ -223,7 +223,7 @@ def judge_one(sightings: list[Sighting]) -> list[Verdict] | None:
         return None
     layout = Layout(0)
     rows = [first_rows(s.data, layout, (0, 1)) for s in sightings]
-    sizes = [r.shape[1] for r in rows]
+    sizes = [r.numbers.shape[1] for r in rows]
     both = _side_by_side(rows, sizes)
     apart, scale = _largest(both[:1], both[1:], sizes)
     if not bool((apart > 4 * scale * np.array([digits(s.data.dtype) for s in sightings])).all()):
@@ -231,22 +231,54 @@ def judge_one(sightings: list[Sighting]) -> list[Verdict] | None:
     return [Verdict(s.key, layout, r, False) for s, r in zip(sightings, rows, strict=True)]
 
 
-_ROW = 256  # numbers of a row that are compared
+_HEAD, _SPREAD = 128, 128  # numbers of a row that are compared: its first ones, and some of all the others
 _OF_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32}
 
 
-def first_rows(t: Tensor, layout: Layout, samples: Sequence[int]) -> Tensor:
-    """Return the beginnings of the first rows of one or two samples, [samples, n <= 256] float64, as they are now."""
+class Glimpse(NamedTuple):
+    """Some numbers of the first row of one or two samples.
+
+    Attributes:
+        numbers: [samples, n <= 256] float64: all of short rows, else the first ones and some of the others.
+        length: of the rows.
+    """
+
+    numbers: Tensor
+    length: int
+
+    def of(self, samples: Sequence[int]) -> Glimpse:
+        """Return those of some of the samples."""
+        return self if len(samples) == len(self.numbers) else Glimpse(self.numbers[list(samples)], self.length)
+
+    def shared(self, other: Glimpse) -> int:
+        """Return how many of the numbers are of the same places of both rows, beginning with the first one."""
+        if self.length == other.length:
+            return self.numbers.shape[1]
+        return min(n if n <= _HEAD + _SPREAD else _HEAD for n in (self.length, other.length))
+
+
+def _picked(rows: Any) -> Any:
+    """Return the numbers of rows [samples, n], an array or a tensor, that are looked at."""
+    n = rows.shape[1]
+    if n <= _HEAD + _SPREAD:
+        return rows
+    step = (n - _HEAD) // _SPREAD | 1  # odd: not always the same column of an image
+    join = torch.cat if isinstance(rows, Tensor) else np.concatenate
+    return join([rows[:, :_HEAD], rows[:, _HEAD::step][:, :_SPREAD]], 1)
+
+
+def first_rows(t: Tensor, layout: Layout, samples: Sequence[int]) -> Glimpse:
+    """Return what is seen of the first rows of one or two samples, as they are now."""
     t = t.detach()
     first, last = samples[0] * layout.inner, samples[-1] * layout.inner
     picked = slice(first, last + 1, max(1, last - first))
     if layout.dim == 0 and _is_array(t):  # a third of the time of torch's operators, at every use of a parameter
         rows = t.numpy()[picked].reshape(len(samples), -1)
-        return torch.from_numpy(rows[:, :_ROW].astype(np.float64))
+        return Glimpse(torch.from_numpy(_picked(rows).astype(np.float64)), rows.shape[1])
     t = t[(slice(None),) * layout.dim + (picked,)]
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     t = (t.movedim(layout.dim, 0) if layout.dim else t).reshape(len(samples), -1)
-    return t[:, :_ROW].to(torch.float64, copy=True)
+    return Glimpse(_picked(t).to(torch.float64, copy=True), t.shape[1])
 
 
 def _is_array(t: Tensor) -> bool:
@@ -254,16 +286,16 @@ def _is_array(t: Tensor) -> bool:
     return type(t) is Tensor and t.is_cpu and t.dtype in _OF_NUMPY and t.layout is torch.strided and not t.is_neg()
 
 
-def same_rows(now: Sequence[Tensor], then: Sequence[Tensor], limits: Sequence[float]) -> bool:
-    """Whether rows [samples, n] agree, as far as both go, to a share ``limits`` of their largest number each."""
-    sizes = [min(a.shape[1], b.shape[1]) for a, b in zip(now, then, strict=True)]
+def same_rows(now: Sequence[Glimpse], then: Sequence[Glimpse], limits: Sequence[float]) -> bool:
+    """Whether rows agree, as far as both go, to a share ``limits`` of their largest number each."""
+    sizes = [a.shared(b) for a, b in zip(now, then, strict=True)]
     far, scale = _largest(_side_by_side(now, sizes), _side_by_side(then, sizes), sizes)
     return not bool((far > scale * np.array(limits)).any())
 
 
-def _side_by_side(rows: Sequence[Tensor], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Return the first ``sizes`` numbers of rows [samples, n] in one array, which takes one copy from a device."""
-    cut = [r if r.shape[1] == n else r[:, :n] for r, n in zip(rows, sizes, strict=True)]
+def _side_by_side(rows: Sequence[Glimpse], sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Return the first ``sizes`` numbers of rows in one array, which takes one copy from a device."""
+    cut = [r.numbers if r.numbers.shape[1] == n else r.numbers[:, :n] for r, n in zip(rows, sizes, strict=True)]
     return np.asarray(torch.cat(cut, 1).cpu().numpy())
 
 

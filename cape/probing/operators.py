@@ -87,6 +87,37 @@ RUNNING = {
     for owner in (torch, Tensor)
     for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort")
 }
+# Functions that make one number, or a part, of a dimension: their second argument or ``dim``.
+_REDUCING = (
+    *("mean", "sum", "std", "var", "amax", "amin", "max", "min", "median", "nanmedian", "mode", "logsumexp", "norm"),
+    *("prod", "any", "all", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "select", "narrow", "unbind"),
+    *("std_mean", "var_mean", "aminmax"),
+)
+_SECOND = {getattr(owner, name) for owner in (torch, Tensor) for name in _REDUCING if hasattr(owner, name)}
+# The same, but the dimension comes third.
+_THIRD = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("split", "chunk", "tensor_split", "quantile", "nanquantile", "kthvalue", "topk")
+}
+
+
+_LISTS = (list, tuple, torch.Size)
+
+
+def narrowed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """Return the dimensions of its first argument of which a call leaves a part or one number, as far as it says."""
+    if func is Tensor.__getitem__:
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        whole = isinstance(first, slice) and first == slice(None)
+        return [0] if isinstance(first, (int, slice)) and not isinstance(first, bool) and not whole else []
+    place = 1 if func in _SECOND else 2 if func in _THIRD else None
+    if place is None:
+        return []
+    dims = kwargs.get("dim", args[place] if len(args) > place else 0 if place == 2 or "bind" in func.__name__ else ())
+    return [dims] if isinstance(dims, int) else [d for d in dims if isinstance(d, int)] if type(dims) in _LISTS else []
+
+
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Convolutions by their spatial dimensions, plain and transposed; data has its channels before these.

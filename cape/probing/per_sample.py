@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from cape.errors import ModelError
 from cape.memory import device_failed, kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
-from cape.probing.assemble import group_norms, plan
+from cape.probing.assemble import group_norms, plan, written_since
 from cape.probing.chain import chain_norms, chain_of
 from cape.probing.cotangents import hidden
-from cape.probing.fallback import fallback_norms
+from cape.probing.fallback import drawn_norms, fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples, moved
 from cape.probing.operators import watched_backward, watched_grad
@@ -38,12 +38,14 @@ from cape.state import (
     Kept,
     call,
     check_batch,
+    draws_of,
     eagerly,
     evaluated,
     map_tensors,
     ordinary_tensor,
     preserved,
     running,
+    seed_draws,
     slice_inputs,
     trainable,
 )
@@ -206,9 +208,11 @@ class _Engine:
 
     def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, size: int, places: dict[int, int]) -> Norms:
         ends = self._ends(x, size)  # first: the model may write into what the recorded pass has kept
-        self.kept.rewind()
+        self._begin()
+        before = draws_of(self.kept.devices)
         with mode:
             out = call(self.model, mode.inputs(x))
+        drew = not all(map(torch.equal, before, draws_of(self.kept.devices)))
         moving = mode.out_of_order()
         if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
             raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")
@@ -218,8 +222,11 @@ class _Engine:
         self._check_interaction(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
-        if leaked:
-            missing = {n: p for n, p in self.params.items() if id(p) in leaked}
+        missing = {n: p for n, p in self.params.items() if id(p) in leaked}
+        if missing and drew:  # another pass would draw other numbers for a sample: these are of this very one
+            self._begin()
+            total += torch.cat([drawn_norms(self.model, x, list(v), missing, out.detach()) for v in cotangents])
+        elif missing:
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
         return self.wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
@@ -256,39 +263,55 @@ class _Engine:
                 others = torch.full((size,), other, device=out.device)  # not another order of the same
                 others[other] = place - 1 if (place - 1) % size != other else (place + 1) % size
                 others[place] = place
-                there = self._look(slice_inputs(x, others, size))[place]
+                beside = self._beside(x, others, size)
+                if beside is None:
+                    continue
+                there = beside[place]
                 # The last digit counts, where there is reason to look at it and the device repeats it.
                 faint = suspect and moved(here[place], there, 1.05) and torch.equal(here[place], self._look(x)[place])
                 if faint or moved(here[place], there, 0.7):
                     raise ModelError(INTERACTING)
         every = torch.arange(size, device=out.device)
-        # Half of the samples stay; in the others' places are their neighbours, or one of those that stay.
-        exchanges = [(every % 2 == parity, (every + 1) % size) for parity in (0, 1) if size > 2]
-        exchanges += [(every < size // 2, every * 0), (every >= size // 2, every * 0 + size // 2)]
+        # Half of the samples stay; in the others' places are their neighbours, or one of those that stay. The order
+        # remains: a model may want its samples sorted by length.
+        exchanges = [(every % 2 == 0, every - 1), (every % 2 == 1, (every + 1).clamp(max=size - 1 - size % 2))]
+        exchanges += [(every < size // 2, every * 0 + size // 2 - 1), (every >= size // 2, every * 0 + size // 2)]
         for mine, others in exchanges if anyone else ():
-            there = self._look(slice_inputs(x, torch.where(mine, every, others), size))
-            if moved(here[mine], there[mine], 0.7):
+            beside = self._beside(x, torch.where(mine, every, others), size)
+            if beside is not None and moved(here[mine], beside[mine], 0.7):
                 raise ModelError(INTERACTING)
+
+    def _begin(self) -> None:
+        """Put the model's state and its draws where every pass begins."""
+        self.kept.rewind()
+        seed_draws(0, self.kept.devices)
 
     def _look(self, x: Inputs) -> Tensor:
         """Return the model's outputs on inputs, its state and its draws as ever."""
-        self.kept.rewind()
-        torch.random.default_generator.manual_seed(0)
+        self._begin()
         # With a graph: the model may take derivatives of its own.
         return call(self.model, map_tensors(Tensor.clone, x)).detach()
+
+    def _beside(self, x: Inputs, samples: Tensor, size: int) -> Tensor | None:
+        """Return the outputs of these samples as one batch; ``None`` where the model does not run on such a batch."""
+        try:
+            out = self._look(slice_inputs(x, samples, size))
+        except Exception as error:  # whatever a model raises on other samples, it has accepted the batch
+            if device_failed(error):
+                raise
+            return None
+        return out if out.dim() > 0 and len(out) == len(samples) else None
 
     def _ends(self, x: Inputs, size: int) -> dict[int, Tensor]:
         """Return the outputs of the first and the last sample beside each other; none where two cannot be run."""
         if size <= 2 or self.seen.outputs is None:
             return {}
         pair = [size - 1, 0]
-        try:
-            out = self._look(slice_inputs(x, torch.tensor(pair), size))
-        except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
-            if device_failed(error):
-                raise
-            return {}
-        return dict(zip(pair, out, strict=True)) if out.dim() > 0 and len(out) == 2 else {}
+        out = self._beside(x, torch.tensor(pair), size)
+        if out is None:  # sorted by length, say
+            pair.reverse()
+            out = self._beside(x, torch.tensor(pair), size)
+        return {} if out is None else dict(zip(pair, out, strict=True))
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int
@@ -300,7 +323,7 @@ class _Engine:
         if mode.mismatch:
             return total, everything
         leaves = leaves_behind([out])
-        leaked = ({id(p) for p in leaves} & everything) | mode.dropped
+        leaked = ({id(p) for p in leaves} & everything) | mode.dropped | written_since(mode.uses, mode.parameters)
         if not out.requires_grad:
             return total, leaked
         work = plan(mode.uses, mode.parameters, leaked)

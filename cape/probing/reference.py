@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from cape.state import Inputs, call, check_batch, map_tensors, slice_inputs, trainable
+from cape.state import Inputs, call, check_batch, map_tensors, slice_inputs, trainable, without_fast_path
 from cape.tasks import Loss, LossLike
 
 
@@ -48,7 +48,8 @@ def per_sample_norms_reference(
     x, y = map_tensors(_to_double, (x, y))
     g2, traces = [], []
     for b in range(batch_size):
-        out = call(clone, slice_inputs(x, torch.tensor([b, b]), batch_size))[:1]
+        with without_fast_path():
+            out = call(clone, slice_inputs(x, torch.tensor([b, b]), batch_size))[:1]
         yb = y[b : b + 1]
         g2.append(_sq(criterion.per_sample(out, yb)[0], params))
         if tau == "full":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cape.errors import ModelError
 from cape.probing.intercept import Interceptor
 from cape.probing.layout import Verdict, interacts, judge, judge_one, two_samples
-from cape.state import Inputs, Kept, call, slice_inputs
+from cape.state import Inputs, Kept, call, seed_draws, slice_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def scan(
     def look(inputs: Inputs, rewind: bool = True) -> tuple[Interceptor, Any]:
         if rewind:
             kept.rewind()
-        torch.random.default_generator.manual_seed(0)
+        seed_draws(0, kept.devices)
         mode = Interceptor(params, 2, None, kept.before_write)
         with mode:
             out = call(model, mode.inputs(inputs))

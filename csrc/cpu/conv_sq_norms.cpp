@@ -8,6 +8,7 @@
 #include <cape/kernels.h>
 
 #include "../conv_arguments.h"
+#include "cancelled.h"
 #include "form.h"
 #include "scratch.h"
 
@@ -28,7 +29,9 @@ Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntAr
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_sq_norms", [&] {
     const auto& kernels = cape::kernels<scalar_t>();
     cape::Form form = cape::form_of({form_name.data(), form_name.size()});
-    if (form == cape::Form::automatic) form = cape::choose(kernels.tile, s);
+    const bool chosen = form == cape::Form::automatic;
+    if (chosen) form = cape::choose(kernels.tile, s);
+    const bool signed_terms = chosen && (form == cape::Form::gram || form == cape::Form::shifted) && s.positions() > 1;
     TORCH_CHECK((form != cape::Form::shifted || s.dense()) && (form != cape::Form::winograd || s.three_by_three()) &&
                     (form != cape::Form::channelwise || (s.group_channels() == 1 && s.group_outputs() == 1)),
                 "conv_sq_norms: this convolution has no form '", form_name, "'.");
@@ -37,9 +40,15 @@ Tensor conv_sq_norms(const Tensor& x, const Tensor& g, IntArrayRef kernel, IntAr
     const int64_t x_step = s.frames * s.channels * s.pixels(), g_step = s.outputs * s.positions();
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> total(static_cast<size_t>(2 * cotangents));
-      const auto scratch = cape::scratch<scalar_t>(cape::scratch_of(kernels.tile, form, s));
+      const auto norms = [&](cape::Form one, int64_t b) {
+        const auto scratch = cape::scratch<scalar_t>(cape::scratch_of(kernels.tile, one, s));
+        kernels.conv(one, s, x_data + b * x_step, g_data + b * g_step, batch * g_step, scratch, total.data());
+      };
       for (int64_t b = begin; b < end; ++b) {
-        kernels.conv(form, s, x_data + b * x_step, g_data + b * g_step, batch * g_step, scratch, total.data());
+        norms(form, b);
+        if (signed_terms && cape::cancelled(s, x_data + b * x_step, g_data + b * g_step, batch * g_step, total)) {
+          norms(cape::Form::direct, b);
+        }
         for (int64_t k = 0; k < cotangents; ++k) result[k * batch + b] = total[size_t(k)];
       }
     });

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cancelled.h"
 #include "form.h"
 #include "scratch.h"
 
@@ -55,11 +56,6 @@ double rough_squares(const scalar_t* x, int64_t n, int64_t stride) {
   return total;
 }
 
-// The Gram form adds up terms of either sign. Where no more than this share of the positive ones is left, too few
-// digits are, and the direct form, which adds up squares, takes its place.
-template <typename scalar_t>
-constexpr double kShareLeft = sizeof(scalar_t) == 4 ? 0.1 : 1e-4;
-
 // Whether a norm of one sample is what its Gram form's terms left of one another: a [T, d], g [K, T, p].
 template <typename scalar_t>
 bool cancelled(const cape::LinearShape& s, cape::Strided<scalar_t> a, cape::Strided<scalar_t> g, int64_t g_step,
@@ -72,7 +68,7 @@ bool cancelled(const cape::LinearShape& s, cape::Strided<scalar_t> a, cape::Stri
     }
   }
   for (int64_t k = 0; k < s.cotangents; ++k) {
-    if (total[size_t(k)] < kShareLeft<scalar_t> * positive[size_t(k)]) return true;
+    if (total[size_t(k)] < cape::kShareLeft<scalar_t> * positive[size_t(k)]) return true;
   }
   return false;
 }

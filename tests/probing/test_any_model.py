@@ -231,6 +231,34 @@ def test_no_model_is_changed(case: Case) -> None:
     assert _same(before, _picture(model))
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_norms_of_a_model_that_draws_are_those_of_the_losses_that_it_drew(micro_batch: int | None) -> None:
+    drawn: list[Tensor] = []
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        mean, spread = m.encoder(x).chunk(2, 1)
+        drawn.append(torch.randn_like(mean).detach())
+        return m.decoder(mean + drawn[-1] * (spread / 2).exp())
+
+    torch.manual_seed(0)
+    model = Functional(forward, encoder=nn.Linear(20, 8), decoder=nn.Linear(4, 20))
+    x, y = vectors(), vectors()
+    found = all_norms(model, (x, y), loss="mse", micro_batch=micro_batch)
+    assert torch.equal(found.g2, all_norms(model, (x, y), loss="mse", micro_batch=micro_batch).g2)
+    for piece in [slice(0, 6)] if micro_batch is None else [slice(0, 3), slice(3, 6)]:
+        wanted = []
+        for noise in (n for n in drawn if len(n) == len(x[piece])):
+            mean, spread = model.encoder(x[piece]).chunk(2, 1)
+            out = model.decoder(mean + noise * (spread / 2).exp())
+            losses = 0.5 * (out - y[piece]).square().mean(1)
+            if torch.allclose(losses.double(), found.losses[piece].double(), atol=1e-6):
+                for value in losses:
+                    grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+                    wanted.append(sum(g.double().square().sum() for g in grads))
+                break
+        torch.testing.assert_close(found.g2[piece], torch.stack(wanted), rtol=1e-5, atol=0.0)
+
+
 def test_what_a_model_collects_is_taken_out_again() -> None:
     """Outputs in a list or a dict would keep a graph alive; a model that draws draws on where it was."""
 

@@ -95,6 +95,39 @@ def test_samples_that_meet(name: str) -> None:
         cape.per_sample_norms(Model(MEETING[name]), _batch())
 
 
+def _clipped(h: Tensor) -> Tensor:
+    centre, size = h.detach().mean(0), h.detach().std(0)
+    return torch.minimum(torch.maximum(h, centre - 2.8 * size), centre + 2.8 * size)
+
+
+def _second_sees_third(h: Tensor) -> Tensor:
+    mark = torch.zeros(len(h), 1)
+    mark[1] = 1.0
+    return h + mark * h[min(2, len(h) - 1)]
+
+
+@pytest.mark.parametrize(("between", "batch", "width"), [(_clipped, 32, 64), (_second_sees_third, 8, 16)])
+def test_samples_that_meet_where_the_width_is_a_multiple_of_the_batch(
+    between: Callable[[Tensor], Tensor], batch: int, width: int
+) -> None:
+    """A row of one sample has the shape of one number of every sample."""
+    torch.manual_seed(0)
+    model = Model(between)
+    model.first, model.second = nn.Linear(6, width), nn.Linear(width, 3)
+    x, y = torch.randn(batch, 6), torch.randint(0, 3, (batch,))
+    x[3] *= 6.0
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(model, (x, y))
+
+
+def test_gradients_divided_by_how_often_the_batch_has_a_row_are_refused() -> None:
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        model = nn.Sequential(kind(11, 8, scale_grad_by_freq=True), nn.Flatten())
+        x = torch.randint(0, 11, (6, 1))
+        with pytest.raises(ModelError, match="scale_grad_by_freq"):
+            cape.per_sample_norms(model, (x, torch.arange(6)))
+
+
 @pytest.mark.parametrize("seed", (2, 6))
 def test_samples_that_vote(seed: int) -> None:
     """Most exchanges of samples leave a majority as it is."""
@@ -136,9 +169,15 @@ def test_functions_that_keep_samples_apart_are_taken() -> None:
         torch.testing.assert_close(a, r, rtol=1e-10, atol=0.0)
 
 
+def _hard_ones(o: Tensor, t: Tensor) -> Tensor:
+    values = F.cross_entropy(o, t, reduction="none")
+    return values * (values >= values.detach().topk(len(values) // 2 or 1).values[-1])
+
+
 @pytest.mark.parametrize(
     "loss",
     (
+        _hard_ones,
         lambda o, t: F.cross_entropy(o, t, reduction="none") / len(o),
         lambda o, t: F.cross_entropy(o @ o.T, torch.arange(len(o)), reduction="none"),
     ),
@@ -147,6 +186,14 @@ def test_losses_that_couple_samples_are_refused(loss: Callable[[Tensor, Tensor],
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="than alone"):
         cape.per_sample_norms(Model(nn.Identity()), _batch(), loss=loss)
+
+
+def test_a_loss_by_position_is_none_by_sample() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 6, 12), torch.randint(0, 5, (6, 6))
+    by_position = lambda o, t: F.cross_entropy(o.permute(1, 2, 0), t.T, reduction="none")  # noqa: E731
+    with pytest.raises(ModelError, match="for one sample"):
+        cape.per_sample_norms(nn.Linear(12, 5), (x, y), loss=by_position)
 
 
 def test_losses_of_each_sample_alone_are_taken() -> None:

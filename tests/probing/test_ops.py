@@ -105,6 +105,39 @@ def test_linear_whose_terms_cancel(b: int, t: int, d: int, p: int, dtype: torch.
         assert float((gram / linear_reference(a, g)[0] - 1).abs().max()) > (1e-5 if dtype == torch.float32 else 1e-11)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("size", "geometry"),
+    [
+        ((4, 4), ConvGeometry((3, 3), (1, 1), (0, 0), (1, 1), 1)),  # Gram
+        ((8, 8), ConvGeometry((5, 5), (1, 1), (2, 2), (1, 1), 1)),  # shifted Gram
+        ((9, 7), ConvGeometry((3, 2), (2, 3), (2, 1), (2, 1), 2)),
+        ((11,), ConvGeometry((3,), (2,), (1,), (1,), 1)),
+        ((3, 4, 5), ConvGeometry((2, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1), 4)),
+    ],
+)
+def test_a_convolution_whose_terms_cancel(size: tuple[int, ...], geometry: ConvGeometry, dtype: torch.dtype) -> None:
+    """Pixels that are nearly the same, with gradients whose sum is nearly nothing, in every form that is chosen."""
+    far = 100.0 if dtype == torch.float32 else 1e6
+    x = torch.randn(2, 2, 64, *size, dtype=dtype) + far
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
+        )
+    ]
+    g = torch.randn(2, 2, 2, 64, *out, dtype=dtype)
+    flat = g.flatten(4)
+    g[0] = (flat - flat.mean((2, 4), keepdim=True)).view_as(g)[0]
+    with ops.use_backend("native"):
+        ours = ops.conv_sq_norms(x, g, geometry)
+        direct = ops.conv_sq_norms(x, g, geometry, form="direct")
+    exact = conv_reference(x.double(), g.double(), geometry)
+    # What rounding the inputs costs any form, the direct one also has.
+    bound = 3 * (direct / exact - 1).abs().amax() + (1e-5 if dtype == torch.float32 else 1e-10)
+    assert float((ours / exact - 1).abs().amax()) <= float(bound)
+
+
 def test_linear_without_inputs_or_cotangents() -> None:
     for backend in BACKENDS:
         with ops.use_backend(backend):
