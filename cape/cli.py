@@ -60,17 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="budget of one trial (default 10800; 0: none)",
     )
     sub.add_argument("--chunk-seconds", type=float, metavar="S", help="every worker commits so often (default 5)")
-    sub.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="imports",
-        metavar="MODULE",
-        help="register your own families and datasets: imported here and in every worker (repeatable)",
-    )
     sub.add_argument("--inline", action="store_true", help="run in this process, without Ray")
     sub.add_argument("--quiet", action="store_true", help="no progress line, no summary")
-    _data_option(sub)
+    _data_option(sub, "--data")
 
     sub = command("submit", "run a command as a Ray job on a cluster; submitting it twice attaches to it")
     sub.add_argument(
@@ -104,10 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep-seconds", type=float, default=3600.0, metavar="S", help="readers keep old files so long (3600)"
     )
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="reprobe: processes (default 1)")
-    sub.add_argument(
-        "--import", action="append", default=[], dest="imports", metavar="MODULE", help="reprobe: as in `cape sweep`"
-    )
-    _data_option(sub)
+    _data_option(sub, "--data")
 
     sub = command("fit", "fit the meta-regressor on a meta-dataset, through Ray Train")
     _meta_dirs(sub)
@@ -139,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="build N trials per family again, for the NTK spectrum and measured costs (default 0)",
     )
-    _data_option(sub)
+    _data_option(sub, "--data")
 
     sub = command("report", "write one self-contained HTML page about a meta-dataset")
     _meta_dirs(sub)
@@ -166,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-steps", type=int, default=5000, metavar="N", help="cap on updates (default 5000)")
 
     sub = command("data", "list the datasets and where each is found")
-    _data_option(sub)
+    _data_option(sub, "--data")
 
     sub = command("import-csv", "turn one of the paper's published CSV files into a meta-dataset")
     sub.add_argument("csv", metavar="FILE.csv")
@@ -174,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="META_DIR")
 
     sub = command("info", "say what is installed, built and found")
-    _data_option(sub)
+    _data_option(sub, "--data")
     return parser
 
 
@@ -182,15 +171,23 @@ def _meta_dirs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("meta_dir", metavar="META_DIR", nargs="+", help="one or more meta-datasets, read as one")
 
 
-def _data_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--data-root", "--data", dest="data_root", metavar="DIR", help="folder of Parquet datasets")
+def _data_option(sub: argparse.ArgumentParser, *names: str) -> None:
+    sub.add_argument("--data-root", *names, dest="data_root", metavar="DIR", help="folder of Parquet datasets")
+    sub.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="register your own families and datasets: imported here, and in every worker (repeatable)",
+    )
 
 
 def _model_arguments(sub: argparse.ArgumentParser, several: bool = False) -> None:
     where = "a callable that returns an nn.Module, e.g. torchvision.models:resnet18"
     sub.add_argument("model", metavar="module.path:callable", nargs="+" if several else None, help=where)
     sub.add_argument("--data", required=True, metavar="FILE.parquet|DATASET[@SIDE]", help="where the batch comes from")
-    sub.add_argument("--data-root", metavar="DIR", help="folder of Parquet datasets")
+    _data_option(sub)
     sub.add_argument(
         "--kwargs", default="{}", metavar="JSON", help='arguments of the callable, e.g. {"num_classes": 10}'
     )
@@ -233,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_ERROR
         from cape import cli_commands
 
+        if getattr(arguments, "imports", None):
+            _register(arguments.imports)
         getattr(cli_commands, arguments.run)(arguments)
         sys.stdout.flush()
         return 0
@@ -248,6 +247,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             named = f"'{error.filename}': " if error.filename else ""
             return _fail(f"{named}{error.strerror or error}.", EXIT_ERROR)
         return _fail(str(error), EXIT_ERROR)
+
+
+def _register(modules: Sequence[str]) -> None:
+    """Import the user's modules, also from the working directory; raises ``SpecError`` where one cannot be."""
+    from cape.sweep.job import load_imports
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    load_imports(modules)
 
 
 def _prepare_streams() -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from cape.cli_sweep import status, stop, store, submit, sweep
@@ -70,7 +68,7 @@ def report(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """``cape predict module.path:callable --data DATASET``."""
-    from cape.cli_model import load_model, load_setting
+    from cape.cli_model import load_model, load_setting, models_own
     from cape.metamodel.artifact import resolve
     from cape.metamodel.intervals import check_level
     from cape.predict import check_price
@@ -83,7 +81,7 @@ def predict(args: argparse.Namespace) -> None:
         check_price(args.usd_per_hour)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
-    with redirect_stdout(sys.stderr):
+    with models_own():
         model = load_model(args.model, args.kwargs, args.seed, setting)
         prediction = predict_one(
             model,
@@ -115,7 +113,10 @@ def _prediction_lines(p: Prediction, args: argparse.Namespace) -> list[tuple[str
         ("steps", in_words(p.steps)),
         (f"{100 * args.level:g} % interval", f"{low:.1f} to {high:.1f}" if math.isfinite(high) else "unknown"),
         ("epochs", f"{p.epochs:.3g}"),
-        ("time on this machine", f"{p.time():.3g} s"),
+        (
+            "time on this machine",
+            f"{p.time():.3g} s" if math.isfinite(p.time()) else "unknown: training diverges at once",
+        ),
     ]
     if args.usd_per_hour is not None:
         lines.append(("cost", f"{p.cost(usd_per_hour=args.usd_per_hour):.3g} USD"))
@@ -126,7 +127,7 @@ def _prediction_lines(p: Prediction, args: argparse.Namespace) -> list[tuple[str
 
 def rank(args: argparse.Namespace) -> None:
     """``cape rank A B ... --data DATASET --lr 1e-3 2e-3``: every model at every learning rate."""
-    from cape.cli_model import load_model, load_setting
+    from cape.cli_model import load_model, load_setting, models_own
     from cape.metamodel.artifact import resolve
     from cape.predict import rank as rank_all
 
@@ -135,7 +136,7 @@ def rank(args: argparse.Namespace) -> None:
         check_lr(lr)
     meta_model = resolve(args.meta_model)
     setting = load_setting(args)
-    with redirect_stdout(sys.stderr):
+    with models_own():
         candidates = [
             (f"{path} lr={lr:g}" if len(args.lr) > 1 else path, model, setting.batch, lr)
             for path in args.model
@@ -159,12 +160,12 @@ def rank(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     """``cape probe module.path:callable --data DATASET``."""
-    from cape.cli_model import load_model, load_setting
+    from cape.cli_model import load_model, load_setting, models_own
     from cape.probing import probe as probe_model
 
     check_lr(args.lr)
     setting = load_setting(args)
-    with redirect_stdout(sys.stderr):
+    with models_own():
         model = load_model(args.model, args.kwargs, args.seed, setting)
         features = probe_model(model, setting.batch, loss=setting.loss, lr=args.lr, dataset_size=setting.dataset_size)
     values = features.as_dict()
@@ -177,7 +178,7 @@ def probe(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """``cape measure module.path:callable --data DATASET``."""
-    from cape.cli_model import load_model, load_setting
+    from cape.cli_model import load_model, load_setting, models_own
     from cape.config import StoppingRule
     from cape.convergence import measure as measure_model
 
@@ -185,7 +186,7 @@ def measure(args: argparse.Namespace) -> None:
     epsilons = check_epsilons(args.epsilon)
     stopping = StoppingRule(max_steps=args.max_steps)
     setting = load_setting(args)
-    with redirect_stdout(sys.stderr):
+    with models_own():
         model = load_model(args.model, args.kwargs, args.seed, setting)
         found = measure_model(
             model, setting.batch, loss=setting.loss, lr=args.lr, epsilons=epsilons, stopping=stopping, seed=args.seed

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cape.errors import ModelError, SpecError, did_you_mean, first_line
+from cape.errors import CapeError, ModelError, SpecError, did_you_mean, first_line
 from cape.jsonconfig import parse_json
 
 if TYPE_CHECKING:
@@ -37,6 +40,24 @@ class Setting:
     dataset_size: int
     layout: str
     device: torch.device
+
+
+@contextmanager
+def models_own() -> Iterator[None]:
+    """Run what runs a user's model: what it prints goes to stderr, and what it raises becomes one sentence.
+
+    Raises:
+        ModelError: the model's code raised something, or asked to end the process.
+    """
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if isinstance(error, CapeError) or os.environ.get("CAPE_DEBUG"):
+                raise
+            raise ModelError(
+                f"The model failed: {type(error).__name__}: {_first_line(error)} (CAPE_DEBUG=1 shows where.)"
+            ) from error
 
 
 def load_setting(args: argparse.Namespace) -> Setting:
@@ -101,6 +122,7 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
     """
     import torch
     from torch import nn
+    from torch.nn.parameter import is_lazy
 
     from cape.state import call, preserved
 
@@ -119,7 +141,8 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
         raise ModelError(f"{path} returned a model on the device 'meta', which holds no numbers; build it on the CPU.")
     model = model.to(setting.device)
     x = setting.batch[0]
-    with preserved(model), torch.no_grad():
+    lazy = any(is_lazy(t) for t in [*model.parameters(), *model.buffers()])  # the first pass gives them their shapes
+    with nullcontext() if lazy else preserved(model), torch.no_grad():
         try:
             outputs = call(model.eval(), x)
         except (Exception, SystemExit) as error:  # likewise
@@ -128,6 +151,7 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
                 f" ({type(error).__name__}: {_first_line(error)}); try --layout, --kwargs or, for images of another"
                 " size, --data NAME@SIDE."
             ) from error
+    model.train()
     if isinstance(outputs, torch.Tensor) and not bool(torch.isfinite(outputs).all()):
         raise ModelError(f"{path} returns NaN or infinite outputs at initialization; check its inputs and weights.")
     return model
@@ -137,24 +161,27 @@ def _import(path: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise SpecError(f"'{path}' is not of the form module.path:callable, e.g. torchvision.models:resnet18.")
+    if module_name.endswith(".py") or "/" in module_name:
+        file = Path(module_name.removesuffix(".py"))
+        where, parts = (f" in {file.parent}", [file.name]) if file.is_absolute() else ("", file.parts)
+        raise SpecError(f"'{path}' names a file. Name the module, not its file{where}: {'.'.join(parts)}:{name}.")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        hint = ""
-        if module_name.endswith(".py"):
-            file = Path(module_name).with_suffix("")
-            where, parts = (f" in {file.parent}", [file.name]) if file.is_absolute() else ("", file.parts)
-            hint = f" Name the module, not its file{where}: {'.'.join(parts)}:{name}."
-        raise SpecError(f"There is no module '{error.name}' to import {path} from.{hint}") from error
+        raise SpecError(f"There is no module '{error.name}' to import {path} from.") from error
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise SpecError(f"Importing {module_name} failed: {type(error).__name__}: {_first_line(error)}") from error
     for part in name.split("."):
         if not hasattr(target, part):
             raise SpecError(f"{module_name} has no '{name}'.{_similar(part, target)}")
         target = getattr(target, part)
+    from torch import nn
+
+    if isinstance(target, nn.Module):
+        raise SpecError(f"{path} is a model already, which would be called on a batch; name its class, or a function.")
     if not callable(target):
         raise SpecError(f"{path} is not callable.")
     return target

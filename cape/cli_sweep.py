@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from cape.config import check_count
@@ -26,8 +25,6 @@ def sweep(args: argparse.Namespace) -> None:
         return
     if args.folder is not None:
         raise SpecError(f"'{args.folder}' is one argument too many; `cape sweep --help` lists them.")
-    if args.imports and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     spec = read_spec(args.spec, datasets.data_root(args.data_root))
     if args.dry_run:
         from cape.store.location import Location
@@ -93,8 +90,6 @@ def store(args: argparse.Namespace) -> None:
     elif args.action == "reprobe":
         from cape.sweep.reprobe import reprobe
 
-        if args.imports and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
         print(
             reprobe(
                 args.meta_dir,

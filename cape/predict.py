@@ -23,7 +23,7 @@ from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
 from cape.recognize import check_family, infer_family, known_best
-from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved
+from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved, running
 from cape.tasks import TASK_LOSS, Loss, LossLike
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Prediction:
             "lr": self.lr,
             "batch_size": self.batch_size,
             "dataset_size": self.dataset_size,
-            "seconds": None if measured is None else self.steps * measured,
+            "seconds": None if measured is None else _known(self.steps * measured),
             "features": self.features.as_dict(),
         }
 
@@ -174,7 +174,12 @@ def predict(
     regressor = resolve(meta_model)
     check_family(family, regressor.families)
     _, _, batch_size = check_batch(batch)
-    features = probe(model, batch, loss=loss, lr=lr, dataset_size=dataset_size)
+    criterion = loss if isinstance(loss, Loss) else Loss(loss)
+    seen = _seen_losses(regressor)
+    known = _known_as(criterion, seen, model, batch)
+    # By the known loss: a factor (a sum in the place of a mean, say) changes features, but not what AdamW does.
+    probed = loss if known is None or criterion.is_named else known
+    features = probe(model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
     if family is None:
         family = known_best(regressor, infer_family(model), features, epsilon)
     row = row_from_features(features.as_dict(), family, epsilon)
@@ -184,8 +189,12 @@ def predict(
     warnings: list[str] = []
     if regressor.domain is not None:
         inside, warnings, _ = regressor.domain.check(row)
-    unseen = _unseen_loss(loss if isinstance(loss, Loss) else Loss(loss), regressor, model, batch)
-    if unseen is not None:
+    if seen and known is None:
+        names = ", ".join(sorted({_SAME_LOSS.get(name, name) for name in seen}))
+        unseen = (
+            f"The loss '{criterion.name}' is not one of those that the meta-regressor was fitted on ({names}, without"
+            " smoothing or weights); expect errors larger than the interval says."
+        )
         inside, warnings = False, [*warnings, unseen]
     p_reach = float(regressor.p_reach(row)[0]) if inside else math.nan  # nobody knows what happens out there
     if p_reach < 0.5:
@@ -243,7 +252,13 @@ class Ranking(Sequence[Ranked]):
     def to_dict(self) -> list[dict[str, Any]]:
         """Return one JSON object per model, cheapest first."""
         return [
-            {"name": r.name, "rank": i, "seconds": r.seconds, "usd": r.usd, **_without_seconds(r.prediction)}
+            {
+                "name": r.name,
+                "rank": i,
+                "seconds": _known(r.seconds),
+                "usd": _known(r.usd),
+                **_without_seconds(r.prediction),
+            }
             for i, r in enumerate(self.rows, 1)
         ]
 
@@ -309,8 +324,13 @@ def rank(
         rows.append(Ranked(str(name), made, made.time(), usd))
     if not rows:
         raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
+
     # By what is not rounded: two models may need the same number of steps.
-    return Ranking(tuple(sorted(rows, key=lambda r: r.prediction._centre * r.seconds / r.prediction.steps)), level)
+    def cost(row: Ranked) -> float:
+        found = row.prediction._centre * row.seconds / row.prediction.steps
+        return found if math.isfinite(found) else math.inf  # a run that diverges at once has no time of a step
+
+    return Ranking(tuple(sorted(rows, key=cost)), level)
 
 
 def in_words(steps: float) -> str:
@@ -318,43 +338,61 @@ def in_words(steps: float) -> str:
     return f"{steps:.0f}" if steps == round(steps) else f"{steps:.1f}"
 
 
+def _known(value: float | None) -> float | None:
+    """Return a number, None where it is none: of a run that diverges at once no step can be timed."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _without_seconds(prediction: Prediction) -> dict[str, Any]:
     return {k: v for k, v in prediction.to_dict().items() if k != "seconds"}
 
 
-def _unseen_loss(criterion: Loss, regressor: MetaModel, model: nn.Module, batch: tuple[Inputs, Any]) -> str | None:
-    """Return a warning where no task of the meta-dataset trained with the loss; None where one did.
+def _seen_losses(regressor: MetaModel) -> list[str]:
+    """Return the losses that the meta-dataset's trials trained with."""
+    return [TASK_LOSS[t] for t in regressor.card["data"]["tasks"] if t in TASK_LOSS]
 
-    What is no name is known by what it does: on this batch it is such a loss, but for a factor.
+
+def _known_as(criterion: Loss, seen: Sequence[str], model: nn.Module, batch: tuple[Inputs, Any]) -> str | None:
+    """Return the one of the losses ``seen`` that a loss is, but for a factor; None where it is none of them.
+
+    What is no name is known by what it does on this batch.
     """
-    seen = [TASK_LOSS[t] for t in regressor.card["data"]["tasks"] if t in TASK_LOSS]
-    known = {_SAME_LOSS.get(name, name) for name in seen}
-    if not known:
-        return None
     if criterion.is_named:
-        if _SAME_LOSS.get(criterion.name, criterion.name) in known:
-            return None
-    else:
-        x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach().clone(), batch))
-        with torch.inference_mode(False), preserved(criterion.beside(model), seed=0):
-            model.eval()
-            outputs = call(model, x).detach()
-            if any(_same_loss(criterion, Loss(name), outputs, y) for name in seen):
-                return None
-    return (
-        f"The loss '{criterion.name}' is not one of those that the meta-regressor was fitted on"
-        f" ({', '.join(sorted(known))}, without smoothing or weights); expect errors larger than the interval says."
-    )
+        mine = _SAME_LOSS.get(criterion.name, criterion.name)
+        return next((name for name in seen if _SAME_LOSS.get(name, name) == mine), None)
+    if not seen:
+        return None
+    x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach().clone(), batch))
+    with torch.inference_mode(False), preserved(criterion.beside(model), seed=0), running(model):
+        model.eval()
+        outputs = call(model, x)
+        if not isinstance(outputs, torch.Tensor):
+            return None  # the probe says what is wrong with that
+        return next((name for name in seen if _same_loss(criterion, Loss(name), outputs.detach(), y)), None)
 
 
 def _same_loss(a: Loss, b: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> bool:
-    """Whether two losses and their gradients on a batch are the same numbers, but for one factor."""
+    """Whether two losses and their gradients on a batch are the same numbers, but for one factor, and so is the mean.
+
+    Negative log-likelihoods of a model that returns log-probabilities are cross-entropies: a model's probabilities add
+    up to one, so that the gradient may have any multiple of them more.
+    """
     with torch.enable_grad():
         try:
             (ours, of_ours, _), (theirs, of_theirs, _) = (loss.cotangents(outputs, targets) for loss in (a, b))
+            whole, each = float(a.mean(outputs, targets)), float(ours.mean())
         except Exception:  # whatever a loss raises on outputs and targets that are not its kind
             return False
-    one, other = (torch.cat([v.double(), g.double().flatten()]) for v, g in ((ours, of_ours), (theirs, of_theirs)))
+    if not any(math.isclose(whole, each * count, rel_tol=1e-3) for count in (1, len(ours))):
+        return False  # a weighted mean: of a sample alone the weight cancels
+    of_same = [of_theirs]
+    if b.name == "cross_entropy" and outputs.dim() >= 2 and float(outputs.logsumexp(1).abs().amax()) < 1e-3:
+        of_same.append(of_theirs - outputs.exp() / outputs[0, 0].numel())
+    return any(_proportional((ours, of_ours), (theirs, of_them)) for of_them in of_same)
+
+
+def _proportional(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
+    one, other = (torch.cat([t.double().flatten() for t in pair]) for pair in (ours, theirs))
     factor = float(one @ other / (other @ other))
     return factor > 0.0 and torch.allclose(one, factor * other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 

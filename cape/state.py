@@ -436,10 +436,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     shared = [n for n, p in found.items() if overlaps(p)]
     if shared:
-        raise ModelError(
-            f"Several numbers of the parameter '{shared[0]}' are one place in memory (it was expanded), so that no"
-            " optimizer could train it; make it contiguous, or expand it where it is used."
-        )
+        raise ModelError(f"Numbers of the parameter '{shared[0]}' share their memory; make it of a clone (`.clone()`).")
     found = {n: p for n, p in found.items() if p.numel()}
     if not found:
         raise ModelError("The model has no trainable parameter.")

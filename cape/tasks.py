@@ -36,6 +36,7 @@ TASK_LOSS = {
 assert tuple(TASK_LOSS) == TASKS
 
 IGNORE_INDEX = -100
+DETACHED = "The model's outputs do not depend on its parameters; do not detach them, or compute them without gradients."
 
 
 def _mean_per_sample(values: Tensor) -> Tensor:
@@ -101,6 +102,8 @@ class Loss:
             self.name = loss
             self._named: Callable[[Tensor, Tensor], Tensor] | None = _NAMED[loss]
             self._function: Callable[[Tensor, Tensor], Tensor] = _NAMED[loss]
+        elif isinstance(loss, type):
+            raise SpecError(f"The loss {loss.__name__} is a class; give one of it: {loss.__name__}().")
         elif callable(loss):
             self.name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "custom")
             self._named = None
@@ -227,6 +230,11 @@ class Loss:
             raise ModelError(
                 f"The model returned {type(outputs).__name__}, not a tensor; wrap it so that it returns its logits."
             )
+        if outputs.layout is not torch.strided or not (outputs.is_floating_point() or outputs.is_complex()):
+            raise ModelError(
+                f"The model returned {outputs.dtype} numbers ({outputs.layout}); it must return floating-point ones in"
+                " a dense tensor."
+            )
         if outputs.dim() == 0 or outputs.shape[0] != targets.shape[0]:
             raise ModelError(
                 f"The model returned shape {tuple(outputs.shape)} for {targets.shape[0]} targets;"
@@ -241,9 +249,10 @@ class Loss:
             valid = targets[self._valid(targets, classes)]
             low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
             if low < 0 or high >= classes:
+                one = " One output for two classes goes with the loss 'bce'." if classes == 1 else ""
                 raise ModelError(
                     f"Labels run from {low} to {high}, but the model has {classes} outputs; labels must lie in"
-                    f" 0..{classes - 1}."
+                    f" 0..{classes - 1}.{one}"
                 )
         self._check_fit(outputs, targets)
 
@@ -283,6 +292,13 @@ class Loss:
                 f"The loss '{self.name}' compares outputs with targets of the same shape, not {shapes}; class labels"
                 " go with cross_entropy, or as one number for each class."
             )
+        if self._named is _binary_cross_entropy and targets.numel():
+            low, high = float(targets.min()), float(targets.max())
+            if not 0.0 <= low <= high <= 1.0:
+                raise ModelError(
+                    f"The loss '{self.name}' takes targets from 0 to 1, but these run from {low:g} to {high:g}; labels"
+                    " of several classes go with cross_entropy and one output for each."
+                )
         try:
             # Whatever it draws, or keeps, it has another time for the loss that counts.
             once = nullcontext() if self.is_named else preserved(self.beside(nn.Identity()))

@@ -48,6 +48,39 @@ class NotANumber(nn.Module):
         return self.head(x.flatten(1)) * float("nan")
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+class Fragile(nn.Module):
+    """It runs some times, and then raises what is no error of torch's."""
+
+    def __init__(self, error: str = "KeyError") -> None:
+        super().__init__()
+        self.head, self.error = nn.Linear(3 * 32 * 32, 10), error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        FRAGILE[0] -= 1
+        if FRAGILE[0] < 0:
+            raise {"KeyError": KeyError, "SystemExit": SystemExit}[self.error]("broken")
+        return self.head(x.flatten(1))
+
+
+FRAGILE = [0]  # runs that are left
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1)).detach()
+
+
+READY = net()
+
+
 class Talkative(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +214,10 @@ MODEL = f"{HERE}:net"
         (["predict", MODEL, "--data", "digits", "--loss", "mse"], ["'mse'", "(128, 10)", "(128,)", "cross_entropy"]),
         (["measure", MODEL, "--data", "digits", "--loss", "bce"], ["'bce'", "cross_entropy"]),
         (["probe", MODEL, "--data", "digits", "--loss", "sequence_cross_entropy"], ["sequence_cross_entropy"]),
+        (["predict", f"{HERE}:Detached", "--data", "digits"], ["do not depend on its parameters"]),
+        (["measure", f"{HERE}:READY", "--data", "digits"], ["a model already"]),
+        (["predict", "./tests/test_cli.py:net", "--data", "digits"], ["not its file", "tests.test_cli:net"]),
+        (["predict", MODEL, "--data", "nowhere", "--import", "no_such_module"], ["no_such_module", "imported"]),
         (["predict", MODEL, "--data", "digits", "--family", "MLP"], ["MLP", "Did you mean 'mlp'?"]),
         (["predict", MODEL, "--data", "digits", "--usd-per-hour", "-1"], ["usd_per_hour", "-1"]),
         (["rank", MODEL, "--data", "digits", "--level", "2"], ["level", "2"]),
@@ -204,6 +241,34 @@ MODEL = f"{HERE}:net"
 )
 def test_a_wrong_argument_is_one_sentence(run: Run, argv: list[str], words: list[str]) -> None:
     expect_sentence(run(*argv), *words)
+
+
+@pytest.mark.parametrize("error", ["KeyError", "SystemExit"])
+def test_a_model_that_fails_while_it_is_trained_is_one_sentence(run: Run, error: str) -> None:
+    FRAGILE[0] = 4
+    kwargs = json.dumps({"error": error})
+    found = run("measure", f"{HERE}:Fragile", "--data", "digits", "--batch-size", "8", "--kwargs", kwargs)
+    expect_sentence(found, error, "broken")
+
+
+def test_lazy_layers_get_their_shapes_from_the_batch(run: Run) -> None:
+    code, out, err = run("measure", f"{HERE}:lazy", "--data", "digits", "--batch-size", "8", "--epsilon", "0.5")
+    assert code == 0 and "stopped: reached" in out, err
+
+
+def test_a_dataset_of_ones_own_is_found(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_spots.py").write_text(
+        "import numpy as np\n"
+        "from cape import datasets\n"
+        "def load(root):\n"
+        "    x = np.random.default_rng(0).integers(0, 255, (64, 8, 8)).astype(np.uint8)\n"
+        "    return datasets.from_arrays('own_spots', x, np.arange(64) % 10)\n"
+        "datasets.register('own_spots', load)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    argv = ["measure", MODEL, "--data", "own_spots", "--batch-size", "8", "--epsilon", "0.5"]
+    code, out, err = run(*argv, "--import", "own_spots")
+    assert code == 0 and "stopped: reached" in out, err
 
 
 @pytest.mark.parametrize(

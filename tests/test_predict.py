@@ -149,9 +149,19 @@ def test_a_loss_is_known_by_what_it_does(meta_model: MetaModel, batch: tuple[Ten
         nn.CrossEntropyLoss(),
         lambda o, t: nn.functional.cross_entropy(o, t),
         lambda o, t: nn.functional.nll_loss(o.log_softmax(1), t, reduction="none"),
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda o, t: 1000 * nn.functional.cross_entropy(o, t),
     ]
+    named = predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
     for loss in ways:
-        assert predict(mlp(), batch, loss=loss, lr=1e-3, dataset_size=60_000, meta_model=meta_model).in_domain
+        made = predict(mlp(), batch, loss=loss, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+        assert made.in_domain and made.steps == named.steps
+    ended = nn.Sequential(mlp(), nn.LogSoftmax(1))
+    made = predict(ended, batch, loss=nn.NLLLoss(), lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert not any("loss" in w for w in made.warnings)
+    weighted = nn.CrossEntropyLoss(weight=torch.linspace(0.1, 1.0, 10))
+    made = predict(mlp(), batch, loss=weighted, lr=1e-3, dataset_size=60_000, meta_model=meta_model)
+    assert any("not one of those" in w for w in made.warnings)
 
     def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         return focal(outputs, targets)
@@ -244,6 +254,8 @@ def test_rank_orders_by_cost(meta_model: MetaModel, batch: tuple[Tensor, Tensor]
     lines = str(table).splitlines()
     assert len(lines) == 4 and "USD" in lines[0] and table[0].name in lines[1]
     assert json.loads(json.dumps(table.to_dict(), allow_nan=False))[0]["rank"] == 1
+    wild = rank([("wild", model, batch, 1e30), *candidates], dataset_size=60_000, meta_model=meta_model)
+    assert wild[-1].name == "wild" and wild.to_dict()[-1]["seconds"] is None
     with pytest.raises(SpecError, match="nothing to rank"):
         rank([], dataset_size=60_000, meta_model=meta_model)
     with pytest.raises(SpecError, match="tuple"):

@@ -25,7 +25,7 @@ def test_what_holds_no_numbers_is_refused() -> None:
 def test_what_no_optimizer_could_train_is_refused() -> None:
     shared = nn.Linear(4, 3)
     shared.bias = nn.Parameter(torch.zeros(1).expand(3))
-    with pytest.raises(ModelError, match="'bias' are one place in memory"):
+    with pytest.raises(ModelError, match="'bias' share their memory"):
         trainable(shared)
     copied = copy.deepcopy(torch.jit.script(nn.Linear(4, 3)))
     with pytest.raises(ModelError, match="'weight' is computed from another tensor"):

@@ -29,12 +29,11 @@ from cape.state import (
     is_dense,
     map_tensors,
     ordinary_tensor,
-    overlaps,
     preserved,
     running,
     trainable,
 )
-from cape.tasks import Loss, LossLike
+from cape.tasks import DETACHED, Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
 BETAS = (0.9, 0.999)
@@ -118,7 +117,6 @@ def measure(
         check_count(read_every, "read_every")
     x, y, _ = check_batch(batch)
     named = trainable(model)
-    _check_memory(named)
     parameters = list(named.values())
     device = parameters[0].device
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
@@ -164,13 +162,6 @@ def move(inputs: Inputs, device: torch.device) -> Inputs:
     return map_tensors(lambda t: t.to(device), inputs)
 
 
-def _check_memory(parameters: Mapping[str, Tensor]) -> None:
-    """Raise ``ModelError`` for a parameter of which two numbers are one place in memory: no optimizer can train it."""
-    for name, p in parameters.items():
-        if overlaps(p):
-            raise ModelError(f"Numbers of the parameter '{name}' share their memory; make it of a clone (`.clone()`).")
-
-
 class _Run:
     """A model in training: the loss at hand has a graph, through which the next update goes back."""
 
@@ -213,10 +204,7 @@ class _Run:
             self.criterion.check(outputs.detach().nan_to_num() if isinstance(outputs, Tensor) else outputs, self.y)
         loss = self.criterion.mean(outputs, self.y)
         if check and not loss.requires_grad:
-            raise ModelError(
-                "The model's outputs do not depend on its parameters; do not detach them, or compute them"
-                " without gradients."
-            )
+            raise ModelError(DETACHED)
         return loss
 
     def repeated(self) -> RepeatedStep | None:

@@ -29,7 +29,7 @@ from cape.metamodel.line import POOLED, Line, margins
 from cape.metamodel.presets import Preset
 from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import in_steps, load_booster, predict_log, xgboost
-from cape.metamodel.rows import as_rows
+from cape.metamodel.rows import NUMERIC, as_rows
 from cape.metamodel.surface import Surface, smooth, spreads, widths
 
 if TYPE_CHECKING:
@@ -161,6 +161,12 @@ class MetaModel:
             if files.keys() - {"reach.ubj"} != {"calibration.json", *listed}:
                 raise ValueError("the card lists other files than its boosters and surfaces")
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
+            unknown = [f for f in preset.features if f not in (*NUMERIC, "family")]
+            if unknown:
+                raise StoreError(
+                    f"The meta-regressor in {path} was fitted on the feature '{unknown[0]}', which this version of CAPE"
+                    " does not compute; use the version that wrote it, or run `cape fit` again."
+                )
             boosters = _Boosters({name: files[_file(name)] for name in [*card["boosters"], POOLED]}, path)
             lines = {name: Line.from_dict(line) for name, line in calibration.get("lines", {}).items()}
             surfaces = {n: _surface(files[_surface_file(n)]) for n in card.get("surfaces", [])}

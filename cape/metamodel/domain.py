@@ -124,8 +124,9 @@ class Domain:
         candidates = [self.families[family]] if known else list(self.families.values())
         ratio = min((float(s.distance(x)[0]) / max(s.threshold, 1e-9) for s in candidates), default=math.inf)
         if ratio > 1.0:
+            times = f"{ratio:.1f}" if ratio >= 1.05 else f"{ratio:.3f}"
             warnings.append(
-                f"The probe features are {ratio:.1f} times as far from the training models as the domain check allows;"
+                f"The probe features are {times} times as far from the training models as the domain check allows;"
                 " treat the prediction as a guess."
             )
         return not warnings, warnings, ratio

@@ -32,7 +32,7 @@ from cape.state import (
     seed_draws,
     trainable,
 )
-from cape.tasks import Loss, LossLike
+from cape.tasks import DETACHED, Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
 _TINY = 1e-300
@@ -256,6 +256,8 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)
         loss = criterion.mean(outputs, y)
+        if not loss.requires_grad:
+            raise ModelError(DETACHED)
         l0 = loss.item()
         if not (math.isfinite(l0) and l0 > 0):
             raise ModelError(f"The loss at initialization must be positive and finite, but it is {l0:.4g}.")

@@ -97,7 +97,9 @@ def reporter(job: Job, missing: Sequence[Shard], seconds: Callable[[Group], floa
         before[group.family] += group.count
     before.subtract(todo)
     one = {(g.family, g.dataset, g.batch_size): seconds(g) for g in plan.groups}
-    return Reporter(job.location, job.run, Progress(todo, before, expected=expected, enabled=enabled), one)
+    rows = sum(before.values()) * len(job.spec.epsilons)
+    progress = Progress(todo, before, rows=rows, expected=expected, enabled=enabled)
+    return Reporter(job.location, job.run, progress, one)
 
 
 @contextmanager

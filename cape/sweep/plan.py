@@ -86,6 +86,8 @@ def read_spec(source: str | Path, data_root: str | Path | None = None) -> SweepS
         return preset(str(source), data_root)
     try:
         return SweepSpec.from_json(path.read_text(encoding="utf-8-sig"))
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise SpecError(f"There is no file {path}; a preset is one of {', '.join(PRESETS)}.") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -31,7 +31,7 @@ class Progress:
 
     Args:
         todo: trials to run now, by family.
-        before: trials that were done before, by family.
+        before: trials that were done before, by family. rows: theirs.
         expected: seconds of one worker that all of ``todo`` is expected to take, by family (NaN: not known).
         enabled: print at all.
         stream: standard error where None.
@@ -46,12 +46,13 @@ class Progress:
         todo: Mapping[str, int],
         before: Mapping[str, int] | None = None,
         *,
+        rows: int = 0,
         expected: Mapping[str, float] | None = None,
         enabled: bool = True,
         stream: TextIO | None = None,
         every: float = 10.0,
     ) -> None:
-        self.todo, self.before = dict(todo), dict(before or {})
+        self.todo, self.before, self._rows_before = dict(todo), dict(before or {}), rows
         self.expected = {f: (expected or {}).get(f, math.nan) for f in self.todo}
         self.workers = 1
         self._enabled, self._stream = enabled, stream or sys.stderr
@@ -107,7 +108,7 @@ class Progress:
             "done": sum(self.before.values()) + self.trials,
             "total": sum(self.before.values()) + sum(self.todo.values()),
             "ran": self.trials,
-            "rows": self.rows,
+            "rows": self._rows_before + self.rows,
             "failed": self.failed,
             "seconds": now - self._began,
             "rate": (self.trials - at) / max(now - since, 1e-9),

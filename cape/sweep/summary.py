@@ -20,7 +20,7 @@ _SILENT_S = 60.0
 
 
 def summary(meta_dir: str | Path) -> str:
-    """Return a table: per family the trials, how they ended, T* and the time spent.
+    """Return a table: per family the trials, how they ended (the share of rows that converged), T* and the time spent.
 
     Raises:
         StoreError: no rows there.
@@ -38,8 +38,10 @@ def summary(meta_dir: str | Path) -> str:
 
 
 def _line(family: str, rows: pa.Table) -> tuple[str, ...]:
-    reasons = {v["values"]: v["counts"] for v in pc.value_counts(rows["stop_reason"]).to_pylist()}
-    trials = rows.group_by("trial_id").aggregate([("truth_seconds", "max"), ("probe_seconds", "max")])
+    trials = rows.group_by("trial_id").aggregate(
+        [("truth_seconds", "max"), ("probe_seconds", "max"), ("stop_reason", "max")]
+    )
+    reasons = {v["values"]: v["counts"] for v in pc.value_counts(trials["stop_reason_max"]).to_pylist()}
     spent = sum(pc.sum(trials[f"{name}_max"]).as_py() or 0.0 for name in ("truth_seconds", "probe_seconds"))
     median = pc.approximate_median(rows["t_star"]).as_py()
     return (
@@ -70,6 +72,9 @@ def status(meta_dir: str | Path) -> str:
         said = state["state"]
         if said == "running" and (age > _SILENT_S or not claims.at_work(location)):
             said = f"silent for {clock(age)}: killed, or its machine is gone; resume it"
+        if said != "running":  # what was committed after its last word, it cannot say
+            rows = reader.count_rows(location) if reader.list_chunks(location) else 0
+            state |= {"done": len(reader.done_ids(location)), "rows": rows}
         error = f"\nerror: {state['error']}" if state.get("error") else ""
         return f"{said} ({where}, {clock(age)} ago)\n{status_line(state)}{error}"
     except (ValueError, KeyError, TypeError) as error_:
