@@ -258,27 +258,38 @@ def linear_sq_norms(a: Tensor, g: Tensor, *, biases: int = 0, form: str = "auto"
     direct = length * (a.shape[2] + cotangents * g.shape[3]) > 4 * cotangents * a.shape[2] * g.shape[3]
     if a.is_cpu or form != "auto" or length == 1 or direct:  # a CPU's kernel looks for itself
         return norms
-    return _uncancelled(
-        norms, a, g, biases, lambda a, g: torch.ops.cape.linear_sq_norms(a, g, biases, _precision.get(), "direct")
+    return _direct_where_cancelled(
+        norms,
+        _linear_terms(a, g, biases),
+        a.dtype,
+        lambda some: torch.ops.cape.linear_sq_norms(a[some], g[:, some], biases, _precision.get(), "direct"),
     )
 
 
-_SHARE_LEFT = {torch.float32: 0.1, torch.float64: 1e-4}  # as in csrc/cpu/linear_sq_norms.cpp
+_SHARE_LEFT = {torch.float32: 0.1, torch.float64: 1e-4}  # as in csrc/cpu/cancelled.h
 
 
-def _uncancelled(
-    norms: Tensor, a: Tensor, g: Tensor, biases: int, direct: Callable[[Tensor, Tensor], Tensor]
+def _direct_where_cancelled(
+    norms: Tensor, terms: Tensor, kind: torch.dtype, direct: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return norms [K, B] of the Gram form, those of samples whose terms cancelled from the direct form instead.
+    """Return norms [K, B] of a Gram form, those of samples whose terms cancelled from the direct form instead.
 
     The Gram form adds up terms of either sign. Where little is left of the positive ones, so are few digits.
+
+    Args:
+        terms: sum of the positive ones, [K, B].
+        direct: gives the norms of some samples (bool [B]).
     """
-    rows = torch.linalg.vector_norm(a, dim=2).square() + biases
-    terms = (torch.linalg.vector_norm(g, dim=3).square() * rows).sum(2, dtype=torch.float64)
-    lost = (norms < _SHARE_LEFT[a.dtype] * terms).any(0)
+    lost = (norms < _SHARE_LEFT[kind] * terms).any(0)
     if bool(lost.any()):
-        norms[:, lost] = direct(a[lost], g[:, lost])
+        norms[:, lost] = direct(lost)
     return norms
+
+
+def _linear_terms(a: Tensor, g: Tensor, biases: int) -> Tensor:
+    """Return the sum of the positive terms of the Gram form's norms, [K, B] float64; see ``linear_sq_norms``."""
+    rows = torch.linalg.vector_norm(a, dim=2).square() + biases
+    return (torch.linalg.vector_norm(g, dim=3).square() * rows).sum(2, dtype=torch.float64)
 
 
 def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0, form: str = "auto") -> Tensor:
@@ -296,7 +307,10 @@ def linear_sq_norms_torch(a: Tensor, g: Tensor, biases: int = 0, form: str = "au
     found = torch.cat(parts, 1) if parts else a.new_zeros(cotangents, 0, dtype=torch.float64)
     if form != "auto" or norms is _direct_form:
         return found
-    return _uncancelled(found, a, g, biases, lambda a, g: linear_sq_norms_torch(a, g, biases, "direct"))
+    terms = _linear_terms(a, g, biases)
+    return _direct_where_cancelled(
+        found, terms, a.dtype, lambda some: linear_sq_norms_torch(a[some], g[:, some], biases, "direct")
+    )
 
 
 def _gram_form(a: Tensor, g: Tensor, biases: int) -> Tensor:
@@ -320,10 +334,27 @@ def conv_sq_norms(x: Tensor, g: Tensor, geometry: ConvGeometry, *, form: str = "
     """
     if not native(x, g):
         return conv_sq_norms_torch(x, g, geometry)
-    c = geometry
-    return torch.ops.cape.conv_sq_norms(
-        x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups, _precision.get(), form
+
+    def norms(x: Tensor, g: Tensor, form: str) -> Tensor:
+        c = geometry
+        return torch.ops.cape.conv_sq_norms(
+            x, g, c.kernel, c.stride, c.padding, c.dilation, c.groups, _precision.get(), form
+        )
+
+    found = norms(x, g, form)
+    if x.is_cpu or form != "auto" or g.shape[4:].numel() * g.shape[2] == 1:  # a CPU's kernel looks for itself
+        return found
+    return _direct_where_cancelled(
+        found, _conv_terms(x, g, geometry), x.dtype, lambda some: norms(x[some], g[:, some], "direct")
     )
+
+
+def _conv_terms(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Return the sum of the positive terms of the Gram form's norms, [K, B] float64; see ``conv_sq_norms``."""
+    groups = geometry.groups
+    energy = x.square().unflatten(2, (groups, -1)).sum(3)
+    windows = _unfold(energy, geometry, g.shape[4:]).sum(3, dtype=torch.float64)
+    return torch.stack([(_group_rows(one.square(), groups).sum(3) * windows).sum((1, 2)) for one in g])
 
 
 def conv_sq_norms_torch(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
