@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FLOOR = 1e-6
+"""What ratios are cut off at before their logarithm is taken: beyond, they are as good as zero."""
+
 # What tells slow regimes apart; chosen by the error on datasets left out, see docs/data.md.
 SLOW_FEATURES = (
     "line_16",

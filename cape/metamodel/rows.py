@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from cape.dataset_names import split_side
 from cape.errors import DataError
 from cape.family_names import RELATIVES
-from cape.feature_names import BATCH_FEATURES, END_FEATURES, FEATURE_NAMES, SHAPE_FEATURES, SLOW_FEATURES
+from cape.feature_names import BATCH_FEATURES, END_FEATURES, FEATURE_NAMES, FLOOR, SHAPE_FEATURES, SLOW_FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,6 +144,15 @@ class Rows:
     def families(self) -> tuple[str, ...]:
         """Names of the families present, sorted."""
         return tuple(sorted({str(f) for f in self["family"] if f is not None}))
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Object [n]: what each row's interval is calibrated with: its family, and whether the head starts at zero.
+
+        Of such a model the first gradients see the head alone, so that less is known of it.
+        """
+        at_zero = self["log_hidden_pull"] <= math.log(FLOOR) + 1e-9
+        return np.where(at_zero, np.array([f"{f}, head at zero" for f in self["family"]], dtype=object), self["family"])
 
     @property
     def trials(self) -> np.ndarray:

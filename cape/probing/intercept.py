@@ -138,26 +138,6 @@ class Interceptor(TorchFunctionMode):
             index.dim() > 0 and len(index) == self.batch_size and not index.is_floating_point()
         )
 
-    def _is_first(self, dim: Any, t: Tensor) -> bool:
-        """Whether a dimension may be the batch's: the first one of several, or the only one where it has that size."""
-        return dim in (0, -t.dim()) and (t.dim() > 1 or len(t) == self.batch_size)
-
-    def _parts_samples(self, given: Any, dims: Sequence[int]) -> bool:
-        """Whether one of these dimensions may be the batch's: the first one where its size allows it, or the second."""
-        if not dims or not isinstance(given, Tensor) or given.dim() == 0:
-            return False
-        second = given.dim() > 1 and given.shape[1] == self.batch_size
-        place = 0 if given.shape[0] % self.batch_size == 0 else 1 if second else None
-        return place is not None and any(d % given.dim() == place for d in dims)
-
-    def _loses_samples(self, given: Tensor, result: Any) -> bool:
-        """Whether an operator made fewer numbers, and no dimension of them is the batch's any more."""
-        if type(result) is not tuple and isinstance(result, tuple):  # values and where they were
-            result = result[0]
-        if not isinstance(result, Tensor) or result.numel() >= given.numel():
-            return False
-        return result.numel() == 1 or all(n % self.batch_size for n in result.shape)
-
     def inputs(self, x: Any) -> Any:
         """Return copies of the input tensors, marked as data: the model may write into what it is given."""
         return map_tensors(lambda t: mark_data(t.detach().clone()), x)
@@ -184,10 +164,12 @@ class Interceptor(TorchFunctionMode):
             if id(args[0]) in self._derived:  # a use hands over the gradient before the hook
                 self.dropped |= self._behind(args[0])
         if data and func in operators.RUNNING:
-            self.reduced |= self._is_first(kwargs.get("dim", args[1] if len(args) > 1 else -1), found[0])
+            self.reduced |= operators.is_first(
+                kwargs.get("dim", args[1] if len(args) > 1 else -1), found[0], self.batch_size
+            )
         if data and (
             func in operators.READING
-            or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
+            or (func in operators.INDEXING and any(self._may_permute(t) for t in tensors_in(args[1:])))
         ):
             self.steered = True
         if not any(map(self.of_parameters, found)):
@@ -200,8 +182,8 @@ class Interceptor(TorchFunctionMode):
             if not data or func in operators.CONSTANTS:
                 return result
             self.reduced = self.reduced or (
-                self._loses_samples(found[0], result)
-                or self._parts_samples(args[0], operators.narrowed(func, args, kwargs))
+                operators.loses_samples(found[0], result, self.batch_size)
+                or operators.parts_samples(args[0], operators.narrowed(func, args, kwargs), self.batch_size)
             )
             return mark_data(result)
         if self._transforming():

@@ -118,6 +118,29 @@ def narrowed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     return [dims] if isinstance(dims, int) else [d for d in dims if isinstance(d, int)] if type(dims) in _LISTS else []
 
 
+def is_first(dim: Any, t: Tensor, batch_size: int) -> bool:
+    """Whether a dimension may be the batch's: the first one of several, or the only one where it has that size."""
+    return dim in (0, -t.dim()) and (t.dim() > 1 or len(t) == batch_size)
+
+
+def parts_samples(given: Any, dims: Sequence[int], batch_size: int) -> bool:
+    """Whether one of these dimensions may be the batch's: the first one where its size allows it, or the second."""
+    if not dims or not isinstance(given, Tensor) or given.dim() == 0:
+        return False
+    second = given.dim() > 1 and given.shape[1] == batch_size
+    place = 0 if given.shape[0] % batch_size == 0 else 1 if second else None
+    return place is not None and any(d % given.dim() == place for d in dims)
+
+
+def loses_samples(given: Tensor, result: Any, batch_size: int) -> bool:
+    """Whether an operator made fewer numbers, and no dimension of them is the batch's any more."""
+    if type(result) is not tuple and isinstance(result, tuple):  # values and where they were
+        result = result[0]
+    if not isinstance(result, Tensor) or result.numel() >= given.numel():
+        return False
+    return result.numel() == 1 or all(n % batch_size for n in result.shape)
+
+
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Convolutions by their spatial dimensions, plain and transposed; data has its channels before these.

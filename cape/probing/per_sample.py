@@ -21,16 +21,17 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cape.errors import ModelError
-from cape.memory import device_failed, kept_memory
+from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
+from cape.probing.alone import Alone
 from cape.probing.assemble import group_norms, plan, written_since
 from cape.probing.chain import chain_norms, chain_of
 from cape.probing.cotangents import hidden
 from cape.probing.fallback import drawn_norms, fallback_norms
 from cape.probing.intercept import Interceptor, Recorded
-from cape.probing.layout import middle_samples, moved
+from cape.probing.layout import middle_samples
 from cape.probing.operators import watched_backward, watched_grad
-from cape.probing.scan import INTERACTING, INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
+from cape.probing.scan import INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
 from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind, takes_turns
 from cape.probing.wanted import Norms, Wanted
 from cape.state import (
@@ -45,7 +46,6 @@ from cape.state import (
     ordinary_tensor,
     preserved,
     running,
-    seed_draws,
     slice_inputs,
     trainable,
 )
@@ -179,6 +179,7 @@ class _Engine:
         self.model = model
         self.kept = kept
         self.seen = seen
+        self.alone = Alone(model, kept, seen)
         self.params = params
         self.names = {id(p): n for n, p in params.items()}
         self.wanted = wanted
@@ -207,8 +208,8 @@ class _Engine:
             mode.release()
 
     def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, size: int, places: dict[int, int]) -> Norms:
-        ends = self._ends(x, size)  # first: the model may write into what the recorded pass has kept
-        self._begin()
+        ends = self.alone.ends(x, size)  # first: the model may write into what the recorded pass has kept
+        self.alone.begin()
         before = draws_of(self.kept.devices)
         with mode:
             out = call(self.model, mode.inputs(x))
@@ -219,12 +220,12 @@ class _Engine:
         losses, cotangents = self.wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
-        self._check_interaction(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
+        self.alone.check(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
         missing = {n: p for n, p in self.params.items() if id(p) in leaked}
         if missing and drew:  # another pass would draw other numbers for a sample: these are of this very one
-            self._begin()
+            self.alone.begin()
             total += torch.cat([drawn_norms(self.model, x, list(v), missing, out.detach()) for v in cotangents])
         elif missing:
             rewind = self.kept.rewind
@@ -235,83 +236,6 @@ class _Engine:
         """Whether the model gives each sample the outputs that it gave each of two."""
         seen = self.seen.outputs
         return isinstance(out, Tensor) and seen is not None and out.shape[1:] == seen.shape[1:]
-
-    def _check_interaction(
-        self, x: Inputs, out: Tensor, ends: dict[int, Tensor], places: dict[int, int], suspect: bool, anyone: bool
-    ) -> None:
-        """Raise where a sample's output depends on which samples it is in one batch with.
-
-        Args:
-            ends: outputs of the first and the last sample beside each other. places: of the two that were scanned.
-            suspect: something made the samples' rows differ a little: the last digit counts.
-            anyone: one number was made of the whole batch, or data chose rows: any sample may depend on any other.
-        """
-        size = len(out)
-        doubtful = [place for place, beside in ends.items() if moved(out[place], beside, 0.6)]
-        for k, place in places.items():
-            # A second scan has changed the other sample already.
-            share = 0.7 if self.seen.once else 0.5
-            alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share)
-            if suspect or not alike:  # else the same as beside one other sample
-                doubtful.append(place)
-        anyone |= size == 2  # then nobody else has been beside each of them
-        here = self._look(x) if doubtful or anyone else out
-        for place in dict.fromkeys(doubtful):
-            for other in dict.fromkeys(((place + 1) % size, (place + size // 2) % size, (place - 1) % size)):
-                if other == place:
-                    continue
-                others = torch.full((size,), other, device=out.device)  # not another order of the same
-                others[other] = place - 1 if (place - 1) % size != other else (place + 1) % size
-                others[place] = place
-                beside = self._beside(x, others, size)
-                if beside is None:
-                    continue
-                there = beside[place]
-                # The last digit counts, where there is reason to look at it and the device repeats it.
-                faint = suspect and moved(here[place], there, 1.05) and torch.equal(here[place], self._look(x)[place])
-                if faint or moved(here[place], there, 0.7):
-                    raise ModelError(INTERACTING)
-        every = torch.arange(size, device=out.device)
-        # Half of the samples stay; in the others' places are their neighbours, or one of those that stay. The order
-        # remains: a model may want its samples sorted by length.
-        exchanges = [(every % 2 == 0, every - 1), (every % 2 == 1, (every + 1).clamp(max=size - 1 - size % 2))]
-        exchanges += [(every < size // 2, every * 0 + size // 2 - 1), (every >= size // 2, every * 0 + size // 2)]
-        for mine, others in exchanges if anyone else ():
-            beside = self._beside(x, torch.where(mine, every, others), size)
-            if beside is not None and moved(here[mine], beside[mine], 0.7):
-                raise ModelError(INTERACTING)
-
-    def _begin(self) -> None:
-        """Put the model's state and its draws where every pass begins."""
-        self.kept.rewind()
-        seed_draws(0, self.kept.devices)
-
-    def _look(self, x: Inputs) -> Tensor:
-        """Return the model's outputs on inputs, its state and its draws as ever."""
-        self._begin()
-        # With a graph: the model may take derivatives of its own.
-        return call(self.model, map_tensors(Tensor.clone, x)).detach()
-
-    def _beside(self, x: Inputs, samples: Tensor, size: int) -> Tensor | None:
-        """Return the outputs of these samples as one batch; ``None`` where the model does not run on such a batch."""
-        try:
-            out = self._look(slice_inputs(x, samples, size))
-        except Exception as error:  # whatever a model raises on other samples, it has accepted the batch
-            if device_failed(error):
-                raise
-            return None
-        return out if out.dim() > 0 and len(out) == len(samples) else None
-
-    def _ends(self, x: Inputs, size: int) -> dict[int, Tensor]:
-        """Return the outputs of the first and the last sample beside each other; none where two cannot be run."""
-        if size <= 2 or self.seen.outputs is None:
-            return {}
-        pair = [size - 1, 0]
-        out = self._beside(x, torch.tensor(pair), size)
-        if out is None:  # sorted by length, say
-            pair.reverse()
-            out = self._beside(x, torch.tensor(pair), size)
-        return {} if out is None else dict(zip(pair, out, strict=True))
 
     def _backward(
         self, mode: Interceptor, out: Tensor, cotangents: Sequence[Tensor], size: int

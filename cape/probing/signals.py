@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOOR = 1e-6  # what these ratios are cut off at: beyond, they are as good as zero
+from cape.feature_names import FLOOR
 
 
 @dataclass(frozen=True)
