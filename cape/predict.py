@@ -90,7 +90,6 @@ class Prediction:
     lr: float
     batch_size: int
     dataset_size: int
-    _group: str | None = field(repr=False, compare=False)
     _centre: float = field(repr=False, compare=False)
     _conformal: Conformal = field(repr=False, compare=False)
     _width: float = field(repr=False, compare=False)
@@ -101,12 +100,12 @@ class Prediction:
 
         The upper end is infinite where the family has too few calibration trials for the level, or none.
         """
-        half_width = self._conformal.half_width(self._group, check_level(level))[0]
+        half_width = self._conformal.half_width(self.family, check_level(level))[0]
         if (
             not self.in_domain
         ):  # that half of the predictions are the very number of steps holds of models like those seen
             share = _NORMAL.inv_cdf(0.5 + level / 2) / _NORMAL.inv_cdf(0.95)
-            half_width = max(half_width, share * self._conformal.half_width(self._group, 0.9)[0])
+            half_width = max(half_width, share * self._conformal.half_width(self.family, 0.9)[0])
         half_width *= self._width
         return bounds(self._centre, self.steps, half_width)
 
@@ -184,6 +183,7 @@ def predict(
     if family is None:
         family = known_best(regressor, infer_family(model), features, epsilon)
     row = row_from_features(features.as_dict(), family, epsilon)
+    family = row["family"][0]
     log_hat = regressor.predict_log(row)
     steps, centre = (float(in_steps(log_hat, whole)[0]) for whole in (regressor.preset.whole, False))
     inside = True
@@ -200,7 +200,7 @@ def predict(
     p_reach = float(regressor.p_reach(row)[0]) if inside else math.nan  # nobody knows what happens out there
     if p_reach < 0.5:
         warnings = [*warnings, f"Fewer than half of such models reach ε = {epsilon:g} (p_reach {p_reach:.2f})."]
-    if math.isinf(regressor.conformal.half_width(row.groups[0], 0.9)[0]):
+    if math.isinf(regressor.conformal.half_width(family, 0.9)[0]):
         warnings = [*warnings, "The meta-regressor has too few calibration trials for a 90 % interval."]
     return Prediction(
         steps=steps,
@@ -214,7 +214,6 @@ def predict(
         lr=lr,
         batch_size=batch_size,
         dataset_size=dataset_size,
-        _group=row.groups[0],
         _centre=centre,
         _conformal=regressor.conformal if family in regressor.families else Conformal(),
         _width=float(regressor.width(row)[0]),

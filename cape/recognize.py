@@ -60,7 +60,7 @@ def known_best(regressor: MetaModel, kind: str | None, features: Features, epsil
     unsure = {}
     for family in candidates:
         row = row_from_features(features.as_dict(), family, epsilon)
-        width = regressor.conformal.half_width(row.groups[0], 0.9)[0] * float(regressor.width(row)[0])
+        width = regressor.conformal.half_width(row["family"][0], 0.9)[0] * float(regressor.width(row)[0])
         unsure[family] = width * max(1.0, regressor.domain.check(row)[2]) * (_BETTER if family == kind else 1.0)
     return min(candidates, key=unsure.__getitem__)
 

@@ -86,8 +86,8 @@ class MetaModel:
         log_hat = self.predict_log(rows)
         around = [in_steps(log_hat, whole) for whole in (False, self.preset.whole)]
         pairs = [
-            bounds(centre, steps, width * self.conformal.half_width(group, level)[0])
-            for centre, steps, width, group in zip(*around, self.width(rows), rows.groups, strict=True)
+            bounds(centre, steps, width * self.conformal.half_width(family, level)[0])
+            for centre, steps, width, family in zip(*around, self.width(rows), rows["family"], strict=True)
         ]
         low, high = zip(*pairs, strict=True) if pairs else ((), ())
         return np.array(low), np.array(high)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cape.family_names import RELATIVES
+from cape.family_names import relative_of
 from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
 from cape.metamodel.process import one_thread
@@ -122,10 +122,10 @@ def select(
 ) -> tuple[Preset, list[dict[str, Any]]]:
     """Choose structure, then size, then family by family the surface's shares, by cross-validation.
 
-    Structure and size are judged over trials that were left out, of the families that others learn from where there are
-    such (``family_names.RELATIVES``): what is chosen for these depends on no family beside them. A share is judged over
-    these and over datasets that were left out, once by the rows that then lie near the trials fitted on and once by
-    those that lie far from them: a model is used on both, and what is best near is not always best far.
+    Structure and size are judged over trials that were left out, of the families that others learn from where there
+    are such (``family_names.relative_of``): what is chosen for these depends on no family beside them. A share is
+    judged over these and over datasets that were left out, once by the rows that then lie near the trials fitted on and
+    once by those that lie far from them: a model is used on both, and what is best near is not always best far.
 
     Returns:
         The preset with the smallest mean over families of the mean |Δ log T*| (a share: of the family's rows near or
@@ -136,7 +136,7 @@ def select(
         return base.replace(select=False), []
     trees = base.replace(surface=0.0)
     structures = [trees.replace(**STRUCTURE_SIZE, **s) for s in STRUCTURES if len(families) > 1 or not s["per_family"]]
-    first = [f for f in families if f not in RELATIVES] or list(families)
+    first = [f for f in families if relative_of(f) is None] or list(families)
     judged = rows.take(np.isin(rows["family"].astype(str), first))
     best, scores = _best(_sample(judged, STRUCTURE_ROWS), structures, first, mapper)
     best, more = _best(_sample(judged, SIZE_ROWS), [best.replace(**size) for size in SIZES], first, mapper)

@@ -94,7 +94,7 @@ def fit_table(
         known, log_hat, width = used.take(index), log_hat[index], width[index]
         steps = in_steps(log_hat, chosen.whole)  # an interval holds it, whatever its level
         errors = np.where(steps == known["t_star"], 0.0, np.abs(log_steps(known["t_star"]) - log_hat) / width)
-        conformal = Conformal.calibrate(errors, known.groups, known.trials)
+        conformal = Conformal.calibrate(errors, known["family"], known.trials)
         metrics, calibrated = _metrics(known, steps, families), len(set(known["trial_id"]))
         domain = Domain.fit(used, assigned, chosen.features)
         reach = Reach.fit(used, assigned, chosen.features, families, chosen.seed)

@@ -1,4 +1,4 @@
-"""Conformal intervals for T*, one calibration per group of trials (Mondrian; ``Rows.groups``), in log space.
+"""Conformal intervals for T*, one calibration per family (Mondrian), in log space.
 
 Scores are |log T* - log prediction| on trials that the fit behind the prediction had not seen, over the width that the
 family's surface expects there (normalized conformal prediction: Papadopoulos et al. 2008): an interval is wider away
@@ -22,7 +22,7 @@ from cape.errors import SpecError
 KEPT_SCORES = 1000
 
 FEWEST_TRIALS = 10
-"""Calibration trials below which a group's own quantile is too noisy to use, whatever the level."""
+"""Calibration trials below which a family's own quantile is too noisy to use, whatever the level."""
 
 
 def check_level(level: float) -> float:
@@ -54,10 +54,10 @@ def conformal_quantile(scores: np.ndarray, level: float, trials: int | None = No
 
 @dataclass(frozen=True)
 class Conformal:
-    """Calibration scores: ``pooled`` over all trials and of each group with enough of them.
+    """Calibration scores: ``pooled`` over all families and of each family with enough trials.
 
     Attributes:
-        scores: sorted scores by group, and under ``"pooled"``; at most ``KEPT_SCORES`` evenly spaced order statistics.
+        scores: sorted scores by family, and under ``"pooled"``; at most ``KEPT_SCORES`` evenly spaced order statistics.
         trials: number of calibration trials behind each.
     """
 
@@ -65,24 +65,24 @@ class Conformal:
     trials: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def calibrate(cls, errors: np.ndarray, groups: np.ndarray, trials: np.ndarray) -> Conformal:
-        """Build from errors |Δ log T*| / width of rows that were not fitted on, and each row's group and trial."""
+    def calibrate(cls, errors: np.ndarray, families: np.ndarray, trials: np.ndarray) -> Conformal:
+        """Build from errors |Δ log T*| / width of rows that were not fitted on, and each row's family and trial."""
         scores, counts = {}, {}
-        for name in ("pooled", *sorted({str(g) for g in groups})):
-            index = np.ones(len(errors), dtype=bool) if name == "pooled" else groups == name
+        for name in ("pooled", *sorted({str(f) for f in families})):
+            index = np.ones(len(errors), dtype=bool) if name == "pooled" else families == name
             if index.any():
                 scores[name] = _thin(np.sort(errors[index]))
                 counts[name] = len(np.unique(trials[index]))
         return cls(scores, counts)
 
-    def half_width(self, group: str | None, level: float) -> tuple[float, str]:
-        """Return (half-width in log T* where the width is 1, its source: the group, ``"pooled"`` or ``"none"``).
+    def half_width(self, family: str | None, level: float) -> tuple[float, str]:
+        """Return (half-width in log T* where the width is 1, its source: the family, ``"pooled"`` or ``"none"``).
 
-        A group with fewer than ten trials, or too few for the level, is served by the pooled scores; where
+        A family with fewer than ten trials, or too few for the level, is served by the pooled scores; where
         those too are too few the half-width is infinite.
         """
         check_level(level)
-        for name in (group or "pooled", "pooled"):
+        for name in (family or "pooled", "pooled"):
             if self.trials.get(name, 0) >= (1 if name == "pooled" else FEWEST_TRIALS):
                 width = conformal_quantile(self.scores[name], level, self.trials[name])
                 if math.isfinite(width):

@@ -14,7 +14,7 @@ import numpy as np
 
 from cape.dataset_names import split_side
 from cape.errors import DataError
-from cape.family_names import RELATIVES
+from cape.family_names import HEAD_AT_ZERO, RELATIVES, relative_of
 from cape.feature_names import BATCH_FEATURES, END_FEATURES, FEATURE_NAMES, FLOOR, SHAPE_FEATURES, SLOW_FEATURES
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Rows:
             columns["log_epsilon"] = np.log(columns["epsilon"])
         if "trial_id" not in have:
             columns["trial_id"] = np.array([f"row{i}" for i in range(n)], dtype=object)
+        columns["family"] = _named_by_head(columns["family"], columns["log_hidden_pull"])
         reached = np.isfinite(columns["t_star"])
         if "converged" in have:
             reached &= np.array([v is True for v in table.column("converged").to_pylist()], dtype=bool)
@@ -129,10 +130,10 @@ class Rows:
     def told(self, family: str) -> tuple[np.ndarray, Rows]:
         """Return the rows that a family learns from, as a mask [n] and as rows.
 
-        They are its own and its relative's (``family_names.RELATIVES``); the latter count as augmented.
+        They are its own and its relative's (``family_names.relative_of``); the latter count as augmented.
         """
         own = self["family"] == family
-        mask = own | (self["family"] == RELATIVES.get(family, family))
+        mask = own | (self["family"] == (relative_of(family) or family))
         rows = self.take(mask)
         if mask.sum() == own.sum():
             return mask, rows
@@ -144,15 +145,6 @@ class Rows:
     def families(self) -> tuple[str, ...]:
         """Names of the families present, sorted."""
         return tuple(sorted({str(f) for f in self["family"] if f is not None}))
-
-    @property
-    def groups(self) -> np.ndarray:
-        """Object [n]: what each row's interval is calibrated with: its family, and whether the head starts at zero.
-
-        Of such a model the first gradients see the head alone, so that less is known of it.
-        """
-        at_zero = self["log_hidden_pull"] <= math.log(FLOOR) + 1e-9
-        return np.where(at_zero, np.array([f"{f}, head at zero" for f in self["family"]], dtype=object), self["family"])
 
     @property
     def trials(self) -> np.ndarray:
@@ -231,19 +223,34 @@ def read_rows(source: Any) -> Rows:
 
 
 def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: float) -> Rows:
-    """Return one row for prediction from ``Features.as_dict()``; a feature that is None becomes NaN."""
+    """Return one row for prediction from ``Features.as_dict()``; a feature that is None becomes NaN.
+
+    Its family is the one given, or the one beside it whose heads start at zero (``HEAD_AT_ZERO``).
+    """
     columns: dict[str, np.ndarray] = {name: np.full(1, np.nan) for name in NUMERIC}
     columns.update({name: np.array([None], dtype=object) for name in OBJECTS})
     for name, value in features.items():
         if name in columns and value is not None:
             columns[name] = np.array([float(value)])
-    columns["family"] = np.array([family], dtype=object)
+    columns["family"] = _named_by_head(np.array([family], dtype=object), columns["log_hidden_pull"])
     columns["epsilon"] = np.array([float(epsilon)])
     columns["log_epsilon"] = np.log(columns["epsilon"])
     columns["lr"] = np.exp(columns["log_lr"])
     columns["batch_size"] = np.exp(columns["log_b"])
     columns["converged"] = np.zeros(1, dtype=bool)
     return Rows(columns)
+
+
+def _named_by_head(families: np.ndarray, hidden_pull: np.ndarray) -> np.ndarray:
+    """Return the families [n], those of ordinary models whose head starts at zero (``HEAD_AT_ZERO``) by that name.
+
+    Of such a model the first gradients see the head alone: its features say other things than another model's.
+    """
+    ordinary = np.array([f in RELATIVES for f in families], dtype=bool)
+    at_zero = ordinary & (hidden_pull <= math.log(FLOOR) + 1e-9)
+    return np.array(
+        [f"{f}{HEAD_AT_ZERO}" if zero else f for f, zero in zip(families, at_zero, strict=True)], dtype=object
+    )
 
 
 def family_codes(names: np.ndarray, families: Sequence[str]) -> np.ndarray:

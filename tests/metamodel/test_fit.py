@@ -17,7 +17,6 @@ import pytest
 from authors import FAMILIES, reference, rows
 
 from cape.errors import DataError, SpecError, StoreError
-from cape.feature_names import FLOOR
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
 from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, select
 from cape.metamodel.fit import fit, fit_table
@@ -83,25 +82,6 @@ def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, m
         assert error < 0.85 * np.abs(paper.predict(unseen) - unseen["t_star"])[mine].mean()
         covered = ((low <= unseen["t_star"]) & (unseen["t_star"] <= high))[mine].mean()
         assert 0.84 < covered < 0.96  # some 215 and 360 rows: a standard error of about two points
-
-
-def test_models_whose_head_starts_at_zero_are_calibrated_by_themselves(sample: Rows) -> None:
-    """Less is known of them, and neither they nor the others may pay for it with another coverage."""
-    rng = np.random.default_rng(0)
-    at_zero = rng.random(len(sample)) < 0.3  # a trial has one row here
-    scattered = np.exp(rng.normal(size=len(sample)) * at_zero)
-    steps = np.maximum(1.0, np.rint(sample["t_star"] * scattered))
-    marked = Rows({**sample.columns, "t_star": steps, "log_hidden_pull": np.where(at_zero, np.log(FLOOR), 0.0)})
-    made = fit_table(marked.take(np.arange(len(sample)) % 5 != 0), SMALL)
-    for family in FAMILIES:
-        mine, other = (made.conformal.half_width(g, 0.9) for g in (f"{family}, head at zero", family))
-        assert mine[1] == f"{family}, head at zero" and mine[0] > 1.5 * other[0]
-    unseen = marked.take(np.arange(len(sample)) % 5 == 0)
-    low, high = made.interval(unseen, 0.9)
-    covered = (low <= unseen["t_star"]) & (unseen["t_star"] <= high)
-    for zero in (True, False):
-        mine = np.array(["zero" in group for group in unseen.groups]) == zero
-        assert 0.82 < covered[mine].mean() < 0.97
 
 
 def test_predictions_are_whole_and_every_interval_holds_its_own(sample: Rows, model: MetaModel) -> None:
