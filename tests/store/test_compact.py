@@ -128,7 +128,7 @@ def test_what_a_killed_compaction_left_is_passed_over(make_rows: MakeRows, tmp_p
     """Kill it with SIGKILL at the worst moments: half-built, and right before the link moves."""
     for i in range(6):
         writer.write_shard(make_rows(2, first_seed=2 * i), tmp_path)
-    for moment in ("cape.store.compact._union", "cape.store.compact.os.replace"):
+    for moment in ("cape.store.compact.union", "cape.store.compact.os.replace"):
         code = (
             "import os, signal, sys; from unittest import mock; import cape.store.compact as c\n"
             f"with mock.patch({moment!r}, lambda *a: os.kill(os.getpid(), signal.SIGKILL)):\n"
