@@ -75,7 +75,8 @@ class Prediction:
         in_domain: nothing about the model, lr, N, B, ε or loss lies outside what the meta-regressor was fitted on.
         warnings: sentences, empty where ``in_domain`` and the interval is sound.
         features: the probe's result.
-        family: the family that the meta-regressor took the model for; None where unknown.
+        family: the family that the meta-regressor took the model for (``dense``, or ``dense, head at zero``); None
+            where unknown.
         epsilon, lr, batch_size, dataset_size: what was asked.
     """
 
