@@ -251,10 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _register(modules: Sequence[str]) -> None:
     """Import the user's modules, also from the working directory; raises ``SpecError`` where one cannot be."""
+    from cape.cli_model import search_here
     from cape.sweep.job import load_imports
 
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    search_here()
     load_imports(modules)
 
 

@@ -157,6 +157,13 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
     return model
 
 
+def search_here() -> None:
+    """Let modules be imported from the working directory."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _import(path: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
@@ -165,9 +172,7 @@ def _import(path: str) -> Any:
         file = Path(module_name.removesuffix(".py"))
         where, parts = (f" in {file.parent}", [file.name]) if file.is_absolute() else ("", file.parts)
         raise SpecError(f"'{path}' names a file. Name the module, not its file{where}: {'.'.join(parts)}:{name}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    search_here()
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

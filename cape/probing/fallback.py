@@ -79,9 +79,7 @@ def drawn_norms(
                 last = (k, b) == (len(cotangents) - 1, len(out) - 1)
                 only = torch.zeros_like(v)
                 only[b] = v[b]
-                torch.autograd.backward(out, only, retain_graph=not last)
-                result[k, b] = sum(float(_square(p.grad)) for p in params if p.grad is not None)
-                model.zero_grad(set_to_none=True)
+                result[k, b] = _pulled(model, out, only, params, retain_graph=not last)
     return result
 
 
@@ -114,14 +112,23 @@ def _looped(
         with gradients_kept(leaves_behind([out])):  # of tensors that are no parameters; the caller holds those of these
             for k, v in enumerate(cotangents):
                 last = k == len(cotangents) - 1
-                # backward() rather than grad(): re-entrant checkpoints know no other.
                 first = torch.stack([v[b], torch.zeros_like(v[b])])
-                torch.autograd.backward(out, first, retain_graph=not last)
-                for p in params:
-                    if p.grad is not None:
-                        result[k, i] += _square(p.grad)
-                model.zero_grad(set_to_none=True)
+                result[k, i] = _pulled(model, out, first, params, retain_graph=not last)
     return result
+
+
+def _pulled(
+    model: nn.Module, out: Tensor, cotangent: Tensor, parameters: Sequence[nn.Parameter], retain_graph: bool
+) -> Tensor:
+    """Return the squared norm of the parameters' gradient, [] float64, and leave no gradient behind."""
+    # backward() rather than grad(): re-entrant checkpoints know no other.
+    torch.autograd.backward(out, cotangent, retain_graph=retain_graph)
+    total = torch.zeros((), dtype=torch.float64, device=out.device)
+    for p in parameters:
+        if p.grad is not None:
+            total += _square(p.grad)
+    model.zero_grad(set_to_none=True)
+    return total
 
 
 def _square(gradient: Tensor) -> Tensor:

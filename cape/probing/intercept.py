@@ -169,7 +169,7 @@ class Interceptor(TorchFunctionMode):
             )
         if data and (
             func in operators.READING
-            or (func in operators.INDEXING and any(self._may_permute(t) for t in tensors_in(args[1:])))
+            or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
         ):
             self.steered = True
         if not any(map(self.of_parameters, found)):

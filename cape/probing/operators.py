@@ -87,35 +87,34 @@ RUNNING = {
     for owner in (torch, Tensor)
     for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort")
 }
-# Functions that make one number, or a part, of a dimension: their second argument or ``dim``.
+# Functions that leave one number, or a part, of a dimension: where they take it among their arguments, and what it is
+# where they get none (nothing: all dimensions).
 _REDUCING = (
-    *("mean", "sum", "std", "var", "amax", "amin", "max", "min", "median", "nanmedian", "mode", "logsumexp", "norm"),
-    *("prod", "any", "all", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "select", "narrow", "unbind"),
-    *("std_mean", "var_mean", "aminmax"),
+    *("mean", "sum", "std", "var", "amax", "amin", "max", "min", "median", "nanmedian", "mode", "logsumexp", "prod"),
+    *("any", "all", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "std_mean", "var_mean", "aminmax"),
+    *("select", "narrow"),
 )
-_SECOND = {getattr(owner, name) for owner in (torch, Tensor) for name in _REDUCING if hasattr(owner, name)}
-# The same, but the dimension comes third.
-_THIRD = {
-    getattr(owner, name)
+_CUTTING = ("split", "chunk", "tensor_split", "quantile", "nanquantile", "kthvalue", "topk", "norm")
+_DIMENSION: dict[Any, tuple[int, Any]] = {
+    getattr(owner, name): taken
     for owner in (torch, Tensor)
-    for name in ("split", "chunk", "tensor_split", "quantile", "nanquantile", "kthvalue", "topk")
+    for names, taken in ((_REDUCING, (1, ())), (("unbind",), (1, 0)), (_CUTTING, (2, 0)))
+    for name in names
+    if hasattr(owner, name)
 }
-
-
-_LISTS = (list, tuple, torch.Size)
 
 
 def narrowed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
     """Return the dimensions of its first argument of which a call leaves a part or one number, as far as it says."""
     if func is Tensor.__getitem__:
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        whole = isinstance(first, slice) and first == slice(None)
-        return [0] if isinstance(first, (int, slice)) and not isinstance(first, bool) and not whole else []
-    place = 1 if func in _SECOND else 2 if func in _THIRD else None
-    if place is None:
+        picks = isinstance(first, (int, slice)) and not isinstance(first, bool)
+        return [0] if picks and first != slice(None) else []
+    if func not in _DIMENSION:
         return []
-    dims = kwargs.get("dim", args[place] if len(args) > place else 0 if place == 2 or "bind" in func.__name__ else ())
-    return [dims] if isinstance(dims, int) else [d for d in dims if isinstance(d, int)] if type(dims) in _LISTS else []
+    place, default = _DIMENSION[func]
+    dims = kwargs.get("dim", args[place] if len(args) > place else default)
+    return [d for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if isinstance(d, int)]
 
 
 def is_first(dim: Any, t: Tensor, batch_size: int) -> bool:
