@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
     if record["dataset"] is None:
         raise DataError("dataset is empty.")
     converged = _truth("converged", record.get("converged", True))
-    steps = _count("T_star", record["T_star"]) if converged or record["T_star"] is not None else None
+    steps = _count("T_star", record["T_star"]) if converged or record["T_star"] not in _EMPTY else None
     epsilon = check_epsilon(_number("epsilon", record["epsilon"]))
     lr = check_lr(_number("learning_rate", record["learning_rate"]))
     batch_size = _count("batch_size", record["batch_size"])
@@ -135,6 +136,7 @@ def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
 
 
+_EMPTY = (None, "")  # as text's empty cells are
 _MOST = 2**31 - 1  # what a column of counts holds
 _WORDS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True}
 _WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False, "0.0": False}
@@ -142,6 +144,9 @@ _WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False, "0.0
 
 def _number(name: str, value: Any) -> float:
     """Return a finite number of a CSV, or raise ``DataError``."""
+    if isinstance(value, str):  # one cell that is no number makes text of its whole column
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise DataError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
@@ -149,7 +154,7 @@ def _number(name: str, value: Any) -> float:
 
 def _perhaps(name: str, value: Any) -> float | None:
     """Return a finite number, or None for an empty cell."""
-    return None if value is None else _number(name, value)
+    return None if value in _EMPTY else _number(name, value)
 
 
 def _exponential(name: str, value: Any) -> float | None:
