@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cape.family_names import HEAD_AT_ZERO
 from cape.metamodel.intervals import conformal_quantile
 from cape.metamodel.rows import Rows
 
@@ -95,8 +96,10 @@ class Domain:
             if math.isinf(threshold):  # too few trials to promise the rate: nothing nearer than any of them is far
                 threshold = float(np.max(np.concatenate([found, statistics.distance(x)])))
             families[family] = FamilyStatistics(statistics.mean, statistics.scale, statistics.precision, threshold)
-            # T* does not depend on N: a relative's trials say as well how large it may be.
-            ranges[family] = {**_ranges(mine), **_ranges(rows.told(family)[1], ("log_n",))}
+            # T* does not depend on N: a relative's trials say as well how large it may be. A head at zero is all that
+            # tells such a family from its relative.
+            shared = _RANGED_NAMES if family.endswith(HEAD_AT_ZERO) else ("log_n",)
+            ranges[family] = {**_ranges(mine), **_ranges(rows.told(family)[1], shared)}
         return cls(names, families, ranges)
 
     def check(self, row: Rows) -> tuple[bool, list[str], float]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from authors import rows
 
+from cape.family_names import HEAD_AT_ZERO
 from cape.metamodel.crossfit import assign_folds
 from cape.metamodel.domain import FALSE_ALARM, Domain
 from cape.metamodel.rows import PRODUCT_FEATURES, Rows
@@ -102,3 +103,16 @@ def test_an_ordinary_family_has_the_training_set_sizes_of_its_relative() -> None
     assert list(domain.ranges["mlp"]["log_n"]) == list(domain.ranges["dense"]["log_n"]) == own
     sizes = known["log_p"][family == "dense"]
     assert domain.ranges["dense"]["log_p"] == (sizes.min(), sizes.max())
+
+
+def test_a_head_at_zero_may_stand_on_a_model_of_every_size_that_its_relative_has() -> None:
+    known = Rows.from_table(rows(every=20))
+    family = np.where(known.trials % 4 == 0, f"dense{HEAD_AT_ZERO}", "dense").astype(object)
+    zero, log_p = family != "dense", known["log_p"].copy()
+    log_p[np.flatnonzero(~zero)[0]] = 25.0
+    known = Rows({**known.columns, "family": family, "log_p": log_p})
+    domain = Domain.fit(known, assign_folds(known, 5), PRODUCT_FEATURES)
+    assert domain.ranges[f"dense{HEAD_AT_ZERO}"]["log_p"] == (log_p.min(), 25.0)
+    own = known.take(zero)
+    assert all("parameter count" not in w for w in domain.check(_one(own, log_p=25.0))[1])
+    assert any("parameter count" in w for w in domain.check(_one(own, log_p=25.1))[1])
