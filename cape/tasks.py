@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cape.config import TASKS
 from cape.errors import ModelError, SpecError, did_you_mean, first_line
 from cape.memory import device_failed
-from cape.state import preserved
+from cape.state import draws_of, preserved
 
 LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
 
@@ -144,7 +144,9 @@ class Loss:
         # A mean loss: each sample's loss is that of a batch of one. vmap where the callable allows it.
         try:
             return torch.func.vmap(lambda o, t: self._function(o[None], t[None]))(outputs, targets)
-        except (RuntimeError, ValueError, TypeError):  # data-dependent callables cannot be vmapped
+        except (RuntimeError, ValueError, TypeError) as error:  # data-dependent callables cannot be vmapped
+            if device_failed(error):
+                raise
             rows = [self._function(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
             return torch.stack(rows)
 
@@ -159,7 +161,9 @@ class Loss:
         for i in range(len(outputs)):
             try:
                 value = self._function(outputs[i : i + 1], targets[i : i + 1])
-            except Exception:  # it cannot take one sample: it holds something of the whole batch
+            except Exception as error:  # it cannot take one sample: it holds something of the whole batch
+                if device_failed(error):
+                    raise
                 return
             if value.dim() > 0 and len(value) != 1:
                 raise ModelError(
@@ -216,9 +220,10 @@ class Loss:
             losses = -(logs.gather(1, index) * valid).squeeze(1)
             return losses, (logs.exp() - of_logit) * valid, of_logit
         leaf = outputs.detach().requires_grad_()
-        drawn = torch.get_rng_state()
+        devices = [outputs.device.index] if outputs.is_cuda else []
+        before = draws_of(devices)
         losses = self.per_sample(leaf, targets)
-        if not self.is_named and torch.equal(drawn, torch.get_rng_state()):
+        if not self.is_named and all(map(torch.equal, before, draws_of(devices))):
             self._check_alone(leaf.detach(), targets, losses.detach())
         (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
         (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)

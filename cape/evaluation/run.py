@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,22 +64,45 @@ class Evaluation:
         return metrics.errors(rows["t_star"], rows["predicted"])[name]
 
     def write(self, out: str | os.PathLike[str]) -> Path:
-        """Write predictions.parquet, report.md, a CSV per table and a PNG per figure; returns the directory."""
+        """Write predictions.parquet, report.md, a CSV per table and a PNG per figure; returns the directory.
+
+        What an earlier evaluation wrote there is removed: everything in it comes from one store of predictions.
+        """
         import pyarrow.parquet as pq
 
         from cape.evaluation.figures import figures, png
 
         directory = check_report_dir(out)
         directory.mkdir(parents=True, exist_ok=True)
-        pq.write_table(self.predictions, directory / "predictions.parquet", compression="zstd")
-        for name, table in self.tables.items():
-            (directory / f"{name}.csv").write_text(table.csv(), encoding="utf-8")
         drawn = figures(self)
-        for name, figure in drawn.items():
-            (directory / f"{name}.png").write_bytes(png(figure))
         text = self.markdown() + "".join(f"\n![{name}]({name}.png)\n" for name in drawn)
-        (directory / "report.md").write_text(text, encoding="utf-8")
+        files = {f"{name}.csv": table.csv().encode() for name, table in self.tables.items()}
+        files |= {f"{name}.png": png(figure) for name, figure in drawn.items()}
+        files["report.md"] = text.encode()
+        store = directory / "predictions.parquet"
+        for name in _files_of(store):
+            (directory / name).unlink(missing_ok=True)
+        noted = self.predictions.replace_schema_metadata({FILES: json.dumps(sorted(files))})
+        pq.write_table(noted, store, compression="zstd")
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
         return directory
+
+
+FILES = "cape.files"
+"""Key in the metadata of a store of predictions: the files that were made from it, beside it."""
+
+
+def _files_of(store: Path) -> list[str]:
+    """Return the names of the files that an evaluation wrote beside its store; none where there is no such store."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        noted = pq.read_schema(store).metadata or {}
+    except (OSError, pa.ArrowInvalid):  # a writer that was killed had written nothing else
+        return []
+    return json.loads(noted.get(FILES.encode(), b"[]"))
 
 
 def check_report_dir(out: str | os.PathLike[str]) -> Path:
@@ -139,9 +163,10 @@ def evaluate(
     notes += more
     parts = []
     costs: list[Cost] = []
+    approximate = False
     for number, split in enumerate(made):
         held = protocols.calibration_rows(split.test, seed=number)
-        configuration, approximate = protocols.configurations(split.test)
+        configuration, unsure = protocols.configurations(split.test)
         for name, run in runners.items():
             parts.append(_part(split, name, run(split.train, split.test), held, configuration))
         if rebuild:
@@ -150,6 +175,7 @@ def evaluate(
             parts.append(_part(split, "ntk_ode", Predicted(steps), held, configuration))
         if replicates is None:
             parts.append(_floor(split, held, configuration))
+            approximate |= unsure
     if replicates is not None:
         known = replicates.take(replicates.reached & ~replicates.augmented)
         configuration, approximate = protocols.configurations(known)

@@ -34,7 +34,9 @@ def fallback_norms(
         rewind()
         try:
             norms = _vmapped(model, x, cotangents, parameters, batch_size)
-        except Exception:  # no batching rule, control flow on data, ...: the loop says what is wrong, if anything is
+        except Exception as error:  # no batching rule, control flow on data: the loop says what is wrong, if anything
+            if isinstance(error, torch.AcceleratorError):  # full memory is no reason: the loop takes less of it
+                raise
             return _looped(model, x, cotangents, parameters, range(batch_size), batch_size, rewind)
         # torch.func sees no hooks, and of some batching rules only the first sample is right: the last one must agree.
         check = _looped(model, x, cotangents, parameters, range(batch_size - 1, batch_size), batch_size, rewind)

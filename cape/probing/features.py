@@ -14,7 +14,7 @@ from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
 from cape.probing.ends import Ends, EndSignals
 from cape.probing.operators import mark_data
-from cape.probing.ops import size_sums
+from cape.probing.ops import size_sums, use_backend
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
 from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
@@ -138,11 +138,11 @@ def probe(
 
     Raises:
         ModelError: the model or batch cannot be probed (see ``per_sample_norms``), or its loss is not positive.
-        SpecError: a bad lr or dataset size.
+        SpecError: a bad lr, dataset size or backend.
     """
     lr, dataset_size = check_lr(lr), check_count(dataset_size, "dataset_size")
     check_batch(batch)
-    with kept_memory(batch[1].device):
+    with use_backend(backend), kept_memory(batch[1].device):
         line = first_step(model, batch, Loss(loss), lr)  # first: it says what is wrong with model and batch
         norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
     return features_of(model, batch, norms, line, lr, dataset_size)

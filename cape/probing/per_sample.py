@@ -119,8 +119,8 @@ def all_norms(
         criterion = wanted.criterion
         drawing = contextlib.nullcontext() if criterion.is_named else preserved(criterion.beside(model), seed=0)
         with torch.inference_mode(False), ops.use_backend(backend), kept_memory(y.device), drawing:
-            pieces = pieces_of(batch_size, micro_batch or batch_size)
-            return Norms.joined([chain_norms([chain], x[None, p], y[None, p], wanted)[0] for p in pieces])
+            pieces = [(p, wanted.of_piece(p, batch_size)) for p in pieces_of(batch_size, micro_batch or batch_size)]
+            return Norms.joined([chain_norms([chain], x[None, p], y[None, p], w)[0] for p, w in pieces])
     with (
         torch.inference_mode(False),
         evaluated(model, wanted.criterion.beside(model), seed=0) as kept,
@@ -132,13 +132,14 @@ def all_norms(
         look = partial(scan, model, x, batch_size, list(params.values()), kept)
 
         def run(seen: Scan) -> list[Norms]:
-            engine = _Engine(model, params, wanted, seen, kept)
+            engine = _Engine(model, params, seen, kept)
             step = micro_batch or automatic_chunk(seen.verdicts, y.device, batch_size)
             parts = []
             for piece in pieces_of(batch_size, step):
                 inside = [s if piece.start <= s < piece.stop else None for s in middle_samples(batch_size)]
                 places = {k: s - piece.start for k, s in enumerate(inside) if s is not None}
-                parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], places))
+                of_piece = wanted.of_piece(piece, batch_size)
+                parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], of_piece, places))
             return parts
 
         try:
@@ -172,7 +173,6 @@ class _Engine:
         self,
         model: nn.Module,
         params: dict[str, nn.Parameter],
-        wanted: Wanted,
         seen: Scan,
         kept: Kept,
     ) -> None:
@@ -182,32 +182,32 @@ class _Engine:
         self.alone = Alone(model, kept, seen)
         self.params = params
         self.names = {id(p): n for n, p in params.items()}
-        self.wanted = wanted
         self.verdicts = seen.verdicts or []
         self.together = True
 
-    def run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
+    def run(self, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
         """Return the norms of a piece of the batch; ``places`` says where the scan's two samples are in it."""
         if self.together:
             try:
-                return self._run(x, y, places)
+                return self._run(x, y, wanted, places)
             except (ModelError, _UnsettledError):
                 raise
             except (RuntimeError, ValueError, TypeError) as error:  # no batching rule, or a derivative of a derivative
                 _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
                 self.together = False
-        return self._run(x, y, places)
+        return self._run(x, y, wanted, places)
 
-    def _run(self, x: Inputs, y: Tensor, places: dict[int, int]) -> Norms:
+    def _run(self, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
         mode = Interceptor(list(self.params.values()), size, self.verdicts, self.kept.before_write, places)
         mode.direct = self.together
         try:
-            return self._norms_of(mode, x, y, size, places)
+            return self._norms_of(mode, x, y, wanted, places)
         finally:
             mode.release()
 
-    def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, size: int, places: dict[int, int]) -> Norms:
+    def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
+        size = len(y)
         ends = self.alone.ends(x, size)  # first: the model may write into what the recorded pass has kept
         self.alone.begin()
         before = draws_of(self.kept.devices)
@@ -217,7 +217,7 @@ class _Engine:
         moving = mode.out_of_order()
         if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
             raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")
-        losses, cotangents = self.wanted.cotangents(out, y)
+        losses, cotangents = wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
         self.alone.check(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
@@ -230,7 +230,7 @@ class _Engine:
         elif missing:
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
-        return self.wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
+        return wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
 
     def _same_outputs(self, out: Any) -> bool:
         """Whether the model gives each sample the outputs that it gave each of two."""

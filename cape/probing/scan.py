@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cape.errors import ModelError
+from cape.memory import device_failed
 from cape.probing.intercept import Interceptor
 from cape.probing.layout import Verdict, interacts, judge, judge_one, two_samples
 from cape.state import Inputs, Kept, call, seed_draws, slice_inputs
@@ -79,6 +80,8 @@ def scan(
                     return Scan(verdicts, first[1], once=True)
             changed, out = look(pair[1])
         except Exception as error:  # whatever a model raises on two samples, it may still accept the whole batch
+            if device_failed(error):
+                raise
             if kinds == "fib":
                 _log.debug("a scan of two samples failed: %s", error)
             continue

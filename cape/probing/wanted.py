@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Wanted:
         criterion: the loss.
         tau: one of ``TAUS``.
         probes: number of sign vectors for ``hutchinson``.
+        piece: the samples of a batch of ``size`` that are at hand, all of them where ``None``: the sign vectors are
+            drawn for the whole batch, so that they do not depend on how it is cut.
 
     Raises:
         SpecError: an unknown tau.
@@ -67,10 +69,16 @@ class Wanted:
     criterion: Loss
     tau: str = "true_logit"
     probes: int = 8
+    piece: slice | None = None
+    size: int = 0
 
     def __post_init__(self) -> None:
         if self.tau not in TAUS:
             raise SpecError(f"Unknown tau '{self.tau}'. Known: {', '.join(TAUS)}.")
+
+    def of_piece(self, piece: slice, size: int) -> Wanted:
+        """Return the same for a piece of a batch."""
+        return replace(self, piece=piece, size=size)
 
     def cotangents(self, out: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the losses [B] and the cotangents [K, *out.shape], in portions that fit one backward pass.
@@ -94,7 +102,8 @@ class Wanted:
             rows = torch.eye(outputs, dtype=leaf.dtype, device=leaf.device).unsqueeze(1).expand(-1, len(leaf), -1)
         else:
             generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, (self.probes, len(leaf), outputs), generator=generator) * 2 - 1
+            piece, size = (slice(None), len(leaf)) if self.piece is None else (self.piece, self.size)
+            signs = torch.randint(0, 2, (self.probes, size, outputs), generator=generator)[:, piece] * 2 - 1
             rows = signs.to(leaf)
         others = [part.reshape(-1, *leaf.shape) for part in rows.split(_COTANGENTS)]
         return losses, [first, *others]

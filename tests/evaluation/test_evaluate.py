@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,15 @@ def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> N
     assert any("augmented trials are fitted on" in n for n in made.notes)
 
 
+def test_one_split_without_models_makes_the_floor_approximate() -> None:
+    known = Rows.from_table(rows(every=40))
+    named = np.where(known["dataset"] == "cifar10", None, "{}").astype(object)  # not the last split
+    made = evaluate(Rows({**known.columns, "model": named}), "lodo", presets=(PRESETS["paper"].replace(trees=5),))
+    splits = list(dict.fromkeys(made.predictions["split"].to_pylist()))
+    assert len(splits) > 1 and "cifar10" not in splits[-1]
+    assert any("Imported rows carry no model" in n for n in made.notes)
+
+
 def test_baselines_are_fitted_on_plain_rows_alone() -> None:
     plain = Rows.from_table(rows(every=40))
     extra = {"trial_id": np.char.add("x", plain["trial_id"].astype(str)).astype(object)}
@@ -160,6 +170,10 @@ def test_report_directory_is_complete_and_can_be_rewritten(made: tuple[Evaluatio
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5000
     assert "| CAPE product" in (out / "report.md").read_text(encoding="utf-8")
     assert "replicate floor" in evaluation.markdown()
+    fewer = {name: table for name, table in evaluation.tables.items() if name != "intervals"}
+    (out / "notes.csv").write_text("of the user's own")
+    replace(evaluation, tables=fewer).write(out)  # in place of the earlier one, of which nothing stays
+    assert {p.name for p in out.iterdir()} == names - {"intervals.csv"} | {"notes.csv"}
     evaluation.write(out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

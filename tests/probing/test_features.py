@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cape.probing import probe
+from cape.errors import SpecError
+from cape.probing import ops, probe
 from tests.cases import CASES, Case, labels, vectors
 
 
@@ -43,3 +44,21 @@ def test_complex_parameters_move_as_pairs_of_real_ones() -> None:
     whole, parts = (probe(ComplexLinear(parts), batch, lr=1e-2, dataset_size=100).as_dict() for parts in (False, True))
     for name in ("log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_16", "log_move", "spread_16"):
         assert whole[name] == pytest.approx(parts[name], rel=1e-5), name
+
+
+def test_the_backend_asked_for_runs_all_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = CASES[0].make()
+    seen = []
+    taken = ops.native
+    monkeypatch.setattr(ops, "native", lambda *tensors: seen.append(taken(*tensors)) or seen[-1])
+    probe(model, batch, lr=1e-3, dataset_size=100, backend="torch")
+    assert seen and not any(seen)
+
+
+def test_an_unknown_backend_is_said_before_any_pass() -> None:
+    class Unused(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(SpecError, match="Unknown backend 'cuda'"):
+        probe(Unused(20, 10), (vectors(), labels(6)), lr=1e-3, dataset_size=100, backend="cuda")

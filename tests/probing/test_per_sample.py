@@ -120,6 +120,14 @@ def test_micro_batches_change_nothing(name: str) -> None:
     assert relative(pieces.tau, whole.tau) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["mlp", "shared layer"])
+def test_random_signs_do_not_depend_on_how_a_batch_is_cut(name: str) -> None:
+    model, batch = next(c for c in CASES if c.name == name).make()
+    whole, pieces = (all_norms(model, batch, tau="hutchinson", micro_batch=n).tau_full for n in (100, 2))
+    assert whole is not None and pieces is not None
+    assert relative(pieces, whole) < 1e-6
+
+
 def test_repeats_bit_for_bit() -> None:
     for case in CASES[:12]:
         model, batch = case.make()
