@@ -382,7 +382,7 @@ def _same_loss(a: Loss, b: Loss, outputs: torch.Tensor, targets: torch.Tensor) -
     with torch.enable_grad():
         try:
             (ours, of_ours, _), (theirs, of_theirs, _) = (loss.cotangents(outputs, targets) for loss in (a, b))
-            whole, each = float(a.mean(outputs, targets)), float(ours.mean())
+            whole, each = float(a.mean(outputs, targets)), float(ours.detach().mean())
         except Exception:  # whatever a loss raises on outputs and targets that are not its kind
             return False
     if not any(math.isclose(whole, each * count, rel_tol=1e-3) for count in (1, len(ours))):
@@ -394,7 +394,7 @@ def _same_loss(a: Loss, b: Loss, outputs: torch.Tensor, targets: torch.Tensor) -
 
 
 def _proportional(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
-    one, other = (torch.cat([t.double().flatten() for t in pair]) for pair in (ours, theirs))
+    one, other = (torch.cat([t.detach().double().flatten() for t in pair]) for pair in (ours, theirs))
     factor = float(one @ other / (other @ other))
     return factor > 0.0 and torch.allclose(one, factor * other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 

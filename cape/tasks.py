@@ -153,9 +153,20 @@ class Loss:
     def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
         """Raise ``ModelError`` where some sample's loss is another in a batch of one.
 
-        torch's own losses are known not to do that. A loss that is a mean was computed of each sample alone already.
+        torch's own losses are known not to do that. A scalar's samples were computed alone already: it must lie among
+        them, as a mean does, however weighted, or be their sum.
         """
-        if type(self._function).__module__ == "torch.nn.modules.loss" or self._function(outputs, targets).dim() == 0:
+        if type(self._function).__module__ == "torch.nn.modules.loss":
+            return
+        whole = self._function(outputs, targets)
+        if whole.dim() == 0:
+            off = torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()
+            among = losses.amin() - off <= whole <= losses.amax() + off
+            if not (among or torch.isclose(whole, losses.sum(), rtol=1e-3)):
+                raise ModelError(
+                    f"The loss '{self.name}' of the batch is no mean and no sum of its samples' losses alone, so that"
+                    " no sample has a loss of its own; return each sample's loss, or their mean."
+                )
             return
         alone = []
         for i in range(len(outputs)):
@@ -210,7 +221,8 @@ class Loss:
             outputs: [B, ...], without a graph. targets: as ``check`` has let them pass.
 
         Returns:
-            (losses [B], gradient of the loss, gradient of the target logit), the gradients shaped as the outputs.
+            (losses [B], gradient of the loss, gradient of the target logit), the gradients shaped as the outputs. The
+            losses have the graph of what they were computed from beside the outputs.
         """
         if self._named is _class_dim_cross_entropy and outputs.dim() == 2 and targets.dim() == 1:
             valid = (targets != IGNORE_INDEX).unsqueeze(1)
@@ -225,12 +237,15 @@ class Loss:
         losses = self.per_sample(leaf, targets)
         if not self.is_named and all(map(torch.equal, before, draws_of(devices))):
             self._check_alone(leaf.detach(), targets, losses.detach())
-        (of_loss,) = torch.autograd.grad(losses.sum(), leaf)
+        (of_loss,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
         (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)
-        return losses.detach(), of_loss, of_logit
+        return losses, of_loss, of_logit
 
     def check(self, outputs: Any, targets: Tensor) -> None:
-        """Raise ``ModelError`` where outputs and targets cannot belong together, or an output is not finite."""
+        """Raise ``ModelError`` where outputs and targets cannot belong together, or an output is not finite.
+
+        Minus infinity is what is masked; whether the loss can do with it the loss says.
+        """
         if not isinstance(outputs, Tensor):
             raise ModelError(
                 f"The model returned {type(outputs).__name__}, not a tensor; wrap it so that it returns its logits."
@@ -245,7 +260,8 @@ class Loss:
                 f"The model returned shape {tuple(outputs.shape)} for {targets.shape[0]} targets;"
                 " the first dimension must be the batch."
             )
-        if not bool(torch.isfinite(outputs).all()):
+        masked = outputs.isneginf() if outputs.is_floating_point() else False
+        if not bool((torch.isfinite(outputs) | masked).all()):
             raise ModelError(
                 "The model returned NaN or infinite outputs at initialization; check its inputs and weights."
             )

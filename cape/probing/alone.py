@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cape.errors import ModelError
 from cape.memory import device_failed
-from cape.probing.layout import moved
+from cape.probing.layout import moved, varying
 from cape.probing.scan import INTERACTING, Scan
 from cape.state import Inputs, Kept, call, map_tensors, seed_draws, slice_inputs
 
@@ -68,14 +68,14 @@ class Alone:
         Args:
             ends: outputs of the first and the last sample beside each other. places: of the two that were scanned.
             suspect: something made the samples' rows differ a little: the last digit counts.
-            anyone: one number was made of the whole batch, or data chose rows: any sample may depend on any other.
+            anyone: samples may have met (see ``operators``), or data chose rows: any may depend on any other.
         """
-        size = len(out)
-        doubtful = [place for place, beside in ends.items() if moved(out[place], beside, 0.6)]
+        size, among = len(out), varying(out)
+        doubtful = [place for place, beside in ends.items() if moved(out[place], beside, 0.6, among)]
         for k, place in places.items():
             # A second scan has changed the other sample already.
             share = 0.7 if self.seen.once else 0.5
-            alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share)
+            alike = self.seen.outputs is not None and not moved(out[place], self.seen.outputs[k], share, among)
             if suspect or not alike:  # else the same as beside one other sample
                 doubtful.append(place)
         anyone |= size == 2  # then nobody else has been beside each of them
@@ -92,8 +92,8 @@ class Alone:
                     continue
                 there = beside[place]
                 # The last digit counts, where there is reason to look at it and the device repeats it.
-                faint = suspect and moved(here[place], there, 1.05) and torch.equal(here[place], self._look(x)[place])
-                if faint or moved(here[place], there, 0.7):
+                faint = suspect and moved(here[place], there, 1.05, among)
+                if faint and torch.equal(here[place], self._look(x)[place]) or moved(here[place], there, 0.7, among):
                     raise ModelError(INTERACTING)
         every = torch.arange(size, device=out.device)
         # Half of the samples stay; in the others' places are their neighbours, or one of those that stay. The order
@@ -102,5 +102,5 @@ class Alone:
         exchanges += [(every < size // 2, every * 0 + size // 2 - 1), (every >= size // 2, every * 0 + size // 2)]
         for mine, others in exchanges if anyone else ():
             beside = self._beside(x, torch.where(mine, every, others), size)
-            if beside is not None and moved(here[mine], beside[mine], 0.7):
+            if beside is not None and moved(here[mine], beside[mine], 0.7, among):
                 raise ModelError(INTERACTING)

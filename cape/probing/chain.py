@@ -100,6 +100,8 @@ def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:
     """
     if type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
         return None
+    if x.layout is not torch.strided:
+        return None
     layers = list(_leaves(model))
     shape = x.shape[1:]
     for layer in layers:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from cape.probing import operators
 from cape.probing.cotangents import physical
 from cape.probing.layout import Glimpse, Layout, Sighting, Verdict, digits, first_rows, same_rows
+from cape.probing.meeting import may_meet, turn
 from cape.probing.operators import core_of_copies, is_marked, mark_data, opened, tensors_in, written_by
 from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
 from cape.probing.uses import Use
@@ -71,7 +72,7 @@ class Interceptor(TorchFunctionMode):
             record cannot be trusted.
         unsettled: data did not have the layout that the scan saw.
         steered: data chose rows or control flow; the batch order must be verified on the batch itself.
-        reduced: data lost the batch's dimension, or something runs along its first one: samples may have met in it.
+        met: samples may have met (see ``meeting``).
         hooked: the model has put a hook of its own on a gradient.
         late: parameters used inside the backward pass only (re-entrant checkpoints).
         recorded: parameters with a recorded use.
@@ -98,7 +99,7 @@ class Interceptor(TorchFunctionMode):
         self.uses: list[Recorded] = []
         self.mismatch = False
         self.steered = False
-        self.reduced = False
+        self.met = False
         self.hooked = False
         self.late: set[int] = set()
         self.recorded: set[int] = set()
@@ -163,10 +164,6 @@ class Interceptor(TorchFunctionMode):
             self.hooked = True
             if id(args[0]) in self._derived:  # a use hands over the gradient before the hook
                 self.dropped |= self._behind(args[0])
-        if data and func in operators.RUNNING:
-            self.reduced |= operators.is_first(
-                kwargs.get("dim", args[1] if len(args) > 1 else -1), found[0], self.batch_size
-            )
         if data and (
             func in operators.READING
             or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
@@ -181,30 +178,33 @@ class Interceptor(TorchFunctionMode):
                 result = func(*args, **kwargs)
             if not data or func in operators.CONSTANTS:
                 return result
-            self.reduced = self.reduced or (
-                operators.loses_samples(found[0], result, self.batch_size)
-                or operators.parts_samples(args[0], operators.narrowed(func, args, kwargs), self.batch_size)
-            )
-            return mark_data(result)
+            self.met = self.met or may_meet(func, args, kwargs, found, result, self.batch_size)
+            return self._data(func, found, result)
         if self._transforming():
             return func(*args, **kwargs)  # inside torch.func: attached, as the result will be
         if not torch.is_grad_enabled():
             if self.in_backward or not data:
                 return func(*args, **kwargs)
             self._unwatched.update(self._name(t) for t in found if self.of_parameters(t))
-            return mark_data(func(*args, **kwargs))
+            return self._data(func, found, func(*args, **kwargs))
         if not data:
             return self._derive(func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(self, func, args, kwargs)
             if result is not NotImplemented:
-                return mark_data(result)
+                return self._data(func, found, result)
         inner = opened(func)
         if inner is not None:  # a composite of torch.nn.functional: watch what it is made of
             with self:
                 return mark_data(inner(*args, **kwargs))
-        return mark_data(func(*args, **kwargs))
+        return self._data(func, found, func(*args, **kwargs))
+
+    @staticmethod
+    def _data(func: Any, found: Sequence[Tensor], result: Any) -> Any:
+        """Mark and return what a call made of data."""
+        turn(func, found, result)
+        return mark_data(result)
 
     def _differentiate(self, func: Any) -> None:
         """Take what a derivative inside the model may pass through out of the record."""

@@ -165,15 +165,31 @@ def _explanations(changed: NDArray[np.bool_]) -> list[int]:
 
 def interacts(a: Tensor, b: Tensor) -> bool:
     """Whether the second sample's outputs moved when only the first sample changed. ``a``, ``b``: [2, ...]."""
-    return a.shape == b.shape and moved(a[1], b[1], 0.7)
+    return a.shape == b.shape and moved(a[1], b[1], 0.7, varying(a))
 
 
-def moved(a: Tensor, b: Tensor, digits: float) -> bool:
-    """Whether two results of the same computation differ by more than a share ``digits`` of the type's digits."""
-    if not a.is_floating_point() or a.numel() == 0:
+def varying(outputs: Tensor) -> Tensor:
+    """Return which numbers of an output differ from sample to sample, all if none does: bool [...] for [B, ...].
+
+    The others were hardly computed: a mask's large constants say nothing of how exact the rest is.
+    """
+    differ = (outputs != outputs[:1]).any(0)
+    return differ if bool(differ.any()) else torch.ones_like(differ)
+
+
+def moved(a: Tensor, b: Tensor, digits: float, among: Tensor) -> bool:
+    """Whether two results of the same computation differ by more than a share ``digits`` of the type's digits.
+
+    Args:
+        a, b: outputs of a sample, [...], or of several, [n, ...].
+        among: numbers of an output, bool [...], whose size the digits are of.
+    """
+    if not (a.is_floating_point() or a.is_complex()) or a.numel() == 0:
         return False
-    scale = torch.maximum(a.abs().amax(), b.abs().amax()).nan_to_num(0.0, 0.0, 0.0)
-    return bool(((a - b).abs().amax() > torch.finfo(a.dtype).eps ** digits * scale).item())
+    apart = torch.where(a == b, 0.0, (a - b).abs())  # infinities of one sign are the same
+    sizes = torch.maximum(a.abs(), b.abs()) * among
+    scale = torch.where(sizes.isfinite(), sizes, 0.0).amax()
+    return bool((apart.amax() > torch.finfo(a.dtype).eps ** digits * scale).item())
 
 
 @dataclass

@@ -81,65 +81,6 @@ READING = {
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
     Tensor.__array__, torch.unique, Tensor.unique,
 }  # fmt: skip
-# Functions that go along a dimension: along the first one, the samples of a batch see those before them, or all.
-RUNNING = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort")
-}
-# Functions that leave one number, or a part, of a dimension: where they take it among their arguments, and what it is
-# where they get none (nothing: all dimensions).
-_REDUCING = (
-    *("mean", "sum", "std", "var", "amax", "amin", "max", "min", "median", "nanmedian", "mode", "logsumexp", "prod"),
-    *("any", "all", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "std_mean", "var_mean", "aminmax"),
-    *("select", "narrow"),
-)
-_CUTTING = ("split", "chunk", "tensor_split", "quantile", "nanquantile", "kthvalue", "topk", "norm")
-_DIMENSION: dict[Any, tuple[int, Any]] = {
-    getattr(owner, name): taken
-    for owner in (torch, Tensor)
-    for names, taken in ((_REDUCING, (1, ())), (("unbind",), (1, 0)), (_CUTTING, (2, 0)))
-    for name in names
-    if hasattr(owner, name)
-}
-
-
-def narrowed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
-    """Return the dimensions of its first argument of which a call leaves a part or one number, as far as it says."""
-    if func is Tensor.__getitem__:
-        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        picks = isinstance(first, (int, slice)) and not isinstance(first, bool)
-        return [0] if picks and first != slice(None) else []
-    if func not in _DIMENSION:
-        return []
-    place, default = _DIMENSION[func]
-    dims = kwargs.get("dim", args[place] if len(args) > place else default)
-    return [d for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if isinstance(d, int)]
-
-
-def is_first(dim: Any, t: Tensor, batch_size: int) -> bool:
-    """Whether a dimension may be the batch's: the first one of several, or the only one where it has that size."""
-    return dim in (0, -t.dim()) and (t.dim() > 1 or len(t) == batch_size)
-
-
-def parts_samples(given: Any, dims: Sequence[int], batch_size: int) -> bool:
-    """Whether one of these dimensions may be the batch's: the first one where its size allows it, or the second."""
-    if not dims or not isinstance(given, Tensor) or given.dim() == 0:
-        return False
-    second = given.dim() > 1 and given.shape[1] == batch_size
-    place = 0 if given.shape[0] % batch_size == 0 else 1 if second else None
-    return place is not None and any(d % given.dim() == place for d in dims)
-
-
-def loses_samples(given: Tensor, result: Any, batch_size: int) -> bool:
-    """Whether an operator made fewer numbers, and no dimension of them is the batch's any more."""
-    if type(result) is not tuple and isinstance(result, tuple):  # values and where they were
-        result = result[0]
-    if not isinstance(result, Tensor) or result.numel() >= given.numel():
-        return False
-    return result.numel() == 1 or all(n % batch_size for n in result.shape)
-
-
 # Functions that take shape or type, but no value, from their second tensor.
 TEMPLATES = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # Convolutions by their spatial dimensions, plain and transposed; data has its channels before these.
@@ -234,6 +175,11 @@ def core_of_copies(
         index = args[0]
         same = index.dim() > 0 and len(index) == batch_size and bool((index == index[:1]).all())
         return func(index[:1], *args[1:], **kwargs) if same else None
+    if func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and args and isinstance(args[0], Tensor):
+        rows = core(args[0])  # a recurrence's first state, the same for every sample
+        if rows is args[0] and rows.dim() > 1 and len(rows) == batch_size and bool((rows == rows[:1]).all()):
+            rows = rows[:1]
+        return func(rows, *args[1:], **kwargs) if rows is not args[0] and rows.dim() == args[0].dim() else None
     if not args or not isinstance(args[0], Tensor) or kwargs:
         return None
     p = core(args[0])

@@ -105,10 +105,10 @@ def all_norms(
     backend: str = "auto",
 ) -> Norms:
     """Like ``per_sample_norms``, with the losses and the names of the parameters that took the fallback."""
-    wanted = Wanted(Loss(loss), tau, probes)
+    params = trainable(model)
+    wanted = Wanted(Loss(loss), tau, probes, tuple(params.values()))
     with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
         x, y, batch_size = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach(), batch))
-    params = trainable(model)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
         pair = torch.tensor([0, 0], device=y.device)
         twice = (slice_inputs(x, pair, 1), y[pair])
@@ -220,9 +220,10 @@ class _Engine:
         losses, cotangents = wanted.cotangents(out, y)
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
-        self.alone.check(x, out.detach(), ends, places, puzzling, mode.reduced or mode.steered)
         mode.mismatch = mode.mismatch or moving
         total, leaked = self._backward(mode, out, cotangents, size)
+        # Last: further passes may write into buffers that the recorded one has kept.
+        self.alone.check(x, out.detach(), ends, places, puzzling, mode.met or mode.steered)
         missing = {n: p for n, p in self.params.items() if id(p) in leaked}
         if missing and drew:  # another pass would draw other numbers for a sample: these are of this very one
             self.alone.begin()

@@ -71,6 +71,7 @@ def output_spread(outputs: Tensor) -> float:
     No less than the logarithm of ``FLOOR``: of a batch of one it is that.
     """
     values = outputs.detach().double().flatten(1) if outputs.dim() > 1 else outputs.detach().double()[:, None]
+    values = values.masked_fill(values.isneginf(), 0.0)  # what is masked is the same for all samples, or tells nothing
     return log_ratio(float(values.std(0, correction=0).square().mean().sqrt()), 1.0)
 
 
@@ -80,7 +81,7 @@ def draw_noise(outputs: Tensor, redrawn: Tensor) -> float:
     Training with masks that change is slower, the more so the more a mask moves what the loss sees; a loss under one
     fixed mask does not show it. No more than 1 / ``FLOOR``, and that where an output is not finite.
     """
-    moved = (redrawn.detach().double() - outputs.detach().double()).square().mean().sqrt().item()
+    moved = _movement(outputs, redrawn).square().mean().sqrt().item()
     return min(moved, 1.0 / FLOOR) if math.isfinite(moved) else 1.0 / FLOOR
 
 
@@ -98,10 +99,16 @@ def own_decrease(outputs: Tensor, residual: Tensor, moved: Tensor, l0: float) ->
         l0: mean loss before.
     """
     count = len(outputs)
-    change = (moved.detach().double() - outputs.detach().double()).reshape(count, -1)
+    change = _movement(outputs, moved).reshape(count, -1)
     pull = residual.detach().double().reshape(count, -1)
     own = -float(((change - change.mean(0)) * (pull - pull.mean(0))).sum()) / count
     return log_ratio(own, l0) if math.isfinite(own) else math.log(FLOOR)
+
+
+def _movement(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far outputs moved, float64; what is masked (-∞) before and after did not."""
+    a, b = before.detach().double(), after.detach().double()
+    return torch.where(a == b, 0.0, b - a)
 
 
 def log_ratio(part: float, whole: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cape.errors import ModelError, SpecError
+from cape.probing.taps import leaves_behind
 from cape.tasks import Loss
 
 TAUS = ("true_logit", "full", "hutchinson")
@@ -59,6 +60,7 @@ class Wanted:
         criterion: the loss.
         tau: one of ``TAUS``.
         probes: number of sign vectors for ``hutchinson``.
+        parameters: that the norms are over. The loss must depend on them by the outputs alone.
         piece: the samples of a batch of ``size`` that are at hand, all of them where ``None``: the sign vectors are
             drawn for the whole batch, so that they do not depend on how it is cut.
 
@@ -69,6 +71,7 @@ class Wanted:
     criterion: Loss
     tau: str = "true_logit"
     probes: int = 8
+    parameters: tuple[Tensor, ...] = ()
     piece: slice | None = None
     size: int = 0
 
@@ -92,6 +95,12 @@ class Wanted:
         leaf = out.detach()
         with torch.enable_grad():
             losses, of_loss, of_logit = self.criterion.cotangents(leaf, y)
+        if {id(t) for t in leaves_behind([losses])} & {id(p) for p in self.parameters}:
+            raise ModelError(
+                f"The loss '{self.criterion.name}' uses parameters of the model itself; move what it computes with them"
+                " into the model's forward."
+            )
+        losses = losses.detach()
         if not bool(torch.isfinite(losses).all()):
             raise ModelError("The loss is NaN or infinite at initialization; check the targets and the loss function.")
         first = torch.stack([of_loss, of_logit])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,99 @@ def test_gradients_divided_by_how_often_the_batch_has_a_row_are_refused() -> Non
             cape.per_sample_norms(model, (x, torch.arange(6)))
 
 
+def _of_one_user(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    same = (user[:, None] == user[None]).to(h)
+    return same @ h / same.sum(1, keepdim=True)
+
+
+def _of_one_user_by_letters(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    same = (user.unsqueeze(1) == user).to(h)
+    return torch.einsum("ij,jk->ik", same, h) / same.sum(1, keepdim=True)
+
+
+def _by_user(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    one_hot = F.one_hot(user, 99).to(h)
+    return one_hot @ (one_hot.T @ h)
+
+
+def _without_twins(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    return h * (~(torch.cdist(x, x) < 0.2).tril(-1).any(1)).to(h)[:, None]
+
+
+def _new_users(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    return h * (user != user.roll(1)).to(h)[:, None]
+
+
+def _clipped_across(h: Tensor, x: Tensor, user: Tensor) -> Tensor:
+    across = h.t()
+    centre, size = across.detach().mean(1, keepdim=True), across.detach().std(1, keepdim=True)
+    return torch.minimum(torch.maximum(across, centre - 2.8 * size), centre + 2.8 * size).t()
+
+
+@pytest.mark.parametrize(
+    "between", [_of_one_user, _of_one_user_by_letters, _by_user, _without_twins, _new_users, _clipped_across]
+)
+@pytest.mark.parametrize("batch", [20, 32])
+def test_a_single_pair_that_meets(between: Callable[[Tensor, Tensor, Tensor], Tensor], batch: int) -> None:
+    """Neither of the two is scanned, or at an end of the batch."""
+
+    class Users(Model):
+        def forward(self, x: Tensor, user: Tensor) -> Tensor:  # type: ignore[override]
+            return self.second(between(self.first(x), x, user).tanh())
+
+    torch.manual_seed(0)
+    model = Users(nn.Identity())
+    model.first, model.second = nn.Linear(6, 32), nn.Linear(32, 3)
+    x, user, y = torch.randn(batch, 6), torch.arange(batch), torch.randint(0, 3, (batch,))
+    cape.per_sample_norms(Model(nn.Identity()), (x, y))
+    x[7], x[3], user[4] = x[6] + 1e-3, 6 * x[3], 3
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(model, ((x, user), y))
+
+
+class Masked(nn.Module):
+    """A batch's statistics, and one output that no action may take."""
+
+    def __init__(self, value: float, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.value = nn.Linear(6, 8), norm, nn.Linear(8, 4), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x)).tanh()).masked_fill(torch.arange(4) == 3, self.value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_large_constants_in_the_outputs_hide_nothing(value: float) -> None:
+    from cape.probing.reference import per_sample_norms_reference
+
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(Masked(value, nn.BatchNorm1d(8, track_running_stats=False)), _batch())
+    model = Masked(value, nn.LayerNorm(8))
+    ours = cape.per_sample_norms(model, _batch())[0]
+    torch.testing.assert_close(ours, per_sample_norms_reference(model, _batch())[0], rtol=1e-5, atol=0.0)
+    found = cape.probe(model, _batch(), lr=1e-3, dataset_size=100).as_dict()
+    assert all(v is None or math.isfinite(v) for v in found.values())
+
+
+def test_complex_outputs_that_meet() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(6, 8), nn.Parameter(torch.randn(5, 5, dtype=torch.cfloat))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.fft.rfft(self.first(x).tanh()) @ self.weight
+            return z - z.mean(0)
+
+    torch.manual_seed(0)
+    targets = torch.randn(6, 5, dtype=torch.cfloat)
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(
+            Spectrum(), (torch.randn(6, 6), targets), loss=lambda o, t: (o - t).abs().square().mean(1)
+        )
+
+
 @pytest.mark.parametrize("seed", (2, 6))
 def test_samples_that_vote(seed: int) -> None:
     """Most exchanges of samples leave a majority as it is."""
@@ -186,6 +280,44 @@ def test_losses_that_couple_samples_are_refused(loss: Callable[[Tensor, Tensor],
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="than alone"):
         cape.per_sample_norms(Model(nn.Identity()), _batch(), loss=loss)
+
+
+@pytest.mark.parametrize("power", (1, 2))
+def test_a_scalar_that_couples_samples_is_refused(power: int) -> None:
+    """Contrastive losses: alone, a sample has none."""
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="no mean and no sum"):
+        cape.per_sample_norms(
+            Model(nn.Identity()), _batch(), loss=lambda o, t: F.cross_entropy(o @ o.T, torch.arange(len(o))) ** power
+        )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    (
+        lambda o, t: F.cross_entropy(o, t, reduction="sum"),
+        lambda o, t: F.cross_entropy(o, t) / 7 - 3,
+        lambda o, t: F.cross_entropy(o, t, weight=torch.tensor([1.0, 5.0, 0.1])),
+        lambda o, t: F.mse_loss(o.sum(1), t.to(o)).sqrt(),
+    ),
+)
+def test_scalars_that_are_means_or_sums_are_taken(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    assert bool((cape.per_sample_norms(Model(nn.Identity()), _batch(), loss=loss)[0] > 0).all())
+
+
+def test_a_loss_with_parameters_of_the_model_is_refused_and_one_with_its_own_is_taken() -> None:
+    torch.manual_seed(0)
+    model, own = Model(nn.Identity()), nn.Parameter(torch.tensor(0.3))
+    model.log_scale = nn.Parameter(torch.tensor(0.3))
+    batch = (_batch()[0], torch.randn(SIZE, 3))
+
+    def scaled(by: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda o, t: (o - t).square().mean(1) * torch.exp(-by) + by
+
+    with pytest.raises(ModelError, match="parameters of the model itself"):
+        cape.per_sample_norms(model, batch, loss=scaled(model.log_scale))
+    assert bool((cape.per_sample_norms(model, batch, loss=scaled(own))[0] > 0).all()) and own.grad is None
 
 
 def test_a_loss_by_position_is_none_by_sample() -> None:
