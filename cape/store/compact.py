@@ -26,6 +26,8 @@ import os
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -86,13 +88,11 @@ def compact(
             where files cannot be replaced at once.
     """
     location = Location.of(meta_dir)
-    base = reader.rows_folder(location)
-    if not reader.list_chunks(location, base):
+    if not reader.list_chunks(location):
         raise StoreError(f"{location} holds no rows to compact.")
     if out is not None:
-        return _copy(location, base, Location.of(out), target_bytes)
-    check_replaceable(location)
-    with location.lock(exclusive=True, name=".compact", wait=False):
+        return _copy(location, reader.rows_folder(location), Location.of(out), target_bytes)
+    with replacing(location) as base:
         return _replace(location, base, target_bytes, keep_seconds)
 
 
@@ -124,8 +124,16 @@ def publish(location: Location, base: str, following: str, replaced: set[str]) -
 
     Returns:
         Number of files in ``base``.
+
+    Raises:
+        StoreError: ``base`` is not the current generation any more: what was committed since would be lost.
     """
     with location.lock(exclusive=True):
+        current = reader.rows_folder(location)
+        if current != base:
+            raise StoreError(
+                f"The rows of {location} are in {current} by now, not in {base}; nothing was changed, try again."
+            )
         held = [name[len(base) + 1 :] for name in reader.list_chunks(location, base)]
         for name in held:
             if name not in replaced:
@@ -143,13 +151,20 @@ def publish(location: Location, base: str, following: str, replaced: set[str]) -
     return len(held)
 
 
-def check_replaceable(location: Location) -> None:
-    """Raise ``StoreError`` where the files of a meta-dataset cannot be replaced at once."""
+@contextmanager
+def replacing(location: Location) -> Iterator[str]:
+    """Be the only one who makes a next generation, inside the block; give the current one.
+
+    Raises:
+        StoreError: files cannot be replaced at once there, or somebody else is at it.
+    """
     if location.folder is None or not os.path.islink(location.path(ROWS)):
         raise StoreError(
             f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
             " or a folder that an early version wrote); `cape store compact --out` compacts it into another place."
         )
+    with location.lock(exclusive=True, name=".compact", wait=False):
+        yield reader.rows_folder(location)  # not before the lock: whoever held it may have moved the link
 
 
 def _copy(source: Location, base: str, target: Location, target_bytes: int) -> Compaction:

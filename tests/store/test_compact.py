@@ -18,7 +18,9 @@ import pytest
 
 from cape.errors import StoreError
 from cape.store import reader, writer
-from cape.store.compact import compact
+from cape.store.compact import compact, publish
+from cape.store.location import Location
+from cape.store.retry import retry
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +142,39 @@ def test_what_a_killed_compaction_left_is_passed_over(make_rows: MakeRows, tmp_p
     assert compact(tmp_path, keep_seconds=0).after == 1
     assert reader.count_rows(tmp_path) == 24
     assert len(list(tmp_path.glob("_rows.*"))) == 1
+
+
+@pytest.mark.parametrize("act", [compact, retry])
+def test_who_comes_while_another_replaces_the_rows_loses_nothing(
+    act: Callable[[Path], object], make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends, and rows are committed, right before the second one gets the lock."""
+    rows = make_rows(4)
+    rows[0]["stop_reason"] = rows[1]["stop_reason"] = "failed"
+    for i in (0, 4):
+        writer.write_shard(rows[i : i + 4], tmp_path)
+    lock = Location.lock
+
+    def late(location: Location, **how: Any) -> Any:
+        if how.get("name") == ".compact":
+            monkeypatch.undo()
+            assert compact(tmp_path).after == 1
+            writer.write_shard(make_rows(2, first_seed=10), tmp_path)
+        return lock(location, **how)
+
+    monkeypatch.setattr(Location, "lock", late)
+    act(tmp_path)
+    assert os.readlink(tmp_path / "rows") == "_rows.2"
+    assert reader.count_rows(tmp_path) == (12 if act is compact else 10)
+
+
+def test_a_generation_that_is_not_the_current_one_is_not_replaced(make_rows: MakeRows, tmp_path: Path) -> None:
+    for i in range(2):
+        writer.write_shard(make_rows(2, first_seed=2 * i), tmp_path)
+    compact(tmp_path)
+    with pytest.raises(StoreError, match="in _rows.1 by now, not in _rows.0"):
+        publish(Location.of(tmp_path), "_rows.0", "_rows.2", set())
+    assert reader.count_rows(tmp_path) == 8
 
 
 def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_path: Path) -> None:

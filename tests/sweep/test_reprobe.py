@@ -16,6 +16,8 @@ from cape.config import SweepSpec
 from cape.errors import StoreError
 from cape.feature_names import FEATURE_NAMES
 from cape.store import reader
+from cape.store.compact import compact
+from cape.store.location import Location
 from cape.sweep import reprobe as module
 from cape.sweep.inline import run_inline
 from cape.sweep.reprobe import reprobe
@@ -83,6 +85,23 @@ def test_it_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(module, "probe_trial", real)
     assert reprobe(meta).trials < 6
     assert rows_of(meta) == expected
+
+
+def test_a_compaction_that_ends_meanwhile_is_kept(
+    old: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, expected = old
+    lock = Location.lock
+
+    def late(location: Location, **how: Any) -> Any:
+        if how.get("name") == ".compact":
+            monkeypatch.undo()
+            compact(meta)
+        return lock(location, **how)
+
+    monkeypatch.setattr(Location, "lock", late)
+    assert reprobe(meta).files == 1
+    assert reader.rows_folder(meta) == "_rows.2" and rows_of(meta) == expected
 
 
 def test_rows_that_cannot_be_probed_stay(old: tuple[Path, list[dict[str, Any]]]) -> None:
