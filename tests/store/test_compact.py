@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
@@ -186,6 +187,31 @@ def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_
     assert reader.count_rows(source) == 14 and reader.count_rows(out) == 8
     with pytest.raises(StoreError, match="holds rows already"):
         compact(source, out=out)
+
+
+def test_rows_that_are_there_twice_are_left_once_however_large_their_files(make_rows: MakeRows, tmp_path: Path) -> None:
+    """Files that are merged with no other: one holds rows of another, one holds some of its own twice."""
+    rows = make_rows(9)
+    for part in (rows[:8], rows[4:12], [*rows[12:16], *rows[12:14]], rows[16:]):
+        writer.write_shard(part, tmp_path)
+    before = {row["trial_id"]: row["t_star"] for row in reader.read(tmp_path).to_pylist()}
+    untouched = {p.name for p in reader.list_files(tmp_path)}
+    done = compact(tmp_path, target_bytes=1)
+    assert (done.before, done.after, done.rows, done.duplicates) == (4, 4, 4 + 4, 4 + 2)
+    after = reader.read(tmp_path).to_pylist()
+    assert len(after) == 18 and {row["trial_id"]: row["t_star"] for row in after} == before
+    assert len(untouched & {p.name for p in reader.list_files(tmp_path)}) >= 2  # linked, not written anew
+    again = compact(tmp_path, target_bytes=1)
+    assert (again.after, again.rows, again.duplicates) == (4, 0, 0) and os.readlink(tmp_path / "rows") == "_rows.1"
+
+
+def test_parquet_of_another_kind_is_one_sentence(make_rows: MakeRows, tmp_path: Path) -> None:
+    writer.write_shard(make_rows(2), tmp_path)
+    (path,) = reader.list_files(tmp_path)
+    pq.write_table(pa.table({"x": [1.0]}), path.with_name(f"{'a' * 16}.parquet"))
+    for size in (1, 2**20):
+        with pytest.raises(StoreError, match="cannot be read, nothing was changed"):
+            compact(tmp_path, target_bytes=size)
 
 
 def test_columns_of_ones_own_may_change_their_type(make_rows: MakeRows, tmp_path: Path) -> None:
