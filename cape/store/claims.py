@@ -3,8 +3,10 @@
 A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit. A worker holds a *claim*,
 ``_runs/<run>/<shard>.json``, with a token of its own, and commits only while the token is the one that it wrote: a
 worker that was given up for lost and turns out to live, of this run or of an earlier one, cannot write a trial twice.
-The check and the rename happen under the folder's lock. (An object store has no lock: there the check comes right
-before the upload, and what slips through that gap is a duplicate that `cape store verify` finds.)
+The check and the rename happen under the folder's lock, shared, and a shard is taken under the lock, alone: whoever
+took it and then reads what is committed sees all that the worker before will ever commit. (An object store has no lock:
+there the check comes right before the upload, and what slips through that gap is a duplicate that `cape store verify`
+finds.)
 """
 
 from __future__ import annotations
@@ -117,6 +119,13 @@ def end_run(meta_dir: reader.Where, run: str) -> None:
             location.delete_tree(RUNS)
 
 
+def revoke(meta_dir: reader.Where) -> None:
+    """Take every shard from its worker: none that was given up for lost can commit what is dealt anew."""
+    location = Location.of(meta_dir)
+    with location.lock(exclusive=True):
+        location.delete_tree(RUNS)
+
+
 def is_current(meta_dir: reader.Where, run: str) -> bool:
     """Return whether a run is still the one that may write."""
     return bool(_json(Location.of(meta_dir), RUN_FILE).get("run") == run)
@@ -131,16 +140,27 @@ class Claim:
         shard: key of the shard.
 
     Attributes:
-        earlier: what the attempt before this one had noted, empty for the first.
+        earlier: what the attempt before this one left, empty for the first; known once the shard is taken.
     """
 
     def __init__(self, meta_dir: reader.Where, run: str, shard: str) -> None:
         self._location, self._name = Location.of(meta_dir), f"{RUNS}/{run}/{shard}.json"
         self._run, self._token = run, uuid.uuid4().hex
-        self.earlier = _json(self._location, self._name)
+        self.earlier: dict[str, Any] = {}
 
-    def take(self, notes: dict[str, Any]) -> None:
-        """Take the shard from whoever had it, leaving ``notes`` for the next attempt."""
+    def take(self) -> None:
+        """Take the shard from whoever had it, who can commit no more."""
+        with self._location.lock(exclusive=True):
+            self.earlier = _json(self._location, self._name)
+            self._write(self.earlier)
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Leave notes for the next attempt, unless it has the shard already."""
+        with self._location.lock():
+            if self.holds():
+                self._write(notes)
+
+    def _write(self, notes: dict[str, Any]) -> None:
         self._location.write(self._name, json.dumps({**notes, "token": self._token}).encode(), durable=False)
 
     def holds(self) -> bool:
