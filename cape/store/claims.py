@@ -1,8 +1,9 @@
 """Claim a meta-dataset for one sweep, extend that sweep, and keep two runs of it from writing at the same time.
 
-A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit. A worker holds a *claim*,
-``_runs/<run>/<shard>.json``, with a token of its own, and commits only while the token is the one that it wrote: a
-worker that was given up for lost and turns out to live, of this run or of an earlier one, cannot write a trial twice.
+A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit; ``_runs/<run>.json`` is its
+sign of life. A worker holds a *claim*, ``_runs/<run>/<shard>.json``, with a token of its own, and commits only while
+the token is the one that it wrote: a worker that was given up for lost and turns out to live, of this run or of an
+earlier one, cannot write a trial twice.
 The check and the rename happen under the folder's lock, shared, and a shard is taken under the lock, alone: whoever
 took it and then reads what is committed sees all that the worker before will ever commit. (An object store has no lock:
 there the check comes right before the upload, and what slips through that gap is a duplicate that `cape store verify`
@@ -14,8 +15,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,8 @@ from cape.store.schema import SPEC_FILE, SPEC_HISTORY
 RUN_FILE = "_run.json"
 RUNS = "_runs"
 STATUS_FILE = "_status.json"
-_SILENT_S = 30.0  # a run on another machine that has not reported for so long is over
+_SIGN_S = 5.0
+_SILENT_S = 30.0  # a run on another machine that has given no sign of life for so long is over
 
 _GRID = ("families", "datasets", "lrs", "batch_sizes")
 _COUNTS = ("trials_per_cell", "trials_by_family")
@@ -106,8 +111,33 @@ def start_run(meta_dir: reader.Where) -> str:
             )
         location.delete_tree(RUNS)
         mine = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
+        alive(location, run)
         location.write(RUN_FILE, json.dumps(mine).encode())
     return run
+
+
+def alive(meta_dir: reader.Where, run: str) -> None:
+    """Give a sign of life, for those on other machines, whoever holds the lock."""
+    sign = json.dumps({"updated": time.time()}).encode()
+    with suppress(StoreError):  # a full disk must stop a sweep where rows are lost, not here
+        Location.of(meta_dir).write(f"{RUNS}/{run}.json", sign, durable=False)
+
+
+class Heartbeat:
+    """Call something every few seconds, in a thread, until it is closed."""
+
+    def __init__(self, sign: Callable[[], None]) -> None:
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(sign,), name="cape-heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _beat(self, sign: Callable[[], None]) -> None:
+        while not self._closed.wait(_SIGN_S):
+            sign()
 
 
 def end_run(meta_dir: reader.Where, run: str) -> None:
@@ -119,11 +149,11 @@ def end_run(meta_dir: reader.Where, run: str) -> None:
             location.delete_tree(RUNS)
 
 
-def revoke(meta_dir: reader.Where) -> None:
-    """Take every shard from its worker: none that was given up for lost can commit what is dealt anew."""
+def revoke(meta_dir: reader.Where, run: str) -> None:
+    """Take every shard of a run from its worker: none that was given up for lost can commit what is dealt anew."""
     location = Location.of(meta_dir)
     with location.lock(exclusive=True):
-        location.delete_tree(RUNS)
+        location.delete_tree(f"{RUNS}/{run}")
 
 
 def is_current(meta_dir: reader.Where, run: str) -> bool:
@@ -188,8 +218,8 @@ def _at_work(location: Location, held: dict[str, Any]) -> bool:
     if held.get("host") == socket.gethostname():
         since = _started(held.get("pid"))
         return since is not None and since == held.get("since")
-    status = _json(location, STATUS_FILE)
-    return status.get("run") == held.get("run") and time.time() - _number(status.get("updated")) < _SILENT_S
+    sign = _json(location, f"{RUNS}/{held.get('run')}.json")
+    return time.time() - _number(sign.get("updated")) < _SILENT_S
 
 
 def _number(value: Any) -> float:

@@ -125,7 +125,7 @@ def _passes(
         error, hopeless = _tune(job, cut(missing, concurrent, costs), cpus, gpus, concurrent, report)
         if error is None or hopeless:
             break
-        claims.revoke(job.location)
+        claims.revoke(job.location, job.run)
         missing = Plan(job.spec).missing(reader.done_ids(job.location))
         if not missing or sum(map(len, missing)) == before:
             break

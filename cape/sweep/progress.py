@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from cape.store.location import Location
 from cape.sweep.estimate import Pace
 
 LOG_FILE = "_log.jsonl"
-_HEARTBEAT_S = 5.0
 _RECENT = 50  # chunks over which the rate is taken: what a sweep did an hour ago says little
 
 
@@ -172,7 +170,7 @@ def _finite(value: float) -> float | None:
 
 
 class Reporter:
-    """Tell of a run while it goes on: the line, ``_status.json`` (also a sign of life) and ``_log.jsonl``.
+    """Tell of a run while it goes on: the line, ``_status.json`` and ``_log.jsonl``.
 
     An object store has no file to append to: there the log is left out.
 
@@ -193,11 +191,9 @@ class Reporter:
         self._location, self._run, self.progress = location, run, progress
         self._seconds = dict(seconds or {})
         self._about = {"run": run, "host": socket.gethostname(), "pid": os.getpid()}
-        self._closed = threading.Event()
         self.log("started", todo=progress.todo, before=progress.before)
         self._write("running")
-        self._thread = threading.Thread(target=self._beat, name="cape-status", daemon=True)
-        self._thread.start()
+        self._heartbeat = claims.Heartbeat(lambda: self._write("running"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()  # Tune writes its callbacks to the disk; a stream, a thread and a lock cannot be written
@@ -237,15 +233,10 @@ class Reporter:
 
     def close(self, state: str, error: str | None = None) -> None:
         """Write the last state: ``finished``, ``interrupted`` or ``failed``."""
-        self._closed.set()
-        self._thread.join()
+        self._heartbeat.close()
         self.progress.close()
         self.log(state, ran=self.progress.trials, rows=self.progress.rows, error=error)
         self._write(state, error)
-
-    def _beat(self) -> None:
-        while not self._closed.wait(_HEARTBEAT_S):
-            self._write("running")
 
     def _write(self, state: str, error: str | None = None) -> None:
         status = {**self._about, "state": state, "updated": time.time(), "error": error, **self.progress.as_dict()}
