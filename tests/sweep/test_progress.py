@@ -110,6 +110,15 @@ def test_a_driver_that_was_killed_is_not_said_to_run(tmp_path: Path) -> None:
     assert "killed, or its machine is gone; resume it" in status(tmp_path)
 
 
+def test_a_driver_that_lives_is_not_said_to_be_killed_however_old_its_last_word(tmp_path: Path) -> None:
+    """A disk that is full, say, holds no new word."""
+    run = claims.start_run(tmp_path)
+    Reporter(Location.of(tmp_path), run, Progress({"mlp": 3}, enabled=False))
+    state = json.loads((tmp_path / "_status.json").read_text())
+    (tmp_path / "_status.json").write_text(json.dumps({**state, "updated": state["updated"] - 100}))
+    assert status(tmp_path).startswith("running (process ") and "1:40 ago" in status(tmp_path)
+
+
 def test_a_run_leaves_a_status_and_a_log(tmp_path: Path) -> None:
     report = Reporter(Location.of(tmp_path), "abc", Progress({"mlp": 3}, {"mlp": 1}, enabled=False))
     state = json.loads((tmp_path / "_status.json").read_text())
