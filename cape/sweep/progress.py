@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ class Progress:
         self._reckoned: Counter[str] = Counter()
         self.by_family: Counter[str] = Counter()
         self.rows = self.failed = 0
+        self._lock = threading.Lock()  # the thread that writes the status reads while chunks are counted
 
     @property
     def trials(self) -> int:
@@ -72,12 +74,13 @@ class Progress:
         self, trials: int, rows: int, failed: int, family: str = "", *, seconds: float = 0.0, expected: float = math.nan
     ) -> None:
         """Count a committed chunk: what it held, the seconds that a worker spent on it, and those expected of it."""
-        self.by_family[family] += trials
-        self.rows += rows
-        self.failed += failed
-        self._spent[family] += seconds  # type: ignore[assignment]
-        self._reckoned[family] += expected  # type: ignore[assignment]
-        self._recent.append((time.monotonic(), self.trials))
+        with self._lock:
+            self.by_family[family] += trials
+            self.rows += rows
+            self.failed += failed
+            self._spent[family] += seconds  # type: ignore[assignment]
+            self._reckoned[family] += expected  # type: ignore[assignment]
+            self._recent.append((time.monotonic(), self.trials))
         if time.monotonic() - self._shown >= self._every:
             self._show()
 
@@ -89,6 +92,10 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
+        with self._lock:
+            return self._as_dict()
+
+    def _as_dict(self) -> dict[str, Any]:
         pace = Pace()
         for f in self.by_family:
             pace.add(f, self._spent[f], self._reckoned[f], self.by_family[f])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cape.store import claims
 from cape.store.location import Location
+from cape.sweep.estimate import Pace
 from cape.sweep.progress import LOG_FILE, Progress, Reporter, clock, status_line
 from cape.sweep.summary import status
 
@@ -75,6 +78,24 @@ def test_a_family_that_has_not_begun_has_an_estimate() -> None:
     assert state["families"]["cnn"]["left"] == pytest.approx(450.0)
     assert state["families"]["transformer"]["left"] == pytest.approx(3000 * (220 / 160) / 2)
     assert status_line(state).endswith("(cnn 7:30, transformer ~34:22)")
+
+
+def test_a_chunk_may_be_counted_while_the_status_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Progress({"mlp": 3, "cnn": 3}, enabled=False)
+    line.add(1, 3, 0, "mlp", seconds=1.0, expected=1.0)
+    count = threading.Thread(target=line.add, args=(1, 3, 0, "cnn"))
+    real = Pace.add
+
+    def meanwhile(*of: Any) -> None:
+        if count.ident is None:
+            count.start()
+            count.join(1.0)
+        real(*of)
+
+    monkeypatch.setattr(Pace, "add", meanwhile)
+    assert line.as_dict()["ran"] == 1
+    count.join()
+    assert line.as_dict()["ran"] == 2
 
 
 def test_the_rate_is_that_of_the_last_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
