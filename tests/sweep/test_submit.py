@@ -8,6 +8,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -80,7 +82,8 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     assert "wheel." in revision  # the code that was sent, not what is installed here
     before = {p: p.stat().st_mtime_ns for p in reader.list_files(out)}
     again = run(*sweep)
-    assert again.returncode == 0 and "attaching" in again.stderr
+    assert again.returncode == 0 and f"submitted {job_id}" in again.stderr  # it is over: run again, with nothing to do
+    assert "8 rows of 4 trials" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in reader.list_files(out)} == before
     for file in out.rglob("*"):
         if file.is_file() and file.suffix != ".parquet":
@@ -91,6 +94,8 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     detached = run(*sweep, "--no-follow")
     assert detached.returncode == 0, detached.stderr
     listed = run("status", "--address", address).stdout
+    attached = run(*sweep, "--no-follow")
+    assert attached.returncode == 0 and "attaching" in attached.stderr
     (running,) = [line.split()[0] for line in listed.splitlines() if larger.spec_hash in line]
     end = time.monotonic() + 90
     while reader.count_rows(out) <= 8 and time.monotonic() < end:
@@ -138,6 +143,41 @@ def test_what_is_wrong_is_one_sentence(argv: list[str], words: str, capsys: pyte
     assert cli.main(argv) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and "pass@" not in said
+
+
+class Jobs:
+    """A job server that takes an id once, as Ray's does."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+
+    def list_jobs(self) -> list[Any]:
+        return [
+            SimpleNamespace(submission_id=i, status=SimpleNamespace(value=state)) for i, state in self.states.items()
+        ]
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> None:
+        assert submission_id not in self.states
+        self.states[submission_id] = "PENDING"
+
+
+def test_a_job_that_is_over_runs_again_and_one_that_runs_is_attached_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = Jobs()
+    monkeypatch.setattr(submit, "connect", lambda _: jobs)
+
+    def send() -> str:
+        return submit.submit("fit", ["meta", "--out", "model"], "http://head:8265", ship=False, follow=False)
+
+    first = send()
+    for state in ("PENDING", "RUNNING"):
+        jobs.states[first] = state
+        assert send() == first and f"({state}); attaching" in capsys.readouterr().err
+    for number, state in enumerate(("SUCCEEDED", "FAILED", "STOPPED"), start=2):
+        jobs.states = {**dict.fromkeys(jobs.states, "STOPPED"), list(jobs.states)[-1]: state}
+        assert send() == send() == f"{first}-{number}"
+    assert len(jobs.states) == 4
 
 
 def test_a_sweep_needs_a_place_to_write_to(tmp_path: Path) -> None:
