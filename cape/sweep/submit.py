@@ -45,7 +45,8 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
         follow: print the job's log and return when it is over.
 
     Raises:
-        SpecError: an unknown command, a spec that is none, or an address that cannot be reached.
+        SpecError: an unknown command, arguments that it does not take, a spec that is none, or an address that cannot
+            be reached.
         StoreError: the job failed or was stopped.
     """
     if command not in COMMANDS:
@@ -71,24 +72,26 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
 
 
 def _prepare(command: str, arguments: list[str], folder: Path) -> tuple[str, str]:
-    """Return the id of the first such job and its command line; put what it has to find beside it into ``folder/job``."""
+    """Return the id of the first such job and its command line; put what it finds beside it into ``folder/job``."""
+    from cape.cli import build_parser  # a job is a command line: what a word of it means, its own parser knows
+
     job = folder / "job"
     job.mkdir()
     (job / "README").write_text("files of a CAPE job\n")  # Ray sends no empty folder
+    parsed = build_parser().parse_args([command, *arguments])
     extra: list[str] = []
     if command == "sweep":
-        if not arguments or arguments[0].startswith("-") or "--out" not in arguments[:-1]:
+        if arguments[0] != parsed.spec or not parsed.out:
             raise SpecError("A sweep needs a spec and a place to write to: cape submit sweep SPEC --out DIR.")
         spec = read_spec(arguments[0])
         (job / "spec.json").write_text(spec.to_json(indent=2))
-        out = arguments[arguments.index("--out") + 1]
         arguments = ["spec.json", *arguments[1:]]
         extra = ["--address", "auto", "--resume"]
-        name = f"{spec.spec_hash}-{stable_hash(out, 6)}"
+        name = f"{spec.spec_hash}-{stable_hash(parsed.out, 6)}"
     else:
         extra = ["--address", "auto"] if command == "fit" else []
         name = stable_hash([command, *arguments])
-    line = ["python", "-m", "cape.cli", command, *arguments, *(e for e in extra if e not in arguments)]
+    line = ["python", "-m", "cape.cli", command, *extra, *arguments]
     return f"cape-{command}-{name}", shlex.join(line)
 
 

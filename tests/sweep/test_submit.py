@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -181,5 +183,25 @@ def test_a_job_that_is_over_runs_again_and_one_that_runs_is_attached_to(
 
 
 def test_a_sweep_needs_a_place_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="--out"):
-        submit._prepare("sweep", ["smoke"], tmp_path)
+    for arguments in (
+        ["smoke"],
+        ["smoke", "--out"],
+        ["smoke", "--out="],
+        ["--out", "x", "smoke"],
+        ["smoke", "--owt=x"],
+    ):
+        with pytest.raises(SpecError, match="--out|expected one argument|--owt"):
+            submit._prepare("sweep", arguments, Path(tempfile.mkdtemp(dir=tmp_path)))
+
+
+def test_both_ways_to_write_an_option_are_one_job(tmp_path: Path) -> None:
+    made = []
+    for i, out in enumerate((["--out", "/mnt/x"], ["--out=/mnt/x"])):
+        (tmp_path / str(i)).mkdir()
+        made.append(submit._prepare("sweep", ["smoke", "--data=auto", *out], tmp_path / str(i)))
+    assert made[0][0] == made[1][0]
+    for _, line in made:
+        words = shlex.split(line)
+        assert words[:4] == ["python", "-m", "cape.cli", "sweep"]
+        parsed = cli.build_parser().parse_args(words[3:])
+        assert (parsed.spec, parsed.out, parsed.address, parsed.resume) == ("spec.json", "/mnt/x", "auto", True)
