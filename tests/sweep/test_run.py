@@ -404,6 +404,22 @@ def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: 
         run_sweep(SPEC, tmp_path, gpus_per_worker=1, **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [(None, "Ray could not be started on this machine: no room."), ("auto", "no Ray cluster at 'auto': no room.")],
+)
+def test_a_ray_that_does_not_start_is_one_sentence(
+    address: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no room.\nmore")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(SpecError, match=words), driver._cluster(address):
+        pass
+
+
 def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_path: Path) -> None:
     """The data disappears after the check: no worker can run a trial, and the sweep says so."""
     data = tmp_path / "gone.parquet"
