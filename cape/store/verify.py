@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cape.config import SweepSpec
-from cape.errors import StoreError
+from cape.errors import StoreError, first_line
 from cape.store import reader
 from cape.store.location import TEMPORARY, Location
 from cape.store.schema import CHUNK_PATH
@@ -99,7 +99,7 @@ def verify(
         try:
             table = reader.read_chunk(location, name)
         except (pa.ArrowInvalid, OSError) as error:
-            unreadable.append((name, (str(error).strip().splitlines() or ["unreadable"])[0]))
+            unreadable.append((name, first_line(error)))
             continue
         if table is None:
             foreign.append((name, reader.NOT_ROWS))
