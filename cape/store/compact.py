@@ -278,12 +278,12 @@ def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def remove_retired(location: Location, current: str, keep_seconds: float) -> int:
-    """Delete generations that were replaced long enough ago (and what a killed compaction left); return how many."""
+    """Delete generations replaced long enough ago (and what a killed compaction left); return how many are gone."""
     count = 0
     for name in os.listdir(location.path()):
         if name == current or not _GENERATION.fullmatch(name):
             continue
         if time.time() - os.stat(location.path(name)).st_mtime >= keep_seconds:
             location.delete_tree(name)
-            count += 1
+            count += not location.exists(name)  # what cannot be deleted stays for the next compaction
     return count

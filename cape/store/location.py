@@ -190,7 +190,7 @@ class Location:
             pass
 
     def delete_tree(self, relative: str) -> None:
-        """Delete a folder and all in it; nothing happens where there is none."""
+        """Delete a folder and all in it that can be deleted; nothing happens where there is none."""
         if self.folder is not None:
             shutil.rmtree(self.path(relative), ignore_errors=True)
         elif self.exists(relative):

@@ -77,7 +77,8 @@ def verify(
     Args:
         meta_dir: folder or URI.
         plan_ids: returns the ids of a sweep's trials, [n] uint64 (``Plan(spec).all_ids()``); None: no plan.
-        set_aside: move unreadable and foreign Parquet files to ``_corrupt``, so that a resume runs their trials again.
+        set_aside: move unreadable and foreign files, of whatever kind, to ``_corrupt``; a resume runs their trials
+            again.
 
     Raises:
         StoreError: there is no such folder.

@@ -127,6 +127,17 @@ def test_a_reader_that_began_before_keeps_its_files(make_rows: MakeRows, tmp_pat
     assert ours.to_table().num_rows == plain.to_table().num_rows == 20
 
 
+def test_a_generation_that_cannot_be_deleted_is_not_counted(
+    make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        writer.write_shard(make_rows(2, first_seed=2 * i), tmp_path)
+    with monkeypatch.context() as held:
+        held.setattr("cape.store.location.shutil.rmtree", lambda *_, **__: None)
+        assert compact(tmp_path, keep_seconds=0).removed == 0
+    assert compact(tmp_path, keep_seconds=0).removed == 1
+
+
 def test_what_a_killed_compaction_left_is_passed_over(make_rows: MakeRows, tmp_path: Path) -> None:
     """Kill it with SIGKILL at the worst moments: half-built, and right before the link moves."""
     for i in range(6):
