@@ -35,6 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cape.errors import StoreError
+from cape.logs import counted
 from cape.store import reader
 from cape.store.location import Location, sync_folder
 from cape.store.schema import EXTRA_PREFIX, ROW_SCHEMA, ROWS, SPEC_FILE, SPEC_HISTORY
@@ -215,7 +216,7 @@ def _merge_all(
     rows = duplicates = 0
     replaced: set[str] = set()
     plans = sorted(plans, key=lambda plan: (plan[0], len(plan[1]) > 1))  # a file that stays has its rows before others
-    for folder, members in groupby(plans, key=lambda plan: plan[0]):
+    for folder, members in groupby(counted(plans, len(plans), "merges"), key=lambda plan: plan[0]):
         seen: set[tuple[str, float]] = set()
         for _, names in members:
             paths = [f"{base}/{folder}/{name}".lstrip("/") for name in names]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from cape.errors import StoreError
+from cape.logs import counted
 from cape.store import reader
 from cape.store.compact import KEEP_S, next_generation, publish, remove_retired, replacing, union
 from cape.store.location import Location
@@ -51,7 +52,8 @@ def retry(meta_dir: reader.Where, *, keep_seconds: float = KEEP_S) -> Retry:
         trials: set[str] = set()
         replaced = set()
         following = next_generation(location)
-        for path in reader.list_chunks(location, base):
+        files = reader.list_chunks(location, base)
+        for path in counted(files, len(files), "files read"):
             table = union(location, [path])
             failed = pc.equal(table["stop_reason"], "failed").fill_null(False)
             if not pc.any(failed).as_py():

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from cape.config import SweepSpec
 from cape.errors import StoreError, first_line
+from cape.logs import counted
 from cape.store import reader
 from cape.store.location import TEMPORARY, Location
 from cape.store.schema import CHUNK_PATH
@@ -91,7 +92,7 @@ def verify(
     unreadable, foreign, parts = [], [], []
     versions: Counter[str] = Counter()
     names = [n for n in location.list(base, recursive=True) if base or "family=" in n]
-    for name in names:
+    for name in counted(names, len(names), "files read"):
         below = name[len(base) + 1 :] if base else name
         matched = CHUNK_PATH.fullmatch(below)
         if matched is None:

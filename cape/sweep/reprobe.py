@@ -25,6 +25,7 @@ from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.errors import ModelError, SpecError, StoreError
 from cape.feature_names import FEATURE_NAMES
 from cape.jsonconfig import stable_hash
+from cape.logs import counted
 from cape.store import reader
 from cape.store.compact import KEEP_S, next_generation, publish, remove_retired, replacing
 from cape.store.location import Location
@@ -95,11 +96,11 @@ def reprobe(
         )
         left = [n for n in names if f"{aside}/{n}" not in done]
         if workers == 1:
-            counts = [work(n) for n in left]
+            counts = list(counted(map(work, left), len(left), "files probed"))
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, max(1, len(left))), mp_context=context) as pool:
-                counts = list(pool.map(work, left))
+                counts = list(counted(pool.map(work, left), len(left), "files probed"))
         if names:
             following = next_generation(location)
             for name in names:

@@ -22,6 +22,7 @@ from cape.store import reader, writer
 from cape.store.compact import compact, publish
 from cape.store.location import Location
 from cape.store.retry import retry
+from cape.store.verify import verify
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,27 @@ def test_a_generation_that_is_not_the_current_one_is_not_replaced(make_rows: Mak
     with pytest.raises(StoreError, match="in _rows.1 by now, not in _rows.0"):
         publish(Location.of(tmp_path), "_rows.0", "_rows.2", set())
     assert reader.count_rows(tmp_path) == 8
+
+
+@pytest.mark.parametrize(
+    ("act", "words"), [(compact, "0/2 merges"), (retry, "1/4 files read"), (verify, "1/4 files read")]
+)
+def test_how_far_it_is_is_said_where_that_takes_long(
+    act: Callable[[Path], object],
+    words: str,
+    make_rows: MakeRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for dataset, seed in (("digits", 0), ("digits", 2), ("mnist", 4)):
+        writer.write_shard(make_rows(2, dataset=dataset, first_seed=seed), tmp_path)
+    act(tmp_path)
+    assert not capsys.readouterr().err
+    writer.write_shard(make_rows(2, first_seed=6), tmp_path)
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)
+    act(tmp_path)
+    assert words in capsys.readouterr().err
 
 
 def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_path: Path) -> None:

@@ -54,9 +54,13 @@ def old(swept: Path, tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
     return meta, expected
 
 
-def test_missing_features_come_back_as_they_were(old: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_missing_features_come_back_as_they_were(
+    old: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     meta, expected = old
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)  # what takes long says how far it is
     found = reprobe(meta)
+    assert f"0/{found.files} files probed" in capsys.readouterr().err
     assert (found.trials, found.failed) == (6, 0) and found.files == len(reader.list_files(meta)) > 1
     assert rows_of(meta) == expected
     assert reader.rows_folder(meta) == "_rows.1" and not list(meta.glob("_reprobe*"))
