@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="no progress line, no summary")
     _data_option(sub, "--data")
 
-    sub = command("submit", "run a command as a Ray job on a cluster; submitting it twice attaches to it")
+    sub = command("submit", "run a command as a Ray job on a cluster; submitting it while it runs attaches to it")
     sub.add_argument(
         "--address", metavar="URL", help="job server (default RAY_API_SERVER_ADDRESS, else 127.0.0.1:8265)"
     )

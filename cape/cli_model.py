@@ -56,7 +56,7 @@ def models_own() -> Iterator[None]:
             if isinstance(error, CapeError) or os.environ.get("CAPE_DEBUG"):
                 raise
             raise ModelError(
-                f"The model failed: {type(error).__name__}: {_first_line(error)} (CAPE_DEBUG=1 shows where.)"
+                f"The model failed: {type(error).__name__}: {first_line(error)}. (CAPE_DEBUG=1 shows where.)"
             ) from error
 
 
@@ -104,7 +104,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()  # 'meta' has no numbers to give
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"The device '{name}' cannot be used here: {_first_line(error)}") from error
+        raise SpecError(f"The device '{name}' cannot be used here: {first_line(error)}.") from error
     return device
 
 
@@ -134,7 +134,7 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
     try:
         model = factory(**arguments)
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is the answer to show
-        raise ModelError(f"{path} failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{path} failed: {type(error).__name__}: {first_line(error)}.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path} returned {type(model).__name__}, not a torch.nn.Module.")
     if any(p.is_meta for p in model.parameters()):
@@ -148,7 +148,7 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
         except (Exception, SystemExit) as error:  # likewise
             raise ModelError(
                 f"{path} cannot run on {setting.layout} inputs of shape {tuple(x.shape)}"
-                f" ({type(error).__name__}: {_first_line(error)}); try --layout, --kwargs or, for images of another"
+                f" ({type(error).__name__}: {first_line(error)}); try --layout, --kwargs or, for images of another"
                 " size, --data NAME@SIDE."
             ) from error
     model.train()
@@ -178,7 +178,7 @@ def _import(path: str) -> Any:
     except ModuleNotFoundError as error:
         raise SpecError(f"There is no module '{error.name}' to import {path} from.") from error
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
-        raise SpecError(f"Importing {module_name} failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise SpecError(f"Importing {module_name} failed: {type(error).__name__}: {first_line(error)}.") from error
     for part in name.split("."):
         if not hasattr(target, part):
             raise SpecError(f"{module_name} has no '{name}'.{_similar(part, target)}")
@@ -203,7 +203,3 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SpecError("--kwargs must be a JSON object, e.g. '{\"num_classes\": 10}'.")
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return first_line(error) + "."

@@ -34,8 +34,8 @@ class DependencyError(CapeError, ImportError):
     """An optional library is missing; the message names the extra to install."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error of somebody else's code says, without its full stop."""
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of what an error of somebody else's code says, or of that text, without its full stop."""
     return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
 
 

@@ -30,7 +30,7 @@ from cape.datasets import images, tabular, text
 from cape.datasets.dataset import Dataset, check_labels, fingerprint_file
 from cape.datasets.images import SIDE, Images
 from cape.datasets.known import Known
-from cape.errors import DataError
+from cape.errors import DataError, first_line
 
 _GRAY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -55,7 +55,7 @@ def load(path: Path, name: str | None = None, known: Known | None = None) -> Dat
         file = pq.ParquetFile(path)
         schema, rows = file.schema_arrow, file.metadata.num_rows
     except _READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read as Parquet ({_brief(error)}); fetch or write it again.") from error
+        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}); fetch or write it again.") from error
     if rows == 0:
         raise DataError(f"{path} has no rows.")
     metadata = {k.decode(errors="replace"): v.decode(errors="replace") for k, v in (schema.metadata or {}).items()}
@@ -197,7 +197,7 @@ def _open_image(data: bytes | None, where: str) -> Any:
 
 
 def _undecodable(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} holds an image that cannot be decoded ({_brief(error)}); remove or replace it.")
+    return DataError(f"{where} holds an image that cannot be decoded ({first_line(error)}); remove or replace it.")
 
 
 def _image_shape(path: Path) -> tuple[int, int, int]:
@@ -241,16 +241,11 @@ def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged ({_brief(error)}); fetch or write it again.")
+    return DataError(f"{path} is damaged ({first_line(error)}); fetch or write it again.")
 
 
 def _read_texts(path: Path) -> list[str]:
     return _read(path, ["text"]).column("text").to_pylist()
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _kind(schema: pa.Schema, metadata: dict[str, str], path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cape.config import check_count
-from cape.errors import SpecError, StoreError
+from cape.errors import SpecError, StoreError, first_line
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.line import POOLED, Line, margins
@@ -291,7 +291,7 @@ def _booster(data: bytes) -> xgb.Booster:
     try:
         return load_booster(bytearray(data))
     except xgb.core.XGBoostError as error:
-        raise ValueError(f"XGBoost cannot read a booster: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"XGBoost cannot read a booster: {first_line(error)}") from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,10 +1,13 @@
 """Claim a meta-dataset for one sweep, extend that sweep, and keep two runs of it from writing at the same time.
 
-A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit. A worker holds a *claim*,
-``_runs/<run>/<shard>.json``, with a token of its own, and commits only while the token is the one that it wrote: a
-worker that was given up for lost and turns out to live, of this run or of an earlier one, cannot write a trial twice.
-The check and the rename happen under the folder's lock. (An object store has no lock: there the check comes right
-before the upload, and what slips through that gap is a duplicate that `cape store verify` finds.)
+A *run* is one driver at work on a sweep. ``_run.json`` names the only run that may commit; ``_runs/<run>.json`` is its
+sign of life. A worker holds a *claim*, ``_runs/<run>/<shard>.json``, with a token of its own, and commits only while
+the token is the one that it wrote: a worker that was given up for lost and turns out to live, of this run or of an
+earlier one, cannot write a trial twice.
+The check and the rename happen under the folder's lock, shared, and a shard is taken under the lock, alone: whoever
+took it and then reads what is committed sees all that the worker before will ever commit. (An object store has no lock:
+there the check comes right before the upload, and what slips through that gap is a duplicate that `cape store verify`
+finds.)
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,8 @@ from cape.store.schema import SPEC_FILE, SPEC_HISTORY
 RUN_FILE = "_run.json"
 RUNS = "_runs"
 STATUS_FILE = "_status.json"
-_SILENT_S = 30.0  # a run on another machine that has not reported for so long is over
+_SIGN_S = 5.0
+_SILENT_S = 30.0  # a run on another machine that has given no sign of life for so long is over
 
 _GRID = ("families", "datasets", "lrs", "batch_sizes")
 _COUNTS = ("trials_per_cell", "trials_by_family")
@@ -104,8 +111,33 @@ def start_run(meta_dir: reader.Where) -> str:
             )
         location.delete_tree(RUNS)
         mine = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "since": _started(os.getpid())}
+        alive(location, run)
         location.write(RUN_FILE, json.dumps(mine).encode())
     return run
+
+
+def alive(meta_dir: reader.Where, run: str) -> None:
+    """Give a sign of life, for those on other machines, whoever holds the lock."""
+    sign = json.dumps({"updated": time.time()}).encode()
+    with suppress(StoreError):  # a full disk must stop a sweep where rows are lost, not here
+        Location.of(meta_dir).write(f"{RUNS}/{run}.json", sign, durable=False)
+
+
+class Heartbeat:
+    """Call something every few seconds, in a thread, until it is closed."""
+
+    def __init__(self, sign: Callable[[], None]) -> None:
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(sign,), name="cape-heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _beat(self, sign: Callable[[], None]) -> None:
+        while not self._closed.wait(_SIGN_S):
+            sign()
 
 
 def end_run(meta_dir: reader.Where, run: str) -> None:
@@ -115,6 +147,13 @@ def end_run(meta_dir: reader.Where, run: str) -> None:
         if _json(location, RUN_FILE).get("run") == run:
             location.delete(RUN_FILE)
             location.delete_tree(RUNS)
+
+
+def revoke(meta_dir: reader.Where, run: str) -> None:
+    """Take every shard of a run from its worker: none that was given up for lost can commit what is dealt anew."""
+    location = Location.of(meta_dir)
+    with location.lock(exclusive=True):
+        location.delete_tree(f"{RUNS}/{run}")
 
 
 def is_current(meta_dir: reader.Where, run: str) -> bool:
@@ -131,16 +170,27 @@ class Claim:
         shard: key of the shard.
 
     Attributes:
-        earlier: what the attempt before this one had noted, empty for the first.
+        earlier: what the attempt before this one left, empty for the first; known once the shard is taken.
     """
 
     def __init__(self, meta_dir: reader.Where, run: str, shard: str) -> None:
         self._location, self._name = Location.of(meta_dir), f"{RUNS}/{run}/{shard}.json"
         self._run, self._token = run, uuid.uuid4().hex
-        self.earlier = _json(self._location, self._name)
+        self.earlier: dict[str, Any] = {}
 
-    def take(self, notes: dict[str, Any]) -> None:
-        """Take the shard from whoever had it, leaving ``notes`` for the next attempt."""
+    def take(self) -> None:
+        """Take the shard from whoever had it, who can commit no more."""
+        with self._location.lock(exclusive=True):
+            self.earlier = _json(self._location, self._name)
+            self._write(self.earlier)
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Leave notes for the next attempt, unless it has the shard already."""
+        with self._location.lock():
+            if self.holds():
+                self._write(notes)
+
+    def _write(self, notes: dict[str, Any]) -> None:
         self._location.write(self._name, json.dumps({**notes, "token": self._token}).encode(), durable=False)
 
     def holds(self) -> bool:
@@ -168,8 +218,8 @@ def _at_work(location: Location, held: dict[str, Any]) -> bool:
     if held.get("host") == socket.gethostname():
         since = _started(held.get("pid"))
         return since is not None and since == held.get("since")
-    status = _json(location, STATUS_FILE)
-    return status.get("run") == held.get("run") and time.time() - _number(status.get("updated")) < _SILENT_S
+    sign = _json(location, f"{RUNS}/{held.get('run')}.json")
+    return time.time() - _number(sign.get("updated")) < _SILENT_S
 
 
 def _number(value: Any) -> float:

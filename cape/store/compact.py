@@ -26,12 +26,16 @@ import os
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cape.errors import StoreError
+from cape.logs import counted
 from cape.store import reader
 from cape.store.location import Location, sync_folder
 from cape.store.schema import EXTRA_PREFIX, ROW_SCHEMA, ROWS, SPEC_FILE, SPEC_HISTORY
@@ -40,6 +44,7 @@ from cape.store.writer import chunk_name, ensure_rows, to_parquet
 TARGET_BYTES = 64 * 2**20
 ROW_GROUP = 50_000
 KEEP_S = 3600.0
+_KEY = ["trial_id", "epsilon"]  # of a row
 _GENERATION = re.compile(r"_rows\.(\d+)")
 
 
@@ -49,8 +54,8 @@ class Compaction:
 
     Attributes:
         before, after: number of files.
-        rows: rows in the merged files.
-        duplicates: rows left out because the same trial and ε was merged before.
+        rows: rows in the files that were written.
+        duplicates: rows left out because the same trial and ε is there before.
         removed: earlier generations that were deleted.
     """
 
@@ -72,12 +77,12 @@ def compact(
     target_bytes: int = TARGET_BYTES,
     keep_seconds: float = KEEP_S,
 ) -> Compaction:
-    """Merge files of each (family, dataset) into files of about ``target_bytes``.
+    """Merge files of each (family, dataset) into files of about ``target_bytes``, and leave every row there once.
 
     Args:
         meta_dir: folder or URI.
         out: write the merged meta-dataset there and leave ``meta_dir`` alone (the only way for an object store).
-        target_bytes: size that a file may reach; larger files are left as they are.
+        target_bytes: size that a file may reach; larger files are left as they are, but for rows that are there twice.
         keep_seconds: an earlier generation is deleted so long after it was replaced; readers that began with it have
             that much time.
 
@@ -86,13 +91,11 @@ def compact(
             where files cannot be replaced at once.
     """
     location = Location.of(meta_dir)
-    base = reader.rows_folder(location)
-    if not reader.list_chunks(location, base):
+    if not reader.list_chunks(location):
         raise StoreError(f"{location} holds no rows to compact.")
     if out is not None:
-        return _copy(location, base, Location.of(out), target_bytes)
-    check_replaceable(location)
-    with location.lock(exclusive=True, name=".compact", wait=False):
+        return _copy(location, reader.rows_folder(location), Location.of(out), target_bytes)
+    with replacing(location) as base:
         return _replace(location, base, target_bytes, keep_seconds)
 
 
@@ -100,12 +103,11 @@ def _replace(location: Location, base: str, target_bytes: int, keep_seconds: flo
     """Build the next generation and move the link ``rows`` to it."""
     removed = remove_retired(location, base, keep_seconds)
     files = reader.list_chunks(location, base)
-    plans = [p for p in _merges(location, base, files, target_bytes) if len(p[1]) > 1]
-    if not plans:
-        return Compaction(len(files), len(files), 0, removed=removed)
     following = next_generation(location)
-    rows, duplicates = _merge_all(location, base, plans, location, following)
-    merged = {f"{folder}/{name}" for folder, names in plans for name in names}
+    plans = _merges(location, base, files, target_bytes)
+    rows, duplicates, merged = _merge_all(location, base, plans, location, following, every=False)
+    if not merged:
+        return Compaction(len(files), len(files), 0, removed=removed)
     kept = publish(location, base, following, merged)
     after = len(reader.list_chunks(location, following))
     return Compaction(kept, after, rows, duplicates, removed + remove_retired(location, following, keep_seconds))
@@ -124,8 +126,16 @@ def publish(location: Location, base: str, following: str, replaced: set[str]) -
 
     Returns:
         Number of files in ``base``.
+
+    Raises:
+        StoreError: ``base`` is not the current generation any more: what was committed since would be lost.
     """
     with location.lock(exclusive=True):
+        current = reader.rows_folder(location)
+        if current != base:
+            raise StoreError(
+                f"The rows of {location} are in {current} by now, not in {base}; nothing was changed, try again."
+            )
         held = [name[len(base) + 1 :] for name in reader.list_chunks(location, base)]
         for name in held:
             if name not in replaced:
@@ -143,13 +153,20 @@ def publish(location: Location, base: str, following: str, replaced: set[str]) -
     return len(held)
 
 
-def check_replaceable(location: Location) -> None:
-    """Raise ``StoreError`` where the files of a meta-dataset cannot be replaced at once."""
+@contextmanager
+def replacing(location: Location) -> Iterator[str]:
+    """Be the only one who makes a next generation, inside the block; give the current one.
+
+    Raises:
+        StoreError: files cannot be replaced at once there, or somebody else is at it.
+    """
     if location.folder is None or not os.path.islink(location.path(ROWS)):
         raise StoreError(
             f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
             " or a folder that an early version wrote); `cape store compact --out` compacts it into another place."
         )
+    with location.lock(exclusive=True, name=".compact", wait=False):
+        yield reader.rows_folder(location)  # not before the lock: whoever held it may have moved the link
 
 
 def _copy(source: Location, base: str, target: Location, target_bytes: int) -> Compaction:
@@ -158,7 +175,7 @@ def _copy(source: Location, base: str, target: Location, target_bytes: int) -> C
         raise StoreError(f"{target} holds rows already; choose an empty place for the compacted meta-dataset.")
     files = reader.list_chunks(source, base)
     plans = _merges(source, base, files, target_bytes)
-    rows, duplicates = _merge_all(source, base, plans, target, ensure_rows(target))
+    rows, duplicates, _ = _merge_all(source, base, plans, target, ensure_rows(target), every=True)
     for name in (SPEC_FILE, *source.list(SPEC_HISTORY)):
         content = source.read(name)
         if content is not None:
@@ -188,40 +205,60 @@ def _merges(location: Location, base: str, files: list[str], target_bytes: int) 
 
 
 def _merge_all(
-    source: Location, base: str, plans: list[tuple[str, list[str]]], target: Location, into: str
-) -> tuple[int, int]:
-    """Write every merge; return (rows written, rows left out because the same trial and ε was there before)."""
+    source: Location, base: str, plans: list[tuple[str, list[str]]], target: Location, into: str, *, every: bool
+) -> tuple[int, int, set[str]]:
+    """Write every merge, and where not ``every`` file is to be written, none that would hold what it holds already.
+
+    Returns:
+        Rows written, rows left out because the same trial and ε is there before, and the files (below ``base``) whose
+        rows these are.
+    """
     rows = duplicates = 0
-    seen: dict[str, set[tuple[str, float]]] = defaultdict(set)
-    for folder, names in plans:
-        paths = [f"{base}/{folder}/{name}".lstrip("/") for name in names]
-        table = union(source, paths)
-        kept = [
-            i
-            for i, key in enumerate(zip(table["trial_id"].to_pylist(), table["epsilon"].to_pylist()))
-            if key not in seen[folder] and not seen[folder].add(key)  # type: ignore[func-returns-value]
-        ]
-        duplicates += table.num_rows - len(kept)
-        if not kept:
-            continue
-        if len(kept) < table.num_rows:
-            table = table.take(kept)
-        name = chunk_name(table["trial_id"].to_pylist(), extra=names[0].startswith(EXTRA_PREFIX))
-        target.write(f"{into}/{folder}/{name}", to_parquet(table, ROW_GROUP))
-        rows += table.num_rows
-    return rows, duplicates
+    replaced: set[str] = set()
+    plans = sorted(plans, key=lambda plan: (plan[0], len(plan[1]) > 1))  # a file that stays has its rows before others
+    for folder, members in groupby(counted(plans, len(plans), "merges"), key=lambda plan: plan[0]):
+        seen: set[tuple[str, float]] = set()
+        for _, names in members:
+            paths = [f"{base}/{folder}/{name}".lstrip("/") for name in names]
+            stays = len(names) == 1 and not every
+            table = union(source, paths, _KEY if stays else None)
+            kept = [
+                i
+                for i, key in enumerate(zip(*(table[column].to_pylist() for column in _KEY)))
+                if key not in seen and not seen.add(key)  # type: ignore[func-returns-value]
+            ]
+            if stays and len(kept) == table.num_rows:
+                continue
+            replaced.update(f"{folder}/{name}" for name in names)
+            duplicates += table.num_rows - len(kept)
+            if not kept:
+                continue
+            if stays:
+                table = union(source, paths)
+            if len(kept) < table.num_rows:
+                table = table.take(kept)
+            name = chunk_name(table["trial_id"].to_pylist(), extra=names[0].startswith(EXTRA_PREFIX))
+            target.write(f"{into}/{folder}/{name}", to_parquet(table, ROW_GROUP))
+            rows += table.num_rows
+    return rows, duplicates, replaced
 
 
-def union(location: Location, names: list[str]) -> pa.Table:
-    """Return the rows of files as one table; raises ``StoreError`` where one of them cannot be read."""
+def union(location: Location, names: list[str], columns: list[str] | None = None) -> pa.Table:
+    """Return the rows of files (all columns or some) as one table; raises ``StoreError`` where one cannot be read."""
     try:
         # What a turned bit made wrong must not get a new checksum.
         tables = [
             pq.read_table(
-                location.path(n), partitioning=None, filesystem=location.filesystem, page_checksum_verification=True
+                location.path(n),
+                columns=columns,
+                partitioning=None,
+                filesystem=location.filesystem,
+                page_checksum_verification=True,
             )
             for n in names
         ]
+        if any(not set(_KEY) <= set(t.column_names) for t in tables):
+            raise pa.ArrowInvalid(reader.NOT_ROWS)
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(
             f"A file of {location} cannot be read, nothing was changed; `cape store verify` names it: {error}"
@@ -242,12 +279,12 @@ def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def remove_retired(location: Location, current: str, keep_seconds: float) -> int:
-    """Delete generations that were replaced long enough ago (and what a killed compaction left); return how many."""
+    """Delete generations replaced long enough ago (and what a killed compaction left); return how many are gone."""
     count = 0
     for name in os.listdir(location.path()):
         if name == current or not _GENERATION.fullmatch(name):
             continue
         if time.time() - os.stat(location.path(name)).st_mtime >= keep_seconds:
             location.delete_tree(name)
-            count += 1
+            count += not location.exists(name)  # what cannot be deleted stays for the next compaction
     return count

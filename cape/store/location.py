@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from cape.errors import SpecError, StoreError
+from cape.errors import SpecError, StoreError, first_line
 
 TEMPORARY = ".tmp"  # folder of half-written files, beside the rows so that no reader lists it
 _LOCK = ".lock"
@@ -190,7 +190,7 @@ class Location:
             pass
 
     def delete_tree(self, relative: str) -> None:
-        """Delete a folder and all in it; nothing happens where there is none."""
+        """Delete a folder and all in it that can be deleted; nothing happens where there is none."""
         if self.folder is not None:
             shutil.rmtree(self.path(relative), ignore_errors=True)
         elif self.exists(relative):
@@ -258,5 +258,4 @@ def sync_folder(path: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(getattr(error, "strerror", None) or error)  # the file is named beside it

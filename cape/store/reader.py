@@ -14,7 +14,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from cape.config import SweepSpec
-from cape.errors import SpecError, StoreError, did_you_mean
+from cape.errors import SpecError, StoreError, did_you_mean, first_line
 from cape.store.location import Location
 from cape.store.schema import (
     EXTRA_PREFIX,
@@ -249,7 +249,7 @@ def unreadable_chunks(meta_dir: Where) -> list[tuple[str, str]]:
         try:
             table = read_chunk(location, name)
         except (pa.ArrowInvalid, OSError) as error:
-            found.append((name, _first_line(error)))
+            found.append((name, first_line(error)))
         else:
             if table is None:
                 found.append((name, NOT_ROWS))
@@ -319,15 +319,11 @@ def _unreadable(meta_dir: Where, error: Exception) -> StoreError:
 
 
 def _broken(location: Location, name: str, error: Exception | str) -> StoreError:
-    reason = error if isinstance(error, str) else _first_line(error)
+    reason = error if isinstance(error, str) else first_line(error)
     return StoreError(
         f"{location}/{name} cannot be read ({reason}); `cape sweep --resume` sets such a file aside and runs its"
         " trials again."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def partition_of(name: str) -> tuple[str, str]:

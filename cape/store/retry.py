@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from cape.errors import StoreError
+from cape.logs import counted
 from cape.store import reader
-from cape.store.compact import KEEP_S, check_replaceable, next_generation, publish, remove_retired, union
+from cape.store.compact import KEEP_S, next_generation, publish, remove_retired, replacing, union
 from cape.store.location import Location
 from cape.store.schema import EXTRA_PREFIX
 from cape.store.writer import chunk_name, to_parquet
@@ -45,15 +46,14 @@ def retry(meta_dir: reader.Where, *, keep_seconds: float = KEEP_S) -> Retry:
         StoreError: no rows there, a file that cannot be read, or a place where files cannot be replaced at once.
     """
     location = Location.of(meta_dir)
-    base = reader.rows_folder(location)
-    if not reader.list_chunks(location, base):
+    if not reader.list_chunks(location):
         raise StoreError(f"{location} holds no rows, and so no failed trial.")
-    check_replaceable(location)
-    with location.lock(exclusive=True, name=".compact", wait=False):
+    with replacing(location) as base:
         trials: set[str] = set()
         replaced = set()
         following = next_generation(location)
-        for path in reader.list_chunks(location, base):
+        files = reader.list_chunks(location, base)
+        for path in counted(files, len(files), "files read"):
             table = union(location, [path])
             failed = pc.equal(table["stop_reason"], "failed").fill_null(False)
             if not pc.any(failed).as_py():

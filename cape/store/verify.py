@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cape.config import SweepSpec
-from cape.errors import StoreError
+from cape.errors import StoreError, first_line
+from cape.logs import counted
 from cape.store import reader
 from cape.store.location import TEMPORARY, Location
 from cape.store.schema import CHUNK_PATH
@@ -77,7 +78,8 @@ def verify(
     Args:
         meta_dir: folder or URI.
         plan_ids: returns the ids of a sweep's trials, [n] uint64 (``Plan(spec).all_ids()``); None: no plan.
-        set_aside: move unreadable and foreign Parquet files to ``_corrupt``, so that a resume runs their trials again.
+        set_aside: move unreadable and foreign files, of whatever kind, to ``_corrupt``; a resume runs their trials
+            again.
 
     Raises:
         StoreError: there is no such folder.
@@ -90,7 +92,7 @@ def verify(
     unreadable, foreign, parts = [], [], []
     versions: Counter[str] = Counter()
     names = [n for n in location.list(base, recursive=True) if base or "family=" in n]
-    for name in names:
+    for name in counted(names, len(names), "files read"):
         below = name[len(base) + 1 :] if base else name
         matched = CHUNK_PATH.fullmatch(below)
         if matched is None:
@@ -99,7 +101,7 @@ def verify(
         try:
             table = reader.read_chunk(location, name)
         except (pa.ArrowInvalid, OSError) as error:
-            unreadable.append((name, (str(error).strip().splitlines() or ["unreadable"])[0]))
+            unreadable.append((name, first_line(error)))
             continue
         if table is None:
             foreign.append((name, reader.NOT_ROWS))

@@ -125,6 +125,7 @@ def _passes(
         error, hopeless = _tune(job, cut(missing, concurrent, costs), cpus, gpus, concurrent, report)
         if error is None or hopeless:
             break
+        claims.revoke(job.location, job.run)
         missing = Plan(job.spec).missing(reader.done_ids(job.location))
         if not missing or sum(map(len, missing)) == before:
             break
@@ -208,17 +209,20 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
         raise DependencyError("Ray is not installed; run pip install 'ray[tune,train,default]'.") from error
 
     ours = not ray.is_initialized()
+    address = address or "local"
     if ours:
         try:
             ray.init(
-                address=address or "local",
+                address=address,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 runtime_env={"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}},
-                include_dashboard=None if address else False,
+                include_dashboard=False if address == "local" else None,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SpecError(f"There is no Ray cluster at '{address}': {first_line(error)}.") from error
+            local = address == "local"
+            what = "Ray could not be started on this machine" if local else f"There is no Ray cluster at '{address}'"
+            raise SpecError(f"{what}: {first_line(error)}.") from error
     try:
         with terminable():  # Ray's own handler, installed above, would end this process at once
             yield ray.cluster_resources()

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,22 +172,23 @@ def running(
     claims.check_home(location)
     run = claims.start_run(location)
     try:
-        claims.claim(location, spec, resume=resume)  # only now: another run's spec is not ours to extend
-        done = _done(location) if resume else np.empty(0, np.uint64)
-        job = Job(
-            spec,
-            location,
-            root,
-            run,
-            began,
-            inline=inline,
-            trial_seconds=float(trial_seconds),
-            chunk_seconds=float(chunk_seconds),
-            imports=tuple(imports),
-            import_folders=load_imports(imports),
-            provenance=provenance(spec),
-        )
-        yield job, done
+        with closing(claims.Heartbeat(lambda: claims.alive(location, run))):
+            claims.claim(location, spec, resume=resume)  # only now: another run's spec is not ours to extend
+            done = _done(location) if resume else np.empty(0, np.uint64)
+            job = Job(
+                spec,
+                location,
+                root,
+                run,
+                began,
+                inline=inline,
+                trial_seconds=float(trial_seconds),
+                chunk_seconds=float(chunk_seconds),
+                imports=tuple(imports),
+                import_folders=load_imports(imports),
+                provenance=provenance(spec),
+            )
+            yield job, done
     finally:
         claims.end_run(location, run)
 

@@ -120,7 +120,7 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """12 hex digits that name the shard by its content; its files begin with them."""
+        """12 hex digits that name the shard by its content, in its claim and in the log."""
         group = self.group
         positions = hashlib.blake2b(np.asarray(self.positions, np.int64).tobytes(), digest_size=16).hexdigest()
         return stable_hash([group.family, group.dataset, group.batch_size, positions], 12)

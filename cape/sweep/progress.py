@@ -20,7 +20,6 @@ from cape.store.location import Location
 from cape.sweep.estimate import Pace
 
 LOG_FILE = "_log.jsonl"
-_HEARTBEAT_S = 5.0
 _RECENT = 50  # chunks over which the rate is taken: what a sweep did an hour ago says little
 
 
@@ -64,6 +63,7 @@ class Progress:
         self._reckoned: Counter[str] = Counter()
         self.by_family: Counter[str] = Counter()
         self.rows = self.failed = 0
+        self._lock = threading.Lock()  # the thread that writes the status reads while chunks are counted
 
     @property
     def trials(self) -> int:
@@ -74,12 +74,13 @@ class Progress:
         self, trials: int, rows: int, failed: int, family: str = "", *, seconds: float = 0.0, expected: float = math.nan
     ) -> None:
         """Count a committed chunk: what it held, the seconds that a worker spent on it, and those expected of it."""
-        self.by_family[family] += trials
-        self.rows += rows
-        self.failed += failed
-        self._spent[family] += seconds  # type: ignore[assignment]
-        self._reckoned[family] += expected  # type: ignore[assignment]
-        self._recent.append((time.monotonic(), self.trials))
+        with self._lock:
+            self.by_family[family] += trials
+            self.rows += rows
+            self.failed += failed
+            self._spent[family] += seconds  # type: ignore[assignment]
+            self._reckoned[family] += expected  # type: ignore[assignment]
+            self._recent.append((time.monotonic(), self.trials))
         if time.monotonic() - self._shown >= self._every:
             self._show()
 
@@ -91,6 +92,10 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
+        with self._lock:
+            return self._as_dict()
+
+    def _as_dict(self) -> dict[str, Any]:
         pace = Pace()
         for f in self.by_family:
             pace.add(f, self._spent[f], self._reckoned[f], self.by_family[f])
@@ -172,7 +177,7 @@ def _finite(value: float) -> float | None:
 
 
 class Reporter:
-    """Tell of a run while it goes on: the line, ``_status.json`` (also a sign of life) and ``_log.jsonl``.
+    """Tell of a run while it goes on: the line, ``_status.json`` and ``_log.jsonl``.
 
     An object store has no file to append to: there the log is left out.
 
@@ -193,11 +198,9 @@ class Reporter:
         self._location, self._run, self.progress = location, run, progress
         self._seconds = dict(seconds or {})
         self._about = {"run": run, "host": socket.gethostname(), "pid": os.getpid()}
-        self._closed = threading.Event()
         self.log("started", todo=progress.todo, before=progress.before)
         self._write("running")
-        self._thread = threading.Thread(target=self._beat, name="cape-status", daemon=True)
-        self._thread.start()
+        self._heartbeat = claims.Heartbeat(lambda: self._write("running"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()  # Tune writes its callbacks to the disk; a stream, a thread and a lock cannot be written
@@ -237,15 +240,10 @@ class Reporter:
 
     def close(self, state: str, error: str | None = None) -> None:
         """Write the last state: ``finished``, ``interrupted`` or ``failed``."""
-        self._closed.set()
-        self._thread.join()
+        self._heartbeat.close()
         self.progress.close()
         self.log(state, ran=self.progress.trials, rows=self.progress.rows, error=error)
         self._write(state, error)
-
-    def _beat(self) -> None:
-        while not self._closed.wait(_HEARTBEAT_S):
-            self._write("running")
 
     def _write(self, state: str, error: str | None = None) -> None:
         status = {**self._about, "state": state, "updated": time.time(), "error": error, **self.progress.as_dict()}

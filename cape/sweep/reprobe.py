@@ -25,8 +25,9 @@ from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.errors import ModelError, SpecError, StoreError
 from cape.feature_names import FEATURE_NAMES
 from cape.jsonconfig import stable_hash
+from cape.logs import counted
 from cape.store import reader
-from cape.store.compact import KEEP_S, check_replaceable, next_generation, publish, remove_retired
+from cape.store.compact import KEEP_S, next_generation, publish, remove_retired, replacing
 from cape.store.location import Location
 from cape.store.provenance import git_revision
 from cape.store.schema import ROW_SCHEMA
@@ -83,13 +84,11 @@ def reprobe(
     if workers < 1:
         raise SpecError(f"workers must be at least 1, not {workers}.")
     location = Location.of(meta_dir)
-    base = reader.rows_folder(location)
-    if not reader.list_chunks(location, base):
+    if not reader.list_chunks(location):
         raise StoreError(f"{location} holds no rows to probe.")
-    check_replaceable(location)
     root = datasets.data_root(data_root)
     aside = f"_reprobe.{stable_hash([FEATURE_NAMES, git_revision()], 12)}"
-    with location.lock(exclusive=True, name=".compact", wait=False):
+    with replacing(location) as base:
         names = [n[len(base) + 1 :] for n in reader.list_chunks(location, base) if _lacks(location, n)]
         done = set(location.list(aside, recursive=True))
         work = partial(
@@ -97,11 +96,11 @@ def reprobe(
         )
         left = [n for n in names if f"{aside}/{n}" not in done]
         if workers == 1:
-            counts = [work(n) for n in left]
+            counts = list(counted(map(work, left), len(left), "files probed"))
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, max(1, len(left))), mp_context=context) as pool:
-                counts = list(pool.map(work, left))
+                counts = list(counted(pool.map(work, left), len(left), "files probed"))
         if names:
             following = next_generation(location)
             for name in names:

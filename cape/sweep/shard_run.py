@@ -138,6 +138,7 @@ class ShardRun:
         self._location = job.location
         group = shard.group
         self._claim = Claim(self._location, job.run, shard.key)
+        self._claim.take()  # before what is done is read: whoever had the shard could commit in between
         done: set[str] = set()
         if self._claim.earlier:  # a run begins with what is missing: only its own earlier attempts have committed since
             done = reader.done_trials(self._location, group.family, group.dataset)
@@ -150,7 +151,7 @@ class ShardRun:
         self._watch = _Watch(job.trial_seconds, self._hung) if job.trial_seconds else None
 
     def _take_over(self, done: set[str]) -> dict[str, TrialSpec]:
-        """Take the shard; return the trials that were under way when an earlier process ended.
+        """Return the trials that were under way when an earlier process ended; note how far the shard is.
 
         A trial that has used up its tries is committed as failed and added to ``done``.
         """
@@ -181,7 +182,7 @@ class ShardRun:
                 )
             if self._location.folder is None:
                 suspects = dict(trials)
-        self._claim.take({"done": had, "barren": barren})
+        self._claim.note({"done": had, "barren": barren})
         for name, trial_id in given_up:
             done.add(trial_id)  # also where the shard is another's by now, who finds the record
             if self._commit(self._failed(trials[trial_id])):

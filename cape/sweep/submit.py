@@ -2,7 +2,8 @@
 
 The package travels as a wheel whose version holds the hash of its content (Ray keeps wheels by name: a rebuilt wheel of
 the same name would run the old code). The job's id is the hash of the plan and the place it writes to: to submit twice
-is to attach to the job that runs.
+is to attach to the job that runs. One that is over runs again, as the same id with the next number behind it: Ray gives
+an id once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import os
+import re
 import shlex
 import sys
 import sysconfig
@@ -43,20 +45,22 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
         follow: print the job's log and return when it is over.
 
     Raises:
-        SpecError: an unknown command, a spec that is none, or an address that cannot be reached.
+        SpecError: an unknown command, arguments that it does not take, a spec that is none, or an address that cannot
+            be reached.
         StoreError: the job failed or was stopped.
     """
     if command not in COMMANDS:
         raise SpecError(f"'{command}' cannot be submitted; choose one of {', '.join(COMMANDS)}.")
     client = connect(address)
     with tempfile.TemporaryDirectory(prefix="cape-submit-") as folder:
-        job_id, entrypoint = _prepare(command, list(arguments), Path(folder))
-        state = _state(client, job_id)
-        if state == "SUCCEEDED" or (state is not None and state not in _OVER):
+        name, entrypoint = _prepare(command, list(arguments), Path(folder))
+        times = _times(client, name)
+        running = [job for job in times.values() if job[1] not in _OVER]
+        if running:
+            ((job_id, state), *_) = running
             print(f"{job_id} is there already ({state}); attaching.", file=sys.stderr)
         else:
-            if state is not None:  # it failed or was stopped: begin again where its files end
-                client.delete_job(job_id)
+            job_id = f"{name}-{max(times) + 1}" if times else name
             runtime: dict[str, Any] = {"working_dir": f"{folder}/job"}
             if ship:
                 runtime["py_modules"] = [str(build_wheel(Path(folder)))]
@@ -68,24 +72,26 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
 
 
 def _prepare(command: str, arguments: list[str], folder: Path) -> tuple[str, str]:
-    """Return the job's id and its command line; what it has to find beside it is put into ``folder/job``."""
+    """Return the id of the first such job and its command line; put what it finds beside it into ``folder/job``."""
+    from cape.cli import build_parser  # a job is a command line: what a word of it means, its own parser knows
+
     job = folder / "job"
     job.mkdir()
     (job / "README").write_text("files of a CAPE job\n")  # Ray sends no empty folder
+    parsed = build_parser().parse_args([command, *arguments])
     extra: list[str] = []
     if command == "sweep":
-        if not arguments or arguments[0].startswith("-") or "--out" not in arguments[:-1]:
+        if arguments[0] != parsed.spec or not parsed.out:
             raise SpecError("A sweep needs a spec and a place to write to: cape submit sweep SPEC --out DIR.")
         spec = read_spec(arguments[0])
         (job / "spec.json").write_text(spec.to_json(indent=2))
-        out = arguments[arguments.index("--out") + 1]
         arguments = ["spec.json", *arguments[1:]]
         extra = ["--address", "auto", "--resume"]
-        name = f"{spec.spec_hash}-{stable_hash(out, 6)}"
+        name = f"{spec.spec_hash}-{stable_hash(parsed.out, 6)}"
     else:
         extra = ["--address", "auto"] if command == "fit" else []
         name = stable_hash([command, *arguments])
-    line = ["python", "-m", "cape.cli", command, *arguments, *(e for e in extra if e not in arguments)]
+    line = ["python", "-m", "cape.cli", command, *extra, *arguments]
     return f"cape-{command}-{name}", shlex.join(line)
 
 
@@ -153,6 +159,16 @@ def connect(address: str) -> Any:
 def _plain(address: str) -> str:
     """Return an address without a user name or password in it."""
     return address.split("://")[0] + "://" + address.split("://")[-1].rsplit("@", 1)[-1]
+
+
+def _times(client: Any, name: str) -> dict[int, tuple[str, str]]:
+    """Return (id, state) of every time that a job was submitted, by its number."""
+    found = {}
+    for job in client.list_jobs():
+        matched = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
+        if matched:
+            found[int(matched[1] or 1)] = (job.submission_id, str(job.status.value))
+    return found
 
 
 def _state(client: Any, job_id: str) -> str | None:

@@ -16,7 +16,6 @@ from cape.store.location import Location
 from cape.sweep.progress import clock, status_line
 
 _COLUMNS = ["trial_id", "family", "converged", "stop_reason", "t_star", "truth_seconds", "probe_seconds"]
-_SILENT_S = 60.0
 
 
 def summary(meta_dir: str | Path) -> str:
@@ -70,7 +69,7 @@ def status(meta_dir: str | Path) -> str:
         age = time.time() - state["updated"]
         where = f"process {state['pid']} on {state['host']}"
         said = state["state"]
-        if said == "running" and (age > _SILENT_S or not claims.at_work(location)):
+        if said == "running" and not claims.at_work(location):
             said = f"silent for {clock(age)}: killed, or its machine is gone; resume it"
         if said != "running":  # what was committed after its last word, it cannot say
             rows = reader.count_rows(location) if reader.list_chunks(location) else 0

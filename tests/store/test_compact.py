@@ -12,13 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
 from cape.errors import StoreError
 from cape.store import reader, writer
-from cape.store.compact import compact
+from cape.store.compact import compact, publish
+from cape.store.location import Location
+from cape.store.retry import retry
+from cape.store.verify import verify
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +128,17 @@ def test_a_reader_that_began_before_keeps_its_files(make_rows: MakeRows, tmp_pat
     assert ours.to_table().num_rows == plain.to_table().num_rows == 20
 
 
+def test_a_generation_that_cannot_be_deleted_is_not_counted(
+    make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        writer.write_shard(make_rows(2, first_seed=2 * i), tmp_path)
+    with monkeypatch.context() as held:
+        held.setattr("cape.store.location.shutil.rmtree", lambda *_, **__: None)
+        assert compact(tmp_path, keep_seconds=0).removed == 0
+    assert compact(tmp_path, keep_seconds=0).removed == 1
+
+
 def test_what_a_killed_compaction_left_is_passed_over(make_rows: MakeRows, tmp_path: Path) -> None:
     """Kill it with SIGKILL at the worst moments: half-built, and right before the link moves."""
     for i in range(6):
@@ -142,6 +157,60 @@ def test_what_a_killed_compaction_left_is_passed_over(make_rows: MakeRows, tmp_p
     assert len(list(tmp_path.glob("_rows.*"))) == 1
 
 
+@pytest.mark.parametrize("act", [compact, retry])
+def test_who_comes_while_another_replaces_the_rows_loses_nothing(
+    act: Callable[[Path], object], make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends, and rows are committed, right before the second one gets the lock."""
+    rows = make_rows(4)
+    rows[0]["stop_reason"] = rows[1]["stop_reason"] = "failed"
+    for i in (0, 4):
+        writer.write_shard(rows[i : i + 4], tmp_path)
+    lock = Location.lock
+
+    def late(location: Location, **how: Any) -> Any:
+        if how.get("name") == ".compact":
+            monkeypatch.undo()
+            assert compact(tmp_path).after == 1
+            writer.write_shard(make_rows(2, first_seed=10), tmp_path)
+        return lock(location, **how)
+
+    monkeypatch.setattr(Location, "lock", late)
+    act(tmp_path)
+    assert os.readlink(tmp_path / "rows") == "_rows.2"
+    assert reader.count_rows(tmp_path) == (12 if act is compact else 10)
+
+
+def test_a_generation_that_is_not_the_current_one_is_not_replaced(make_rows: MakeRows, tmp_path: Path) -> None:
+    for i in range(2):
+        writer.write_shard(make_rows(2, first_seed=2 * i), tmp_path)
+    compact(tmp_path)
+    with pytest.raises(StoreError, match="in _rows.1 by now, not in _rows.0"):
+        publish(Location.of(tmp_path), "_rows.0", "_rows.2", set())
+    assert reader.count_rows(tmp_path) == 8
+
+
+@pytest.mark.parametrize(
+    ("act", "words"), [(compact, "0/2 merges"), (retry, "1/4 files read"), (verify, "1/4 files read")]
+)
+def test_how_far_it_is_is_said_where_that_takes_long(
+    act: Callable[[Path], object],
+    words: str,
+    make_rows: MakeRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for dataset, seed in (("digits", 0), ("digits", 2), ("mnist", 4)):
+        writer.write_shard(make_rows(2, dataset=dataset, first_seed=seed), tmp_path)
+    act(tmp_path)
+    assert not capsys.readouterr().err
+    writer.write_shard(make_rows(2, first_seed=6), tmp_path)
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)
+    act(tmp_path)
+    assert words in capsys.readouterr().err
+
+
 def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     writer.write_shard(make_rows(4), source)
@@ -151,6 +220,31 @@ def test_into_another_place_duplicates_are_left_behind(make_rows: MakeRows, tmp_
     assert reader.count_rows(source) == 14 and reader.count_rows(out) == 8
     with pytest.raises(StoreError, match="holds rows already"):
         compact(source, out=out)
+
+
+def test_rows_that_are_there_twice_are_left_once_however_large_their_files(make_rows: MakeRows, tmp_path: Path) -> None:
+    """Files that are merged with no other: one holds rows of another, one holds some of its own twice."""
+    rows = make_rows(9)
+    for part in (rows[:8], rows[4:12], [*rows[12:16], *rows[12:14]], rows[16:]):
+        writer.write_shard(part, tmp_path)
+    before = {row["trial_id"]: row["t_star"] for row in reader.read(tmp_path).to_pylist()}
+    untouched = {p.name for p in reader.list_files(tmp_path)}
+    done = compact(tmp_path, target_bytes=1)
+    assert (done.before, done.after, done.rows, done.duplicates) == (4, 4, 4 + 4, 4 + 2)
+    after = reader.read(tmp_path).to_pylist()
+    assert len(after) == 18 and {row["trial_id"]: row["t_star"] for row in after} == before
+    assert len(untouched & {p.name for p in reader.list_files(tmp_path)}) >= 2  # linked, not written anew
+    again = compact(tmp_path, target_bytes=1)
+    assert (again.after, again.rows, again.duplicates) == (4, 0, 0) and os.readlink(tmp_path / "rows") == "_rows.1"
+
+
+def test_parquet_of_another_kind_is_one_sentence(make_rows: MakeRows, tmp_path: Path) -> None:
+    writer.write_shard(make_rows(2), tmp_path)
+    (path,) = reader.list_files(tmp_path)
+    pq.write_table(pa.table({"x": [1.0]}), path.with_name(f"{'a' * 16}.parquet"))
+    for size in (1, 2**20):
+        with pytest.raises(StoreError, match="cannot be read, nothing was changed"):
+            compact(tmp_path, target_bytes=size)
 
 
 def test_columns_of_ones_own_may_change_their_type(make_rows: MakeRows, tmp_path: Path) -> None:

@@ -172,9 +172,10 @@ def test_a_run_that_is_refused_leaves_the_others_spec(meta: Path) -> None:
     claims.end_run(meta, run)
 
 
-def test_a_status_that_is_no_status_stops_nobody(meta: Path) -> None:
+def test_a_claim_that_is_no_claim_stops_nobody(meta: Path) -> None:
     (meta / "_run.json").write_text('{"run": "r", "host": "elsewhere", "pid": 1}')
-    (meta / "_status.json").write_text('{"run": "r", "updated": "yesterday"}')
+    (meta / "_runs").mkdir()
+    (meta / "_runs" / "r.json").write_text('{"updated": "yesterday"}')
     assert run_inline(SPEC, meta, resume=True, progress=False).trials == 8
 
 

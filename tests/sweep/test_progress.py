@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cape.store import claims
 from cape.store.location import Location
+from cape.sweep.estimate import Pace
 from cape.sweep.progress import LOG_FILE, Progress, Reporter, clock, status_line
 from cape.sweep.summary import status
 
@@ -77,6 +80,24 @@ def test_a_family_that_has_not_begun_has_an_estimate() -> None:
     assert status_line(state).endswith("(cnn 7:30, transformer ~34:22)")
 
 
+def test_a_chunk_may_be_counted_while_the_status_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Progress({"mlp": 3, "cnn": 3}, enabled=False)
+    line.add(1, 3, 0, "mlp", seconds=1.0, expected=1.0)
+    count = threading.Thread(target=line.add, args=(1, 3, 0, "cnn"))
+    real = Pace.add
+
+    def meanwhile(*of: Any) -> None:
+        if count.ident is None:
+            count.start()
+            count.join(1.0)
+        real(*of)
+
+    monkeypatch.setattr(Pace, "add", meanwhile)
+    assert line.as_dict()["ran"] == 1
+    count.join()
+    assert line.as_dict()["ran"] == 2
+
+
 def test_the_rate_is_that_of_the_last_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("cape.sweep.progress.time.monotonic", lambda: now[0])
@@ -108,6 +129,15 @@ def test_a_driver_that_was_killed_is_not_said_to_run(tmp_path: Path) -> None:
     held = json.loads((tmp_path / "_run.json").read_text())
     (tmp_path / "_run.json").write_text(json.dumps({**held, "since": "another process's"}))
     assert "killed, or its machine is gone; resume it" in status(tmp_path)
+
+
+def test_a_driver_that_lives_is_not_said_to_be_killed_however_old_its_last_word(tmp_path: Path) -> None:
+    """A disk that is full, say, holds no new word."""
+    run = claims.start_run(tmp_path)
+    Reporter(Location.of(tmp_path), run, Progress({"mlp": 3}, enabled=False))
+    state = json.loads((tmp_path / "_status.json").read_text())
+    (tmp_path / "_status.json").write_text(json.dumps({**state, "updated": state["updated"] - 100}))
+    assert status(tmp_path).startswith("running (process ") and "1:40 ago" in status(tmp_path)
 
 
 def test_a_run_leaves_a_status_and_a_log(tmp_path: Path) -> None:

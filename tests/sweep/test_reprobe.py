@@ -16,6 +16,8 @@ from cape.config import SweepSpec
 from cape.errors import StoreError
 from cape.feature_names import FEATURE_NAMES
 from cape.store import reader
+from cape.store.compact import compact
+from cape.store.location import Location
 from cape.sweep import reprobe as module
 from cape.sweep.inline import run_inline
 from cape.sweep.reprobe import reprobe
@@ -52,9 +54,13 @@ def old(swept: Path, tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
     return meta, expected
 
 
-def test_missing_features_come_back_as_they_were(old: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_missing_features_come_back_as_they_were(
+    old: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     meta, expected = old
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)  # what takes long says how far it is
     found = reprobe(meta)
+    assert f"0/{found.files} files probed" in capsys.readouterr().err
     assert (found.trials, found.failed) == (6, 0) and found.files == len(reader.list_files(meta)) > 1
     assert rows_of(meta) == expected
     assert reader.rows_folder(meta) == "_rows.1" and not list(meta.glob("_reprobe*"))
@@ -83,6 +89,23 @@ def test_it_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(module, "probe_trial", real)
     assert reprobe(meta).trials < 6
     assert rows_of(meta) == expected
+
+
+def test_a_compaction_that_ends_meanwhile_is_kept(
+    old: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, expected = old
+    lock = Location.lock
+
+    def late(location: Location, **how: Any) -> Any:
+        if how.get("name") == ".compact":
+            monkeypatch.undo()
+            compact(meta)
+        return lock(location, **how)
+
+    monkeypatch.setattr(Location, "lock", late)
+    assert reprobe(meta).files == 1
+    assert reader.rows_folder(meta) == "_rows.2" and rows_of(meta) == expected
 
 
 def test_rows_that_cannot_be_probed_stay(old: tuple[Path, list[dict[str, Any]]]) -> None:

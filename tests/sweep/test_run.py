@@ -18,9 +18,10 @@ import torch
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import DataError, SpecError, StoreError
 from cape.store import reader
+from cape.store.claims import Claim, start_run
 from cape.store.retry import retry
 from cape.store.verify import verify
-from cape.sweep import shard_run
+from cape.sweep import driver, shard_run
 from cape.sweep.actor import ShardWorker
 from cape.sweep.driver import _share, run_sweep
 from cape.sweep.inline import run_inline
@@ -152,6 +153,57 @@ def test_a_second_attempt_at_a_shard_leaves_what_the_first_committed(tmp_path: P
         assert trials == 6 - first["trials"]
         assert len(table(tmp_path)) == 12
         assert shard_run.ShardRun(job, shard, "cpu").step()["done"]
+
+
+def test_what_a_worker_commits_while_its_shard_is_taken_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was given up for lost commits right after the second one has read what is committed."""
+    shard = Shard(Plan(SPEC).groups[0], range(6))
+    with running(SPEC, tmp_path, resume=False, data_root=None, chunk_seconds=0.05) as (job, _):
+        lost = shard_run.ShardRun(job, shard, "cpu")
+        lost.step()
+        read = reader.done_trials
+
+        def late(*of: Any) -> set[str]:
+            found = read(*of)
+            monkeypatch.undo()
+            assert lost.step()["fenced"]
+            return found
+
+        monkeypatch.setattr(reader, "done_trials", late)
+        second = shard_run.ShardRun(job, shard, "cpu")
+        while not second.step()["done"]:
+            pass
+    assert len(table(tmp_path)) == 12
+
+
+def test_who_lost_a_shard_leaves_no_notes_on_it(tmp_path: Path) -> None:
+    claim, after, third = (Claim(tmp_path, run, "shard") for run in [start_run(tmp_path)] * 3)
+    claim.take()
+    claim.note({"done": 1})
+    after.take()
+    claim.note({"done": 2})
+    assert after.earlier["done"] == 1 and after.holds() and not claim.holds()
+    third.take()
+    assert third.earlier["done"] == 1  # the second died before it noted anything
+
+
+def test_no_worker_of_an_earlier_pass_commits_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(SPEC, tmp_path, resume=False, data_root=None, chunk_seconds=0.05) as (job, _):
+        lost: list[shard_run.ShardRun] = []
+
+        def tune(job: Job, shards: list[Shard], *_: Any) -> tuple[str | None, bool]:
+            if lost:
+                assert lost[0].step()["fenced"]
+                return None, False
+            lost.append(shard_run.ShardRun(job, shards[0], "cpu"))
+            assert lost[0].step()["trials"]
+            return "its node is gone", False
+
+        monkeypatch.setattr(driver, "_tune", tune)
+        assert driver._passes(job, Plan(SPEC).missing(), None, 1, 0, 1, None) is None  # type: ignore[arg-type]
+    assert lost
 
 
 def test_a_death_counts_once_however_often_its_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +402,22 @@ def test_what_a_worker_owns(
 def test_a_gpu_that_is_not_there_is_not_waited_for(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="asks for 1 GPU, but the Ray cluster has 0"):
         run_sweep(SPEC, tmp_path, gpus_per_worker=1, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [(None, "Ray could not be started on this machine: no room."), ("auto", "no Ray cluster at 'auto': no room.")],
+)
+def test_a_ray_that_does_not_start_is_one_sentence(
+    address: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no room.\nmore")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(SpecError, match=words), driver._cluster(address):
+        pass
 
 
 def test_an_error_that_no_worker_escapes_ends_the_sweep(ray_session: None, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -80,7 +84,8 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     assert "wheel." in revision  # the code that was sent, not what is installed here
     before = {p: p.stat().st_mtime_ns for p in reader.list_files(out)}
     again = run(*sweep)
-    assert again.returncode == 0 and "attaching" in again.stderr
+    assert again.returncode == 0 and f"submitted {job_id}" in again.stderr  # it is over: run again, with nothing to do
+    assert "8 rows of 4 trials" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in reader.list_files(out)} == before
     for file in out.rglob("*"):
         if file.is_file() and file.suffix != ".parquet":
@@ -91,6 +96,8 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     detached = run(*sweep, "--no-follow")
     assert detached.returncode == 0, detached.stderr
     listed = run("status", "--address", address).stdout
+    attached = run(*sweep, "--no-follow")
+    assert attached.returncode == 0 and "attaching" in attached.stderr
     (running,) = [line.split()[0] for line in listed.splitlines() if larger.spec_hash in line]
     end = time.monotonic() + 90
     while reader.count_rows(out) <= 8 and time.monotonic() < end:
@@ -140,6 +147,61 @@ def test_what_is_wrong_is_one_sentence(argv: list[str], words: str, capsys: pyte
     assert words in said and said.count("\n") == 1 and "pass@" not in said
 
 
+class Jobs:
+    """A job server that takes an id once, as Ray's does."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+
+    def list_jobs(self) -> list[Any]:
+        return [
+            SimpleNamespace(submission_id=i, status=SimpleNamespace(value=state)) for i, state in self.states.items()
+        ]
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> None:
+        assert submission_id not in self.states
+        self.states[submission_id] = "PENDING"
+
+
+def test_a_job_that_is_over_runs_again_and_one_that_runs_is_attached_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = Jobs()
+    monkeypatch.setattr(submit, "connect", lambda _: jobs)
+
+    def send() -> str:
+        return submit.submit("fit", ["meta", "--out", "model"], "http://head:8265", ship=False, follow=False)
+
+    first = send()
+    for state in ("PENDING", "RUNNING"):
+        jobs.states[first] = state
+        assert send() == first and f"({state}); attaching" in capsys.readouterr().err
+    for number, state in enumerate(("SUCCEEDED", "FAILED", "STOPPED"), start=2):
+        jobs.states = {**dict.fromkeys(jobs.states, "STOPPED"), list(jobs.states)[-1]: state}
+        assert send() == send() == f"{first}-{number}"
+    assert len(jobs.states) == 4
+
+
 def test_a_sweep_needs_a_place_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="--out"):
-        submit._prepare("sweep", ["smoke"], tmp_path)
+    for arguments in (
+        ["smoke"],
+        ["smoke", "--out"],
+        ["smoke", "--out="],
+        ["--out", "x", "smoke"],
+        ["smoke", "--owt=x"],
+    ):
+        with pytest.raises(SpecError, match="--out|expected one argument|--owt"):
+            submit._prepare("sweep", arguments, Path(tempfile.mkdtemp(dir=tmp_path)))
+
+
+def test_both_ways_to_write_an_option_are_one_job(tmp_path: Path) -> None:
+    made = []
+    for i, out in enumerate((["--out", "/mnt/x"], ["--out=/mnt/x"])):
+        (tmp_path / str(i)).mkdir()
+        made.append(submit._prepare("sweep", ["smoke", "--data=auto", *out], tmp_path / str(i)))
+    assert made[0][0] == made[1][0]
+    for _, line in made:
+        words = shlex.split(line)
+        assert words[:4] == ["python", "-m", "cape.cli", "sweep"]
+        parsed = cli.build_parser().parse_args(words[3:])
+        assert (parsed.spec, parsed.out, parsed.address, parsed.resume) == ("spec.json", "/mnt/x", "auto", True)
