@@ -102,11 +102,12 @@ def two_samples(x: Inputs, batch_size: int, kinds: str = "fib") -> tuple[Inputs,
             if "b" in kinds:
                 other[0] = base[1] if others else ~base[0]
         elif "i" in kinds:
-            low, high = int(value.min()), int(value.max())
+            numbers = value.long()  # torch has hardly an operator for uint16, uint32 and uint64
+            low, high = int(numbers.min()), int(numbers.max())
             if low < high:
                 other[0] = ((base[0].long() - low + 1) % (high - low + 1) + low).to(base.dtype)
             elif low > 0 or value.device.type == "cpu":  # a wrong index on a GPU would end the process
-                other[0] += -1 if low > 0 else 1
+                other[0] = (base[0].long() + (-1 if low > 0 else 1)).to(base.dtype)
         if not torch.equal(base, other):
             changed_any = True
         return base, other

@@ -164,6 +164,44 @@ def _distance(outputs: Tensor, targets: Any) -> Tensor:
     return (outputs - targets).abs().square().sum(1)
 
 
+class _Workspace(nn.Module):
+    """Frozen features in a buffer that every pass writes into, and a number of the whole batch."""
+
+    def __init__(self, reading: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.reading = nn.Linear(20, 8).requires_grad_(False), nn.Linear(8, 10), reading
+        self.register_buffer("features", torch.zeros(32, 8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.features[: len(x)]
+        held.copy_(self.stem(x).relu())
+        if self.reading:
+            self.largest = float(held.max())
+        return self.head(held)
+
+
+for _size, _reading in ((6, True), (6, False), (2, False)):
+    case(f"a workspace, batch of {_size}{', read' if _reading else ''}")(
+        lambda n=_size, r=_reading: (_Workspace(r), (vectors(n), labels(n)))
+    )
+
+
+@case("outputs that are masked")
+def _actions() -> tuple[nn.Module, Batch]:
+    forward = lambda m, x, allowed: m.head(x).masked_fill(~allowed, -torch.inf)  # noqa: E731
+    allowed = torch.rand(6, 10) > 0.3
+    allowed[torch.arange(6), labels(6)] = True
+    return Functional(forward, head=nn.Linear(20, 10)), ((vectors(), allowed), labels(6))
+
+
+for _kind in (torch.uint16, torch.uint32, torch.uint64):
+
+    @case(f"tokens of {_kind}")
+    def _unsigned(kind: torch.dtype = _kind) -> tuple[nn.Module, Batch]:
+        forward = lambda m, x: m.head(m.table(x.long()).mean(1))  # noqa: E731
+        return Functional(forward, table=nn.Embedding(30, 8), head=nn.Linear(8, 10)), (tokens().to(kind), labels(5))
+
+
 @case("complex outputs", loss=_distance)
 def _complex() -> tuple[nn.Module, Batch]:
     forward = lambda m, x: torch.complex(m.real(x), m.imaginary(x))  # noqa: E731

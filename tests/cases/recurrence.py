@@ -52,6 +52,28 @@ for _cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
     CASES.append(Case(_cell.__name__, lambda kind=_cell: (_Cell(kind), (sequences(), labels(5)))))  # type: ignore[misc]
 
 
+class _FromZeros(nn.Module):
+    """A recurrence written by hand: every sample's first state is the same, and no data."""
+
+    def __init__(self, learned: bool, by_product: bool) -> None:
+        super().__init__()
+        self.inputs, self.state, self.head = nn.Linear(12, 8), nn.Linear(8, 8, bias=not by_product), nn.Linear(8, 10)
+        self.first = nn.Parameter(torch.randn(8)) if learned else None
+        self.by_product = by_product
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 8) if self.first is None else self.first.expand(len(x), -1)
+        for t in range(x.shape[1]):
+            h = (self.inputs(x[:, t]) + (h @ self.state.weight.T if self.by_product else self.state(h))).tanh()
+        return self.head(h)
+
+
+for _learned in (False, True):
+    for _by_product in (False, True):
+        _name = f"a cell from {'a learned state' if _learned else 'zeros'}{', by a product' if _by_product else ''}"
+        case(_name)(lambda a=_learned, b=_by_product: (_FromZeros(a, b), (sequences(), labels(5))))
+
+
 class _FirstState(nn.Module):
     """A learned initial state, and hidden states projected to a smaller size."""
 
