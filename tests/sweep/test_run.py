@@ -316,6 +316,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         ((SpecError, DataError), SPEC.replace(datasets=("digitz",))),
         (DataError, SPEC.replace(batch_sizes=(10**6,))),
         (SpecError, SPEC.replace(task="sequence")),
+        (SpecError, SPEC.replace(families=("encoder",), datasets=("digits@30",))),
     ):
         with pytest.raises(error):
             run_sweep(spec, out, **QUICK)
