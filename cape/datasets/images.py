@@ -89,7 +89,8 @@ class Images(ABC):
             index = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(np.int64)
             values = self.pixels(index) / self.scale
             mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
-            std[std == 0] = 1.0  # a constant channel becomes zero, not NaN
+            # A constant channel becomes zero, not NaN; its deviation may be rounding noise.
+            std[values.max((0, 2, 3)) == values.min((0, 2, 3))] = 1.0
             self._standard = Statistics(tuple(mean.tolist()), tuple(std.tolist()))
         return self._standard
 
