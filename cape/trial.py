@@ -30,13 +30,15 @@ from cape.jsonconfig import canonical_json
 from cape.logs import log_once
 from cape.memory import kept_memory, out_of_memory
 from cape.probing import Features, probe
-from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss
 
 _LOG = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 ENGINES = ("auto", "single")
+
+# How many losses of a trajectory, L_0 first, a row keeps.
+KEPT_LOSSES = 64
 
 # Trials that are looked at together, to find those that can share a stack: a shard's worth.
 _LOOKAHEAD = 512
