@@ -15,7 +15,7 @@ from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.cnn import MAX_PARAMETERS
 from cape.families.transformer import PRESETS
-from cape.tasks import loss_for
+from cape.tasks import TASK_LOSS, Loss
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def test_shape_determinism_round_trip_and_step(spec: ModelSpec) -> None:
 
     torch.manual_seed(5)
     x, y = batch(spec, 2)  # the smallest batch that batch norm trains on
-    loss = loss_for(spec.task)
+    loss = Loss(TASK_LOSS[spec.task])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     for _ in range(2):  # the first moves the head alone where it starts at zero
         outputs = model.train()(x)

@@ -19,6 +19,7 @@ import pytest
 from cape.errors import StoreError
 from cape.store import reader, writer
 from cape.store.compact import compact
+from tests.files import list_files
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def test_files_are_merged_and_rows_are_the_same(make_rows: MakeRows, tmp_path: P
     assert (done.before, done.after, done.rows, done.duplicates) == (14, 3, 72, 0)
     after = sorted(reader.read(tmp_path).to_pylist(), key=lambda r: (r["trial_id"], r["epsilon"]))
     assert after == before
-    (merged,) = [p for p in reader.list_files(tmp_path) if pq.read_metadata(p).num_rows == 72]
+    (merged,) = [p for p in list_files(tmp_path) if pq.read_metadata(p).num_rows == 72]
     metadata = pq.read_schema(merged).metadata
     assert metadata[b"cape_device"] == b"x" and metadata[b"cape_git_revision"] == b"several"
     assert os.readlink(tmp_path / "rows") == "_rows.1" and (tmp_path / "_rows.0").is_dir()
@@ -71,7 +72,7 @@ def test_files_are_merged_and_rows_are_the_same(make_rows: MakeRows, tmp_path: P
 def test_files_grow_to_the_target_and_no_further(make_rows: MakeRows, tmp_path: Path) -> None:
     for i in range(10):
         writer.write_shard(make_rows(20, first_seed=20 * i), tmp_path)
-    size = reader.list_files(tmp_path)[0].stat().st_size
+    size = list_files(tmp_path)[0].stat().st_size
     done = compact(tmp_path, target_bytes=int(2.5 * size))
     assert (done.before, done.after) == (10, 5)
     assert reader.count_rows(tmp_path) == 400

@@ -18,6 +18,7 @@ from cape.errors import SpecError
 from cape.store import reader
 from cape.store.location import Location
 from cape.sweep import submit
+from tests.files import list_files
 from tests.sweep.nodes import clean_environment, free_ports, ray_start
 
 SPEC = SweepSpec(
@@ -75,13 +76,13 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     job_id = f"cape-sweep-{SPEC.spec_hash}"
     assert f"submitted {job_id}" in done.stderr
     assert "8 rows of 4 trials" in done.stdout  # the job's log
-    (path, *_) = reader.list_files(out)
+    (path, *_) = list_files(out)
     revision = pq.read_schema(path).metadata[b"cape_git_revision"].decode()
     assert "wheel." in revision  # the code that was sent, not what is installed here
-    before = {p: p.stat().st_mtime_ns for p in reader.list_files(out)}
+    before = {p: p.stat().st_mtime_ns for p in list_files(out)}
     again = run(*sweep)
     assert again.returncode == 0 and "attaching" in again.stderr
-    assert {p: p.stat().st_mtime_ns for p in reader.list_files(out)} == before
+    assert {p: p.stat().st_mtime_ns for p in list_files(out)} == before
     for file in out.rglob("*"):
         if file.is_file() and file.suffix != ".parquet":
             assert TOKEN.encode() not in file.read_bytes()
