@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--installed", action="store_true", help="every node has CAPE: do not send it as a wheel")
     sub.add_argument("--no-follow", action="store_true", help="return at once; default: print the log, exit as the job")
+    sub.set_defaults(parse=parser.parse_args)
     sub.add_argument("job", metavar="sweep|fit|evaluate")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
 

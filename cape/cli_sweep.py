@@ -124,7 +124,7 @@ def submit(args: argparse.Namespace) -> None:
     own.add_argument("--no-follow", action="store_true", default=args.no_follow)
     ours, arguments = own.parse_known_args(args.arguments)
     address = ours.address or default_address()
-    submit_job(args.job, arguments, address, ship=not ours.installed, follow=not ours.no_follow)
+    submit_job(args.job, arguments, address, args.parse, ship=not ours.installed, follow=not ours.no_follow)
 
 
 def status(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EPSILON = 0.1
 LR = 1e-3
+MARK = ".cape-demo"  # lies in what a demo may remove
 
 
 def run(out: Path, data_root: str | None = None, workers: int | None = None, spec: SweepSpec | None = None) -> None:
@@ -46,7 +47,7 @@ def run(out: Path, data_root: str | None = None, workers: int | None = None, spe
     from cape.sweep.plan import Plan, preset
 
     began = time.monotonic()
-    _clear(out)
+    _claim(out)
     root = datasets.data_root(data_root)
     spec = spec or preset("demo", root)
     plan = Plan(spec)
@@ -109,15 +110,19 @@ def _say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier demo, and refuse to remove anything else."""
-    if not out.exists():
-        return
-    if not out.is_dir() or any(out.iterdir()) and not (out / "meta").is_dir():
+def _claim(out: Path) -> None:
+    """Remove an earlier demo, refuse to remove anything else, and mark the directory as a demo's."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / MARK).is_file()):
         raise StoreError(f"{out} holds something other than an earlier demo; name another directory with --out.")
-    for name in ("meta", "model", "evaluation"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / "report.html").unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+        for name in ("meta", "model", "evaluation"):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
+        (out / "report.html").unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be cleared or written to ({error}); name another directory.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -353,10 +353,3 @@ class Loss:
         if self.name in _MULTILABEL or isinstance(self._function, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)):
             return targets.numel() == outputs.numel()
         return False
-
-
-def loss_for(task: str) -> Loss:
-    """Return the loss of a task; raises ``SpecError`` for an unknown one."""
-    if task not in TASK_LOSS:
-        raise SpecError(f"Unknown task '{task}'.{did_you_mean(task, TASK_LOSS)}")
-    return Loss(TASK_LOSS[task])

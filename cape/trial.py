@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cape.config import TrialSpec
+from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.convergence import Outcome, Subject, Trajectory
 from cape.convergence.batched import measure_in_lane, measure_singly, plain_step_seconds
 from cape.convergence.convert import Unstackable
@@ -30,13 +30,15 @@ from cape.jsonconfig import canonical_json
 from cape.logs import log_once
 from cape.memory import kept_memory, out_of_memory
 from cape.probing import Features, probe
-from cape.store.schema import KEPT_LOSSES
 from cape.tasks import TASK_LOSS, Loss
 
 _LOG = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 ENGINES = ("auto", "single")
+
+# How many losses of a trajectory, L_0 first, a row keeps.
+KEPT_LOSSES = 64
 
 # Trials that are looked at together, to find those that can share a stack: a shard's worth.
 _LOOKAHEAD = 512
@@ -304,6 +306,26 @@ def _base_rows(trial: TrialSpec, device: torch.device, sweep_hash: str) -> list[
         "device": device_name(device),
     }
     return [{**shared, "epsilon": e, "log_epsilon": math.log(e)} for e in trial.epsilons]
+
+
+def trial_of(row: Mapping[str, Any]) -> TrialSpec:
+    """Return the trial of a row that a sweep wrote: its seed, model and augmentation draw what was drawn then.
+
+    The family is the model's: readers may call a row's otherwise (``metamodel.rows``). A row of a version that had no
+    such column yet was run by the default.
+    """
+    model, augmentation = ModelSpec.from_json(row["model"]), row.get("augmentation")
+    return TrialSpec(
+        family=model.family,
+        dataset=row["dataset"],
+        batch_size=int(row["batch_size"]),
+        lr=float(row["lr"]),
+        seed=int(row["seed"]),
+        task=row["task"],
+        model=model,
+        augmentation=None if augmentation is None else Augmentation.from_json(augmentation),
+        **{name: row[name] for name in ("precision", "preprocess") if row.get(name) is not None},
+    )
 
 
 def _described(drawn: Drawn) -> Row:

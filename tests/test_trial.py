@@ -7,20 +7,23 @@ import logging
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
 from cape import datasets, families
 from cape import trial as trial_module
-from cape.config import ModelSpec, StoppingRule, TrialSpec
+from cape.baselines.rebuilt import rebuild
+from cape.config import Augmentation, ModelSpec, StoppingRule, TrialSpec
 from cape.convergence import measure
-from cape.drawn import Drawn, build_model, draw_model
+from cape.drawn import Drawn, build_model, built, draw, draw_model
 from cape.errors import DataError, ModelError, SpecError
 from cape.feature_names import FEATURE_NAMES
 from cape.logs import log_once
+from cape.metamodel.rows import Rows
 from cape.probing import probe
 from cape.store.schema import ROW_SCHEMA
-from cape.trial import run_trials
+from cape.trial import run_trials, trial_of
 
 TIMES = ("probe_seconds", "truth_seconds", "step_seconds")
 
@@ -60,6 +63,24 @@ def test_the_rows_of_a_trial_say_what_the_probe_and_the_trajectory_say() -> None
         assert ModelSpec.from_dict(json.loads(row["model"])) == spec
         assert row["architecture"] == spec.architecture and row["task"] == "classification"
         assert all(row[name] > 0 for name in TIMES)
+
+
+def test_a_row_names_its_trial() -> None:
+    augmentation, short = Augmentation(seed=2, classes=0.0, zeroed=0.5), StoppingRule(max_steps=3)
+    for trial in (
+        TrialSpec("encoder", "digits", 16, 1e-3, seed=5, precision="bf16", stopping=short),
+        TrialSpec("mlp", "digits", 32, 3e-4, seed=6, preprocess="reference", augmentation=augmentation, stopping=short),
+        TrialSpec("mlp", "digits", 16, 1e-3, seed=7, task="multilabel", model_seed=3, stopping=short),
+    ):
+        rows = next(run_trials([trial]))
+        drawn = draw(trial, None).spec
+        assert drawn is not None
+        expected = trial.replace(model=drawn, task=drawn.task, stopping=StoppingRule(), model_seed=None)
+        found, batch = trial_of(rows[0]), built(trial).batch
+        assert found == expected
+        again, model, (x, y) = rebuild(Rows.from_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA)), 0)
+        assert again == expected and torch.equal(x, batch[0]) and torch.equal(y, batch[1])
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), built(trial).model.parameters(), strict=True))
 
 
 def test_a_trial_depends_on_its_seed_and_not_on_its_neighbours() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cape.baselines.curve_extrapolation import WARM_UP
 from cape.baselines.ntk import ntk_ode, true_logit_gram
-from cape.config import Augmentation, ModelSpec, StoppingRule, TrialSpec
+from cape.config import StoppingRule, TrialSpec
 from cape.errors import DataError
 from cape.metamodel.rows import CAP, Rows
 from cape.tasks import TASK_LOSS
@@ -49,21 +49,11 @@ def rebuild(
         DataError: the row names no model or no seed (imported rows do not).
     """
     from cape.drawn import built
+    from cape.trial import trial_of
 
     if rows["model"][index] is None or rows["seed"][index] is None:
         raise DataError("Imported rows name no model; only the rows of a sweep can be rebuilt.")
-    spec, augmented = ModelSpec.from_json(rows["model"][index]), rows["augmentation"][index]
-    trial = TrialSpec(
-        family=spec.family,
-        dataset=rows["dataset"][index],
-        batch_size=int(rows["batch_size"][index]),
-        lr=float(rows["lr"][index]),
-        seed=int(rows["seed"][index]),
-        preprocess=rows["preprocess"][index] or "standard",
-        task=spec.task,
-        model=spec,
-        augmentation=None if augmented is None else Augmentation.from_json(augmented),
-    )
+    trial = trial_of({name: column[index] for name, column in rows.columns.items()})
     subject = built(trial, data_root=None if data_root is None else Path(data_root))
     return trial, subject.model, subject.batch
 

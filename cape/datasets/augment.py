@@ -54,7 +54,7 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and dataset.outputs > 2:
         kept = _classes(dataset, augmentation, at_least)
         parts = max(1, round((_FINEST / dataset.outputs) ** augmentation.split))
-    source = _Augmented(dataset.source, augmentation, kept, parts)
+    source = _Augmented(dataset.source, augmentation, dataset.outputs, kept, parts)
     names = tuple(dataset.class_names[c] for c in kept) if kept and dataset.class_names else dataset.class_names
     return dataclasses.replace(
         dataset,
@@ -69,17 +69,18 @@ def _classes(dataset: Dataset, augmentation: Augmentation, at_least: int) -> tup
     """Return the classes that are kept, in their new order; none where all are."""
     count = round(2 * (dataset.outputs / 2) ** augmentation.classes)
     order = np.random.default_rng(derive_seed(augmentation.seed, "classes")).permutation(dataset.outputs)
-    rows = np.cumsum(np.diff(_by_class(dataset.source)[1], append=len(dataset.source))[order])
+    starts = _by_class(dataset.source, dataset.outputs)[1]
+    rows = np.cumsum(np.diff(starts, append=len(dataset.source))[order])
     count = max(count, int(np.searchsorted(rows, at_least)) + 1)
     return tuple(order[:count].tolist()) if count < dataset.outputs else ()
 
 
 @lru_cache(maxsize=32)
-def _by_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a source ordered by class, and where each class begins among them."""
+def _by_class(source: Source, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a source ordered by class, and where each class, one without rows too, begins among them."""
     labels: np.ndarray = source.labels  # type: ignore[attr-defined]
     order = np.argsort(labels, kind="stable")
-    return order, np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+    return order, np.searchsorted(labels[order], np.arange(classes))
 
 
 @lru_cache(maxsize=32)
@@ -93,12 +94,14 @@ class _Augmented:
     """The samples of another source that are left, and changed (see :func:`augmented`).
 
     Attributes:
-        kept: classes in their new order; all where there is none.
+        classes: that the base has.
+        kept: those that are left, in their new order; all where there is none.
         parts: what each of them is cut into.
     """
 
     base: Source
     augmentation: Augmentation
+    classes: int
     kept: tuple[int, ...]
     parts: int = 1
 
@@ -107,7 +110,7 @@ class _Augmented:
 
     def _groups(self) -> list[np.ndarray]:
         """Return the rows of each class that is kept."""
-        order, starts = _by_class(self.base)
+        order, starts = _by_class(self.base, self.classes)
         ends = np.append(starts[1:], len(order))
         return [order[starts[c] : ends[c]] for c in self.kept]
 
@@ -142,7 +145,7 @@ class _Augmented:
             return y
         y = y.clone()
         if y.dim() == 1 and not y.is_floating_point():
-            classes = (len(self.kept) or len(_by_class(self.base)[1])) * self.parts
+            classes = (len(self.kept) or self.classes) * self.parts
             y[chosen] = torch.from_numpy(rng.integers(classes, size=len(chosen)))
         else:
             y[chosen] = y[rng.permutation(chosen)]

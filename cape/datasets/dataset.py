@@ -35,14 +35,6 @@ class Source(Protocol):
         ...
 
 
-class TextSource(Source, Protocol):
-    """A source that can also be read as a sequence of characters."""
-
-    def as_sequence(self) -> Source:
-        """Return the characters of the same texts."""
-        ...
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A dataset, ready to draw probe batches from.

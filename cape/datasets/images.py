@@ -51,6 +51,10 @@ class Images(ABC):
     def pixels(self, index: np.ndarray) -> np.ndarray:
         """Return rows of raw pixels, uint8 [k, C, H, W]; raises ``DataError`` for one that cannot be read."""
 
+    def pixels_for(self, index: np.ndarray, side: int) -> np.ndarray:
+        """Return what images of another side are best made of: raw pixels, of :meth:`pixels`' shape or that side."""
+        return self.pixels(index)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -61,10 +65,15 @@ class Images(ABC):
         x = arrange(self.normalized(index, layout, preprocess), layout)
         return torch.from_numpy(x), torch.from_numpy(self.labels[index])
 
-    def normalized(self, index: np.ndarray, layout: str, preprocess: str) -> np.ndarray:
-        """Return rows of pixels as they are normalized for a layout, but in their own shape: float32 [k, C, H, W]."""
+    def normalized(self, index: np.ndarray, layout: str, preprocess: str, side: int | None = None) -> np.ndarray:
+        """Return rows of pixels as they are normalized for a layout, but in their own shape: float32 [k, C, H, W].
+
+        Args:
+            side: that the images are made for (:meth:`pixels_for`).
+        """
+        raw = self.pixels(index) if side is None else self.pixels_for(index, side)
         # NumPy, not torch: arrays this small cost more to spread over threads than to compute.
-        x = self.pixels(index).astype(np.float32) / np.float32(self.scale)
+        x = raw.astype(np.float32) / np.float32(self.scale)
         statistics = self._statistics(layout, preprocess)
         if statistics is not None:
             mean, std = np.array([statistics.mean, statistics.std], dtype=np.float32)[:, :, None, None]
@@ -80,7 +89,8 @@ class Images(ABC):
             index = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(np.int64)
             values = self.pixels(index) / self.scale
             mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
-            std[std == 0] = 1.0  # a constant channel becomes zero, not NaN
+            # A constant channel becomes zero, not NaN; its deviation may be rounding noise.
+            std[values.max((0, 2, 3)) == values.min((0, 2, 3))] = 1.0
             self._standard = Statistics(tuple(mean.tolist()), tuple(std.tolist()))
         return self._standard
 

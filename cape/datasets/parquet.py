@@ -135,6 +135,7 @@ class ParquetImages(Images):
     def __init__(self, path: Path, labels: np.ndarray, shape: tuple[int, int, int], known: Known | None) -> None:
         super().__init__(labels, shape, known.standard if known else None, known.reference if known else None)
         self.path = path
+        self._named = known is not None
         self._forget()
 
     def _forget(self) -> None:
@@ -150,16 +151,25 @@ class ParquetImages(Images):
             self._decoded = np.empty((len(self), *self.shape), dtype=np.uint8)  # pages are touched row by row
             self._ready = np.zeros(len(self), dtype=bool)
         for row in index[~self._ready[index]].tolist():
-            self._decoded[row] = self._decode(row)
+            self._decoded[row] = self._decode(row, self.shape)
             self._ready[row] = True
         if self._ready.all():
             self._encoded = None
         return self._decoded[index]
 
-    def _decode(self, row: int) -> np.ndarray:
+    def pixels_for(self, index: np.ndarray, side: int) -> np.ndarray:
+        """Decode at that side, and keep nothing: large images would fill the memory.
+
+        They are normalized by the statistics of those of :meth:`pixels`. Datasets with a name are 32x32 or smaller.
+        """
+        if self._named:
+            return self.pixels(index)
+        return np.stack([self._decode(row, (self.shape[0], side, side)) for row in index.tolist()])
+
+    def _decode(self, row: int, shape: tuple[int, int, int]) -> np.ndarray:
         if self._encoded is None:
             self._encoded = _image_bytes(_read(self.path, ["image.bytes"]).column("image"))
-        return decode(self._encoded[row].as_py(), self.shape, f"Row {row} of {self.path}")
+        return decode(self._encoded[row].as_py(), shape, f"Row {row} of {self.path}")
 
 
 def decode(data: bytes | None, shape: tuple[int, int, int], where: str) -> np.ndarray:

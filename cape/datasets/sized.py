@@ -1,7 +1,8 @@
 """Datasets of images at another size, as models for larger or smaller images take them: ``NAME@SIDE``.
 
 The paper's convolutional networks and transformers take 3x32x32 whatever the images are; ``mnist@28`` is gray images
-[1, 28, 28] as they are stored, ``cifar10@224`` colour ones [3, 224, 224].
+[1, 28, 28] as they are stored, ``cifar10@224`` colour ones [3, 224, 224]. A user's ``FILE.parquet@224`` is
+decoded at that side, where ``FILE.parquet`` is 32x32.
 """
 
 from __future__ import annotations
@@ -56,5 +57,5 @@ class _Sized:
         return (self.base.shape[0], self.side, self.side)
 
     def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        x = resized(self.base.normalized(index, layout, preprocess), self.side)
+        x = resized(self.base.normalized(index, layout, preprocess, self.side), self.side)
         return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(self.base.labels[index])

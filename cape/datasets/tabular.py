@@ -46,8 +46,9 @@ def standardize(values: np.ndarray) -> np.ndarray:
     values = values.astype(np.float64)
     # By a power of two, which rounds nothing: the squares of huge numbers would be infinite, of tiny ones zero.
     values = np.ldexp(values, -np.frexp(np.abs(values).max(0))[1])
-    std = values.std(0)
-    return ((values - values.mean(0)) / np.where(std > 0, std, 1.0)).astype(np.float32)
+    # Where a constant column's mean is rounded, its deviation is not zero but rounding noise; its range is zero.
+    varies = values.max(0) > values.min(0)
+    return ((values - values.mean(0)) / np.where(varies, values.std(0), np.inf)).astype(np.float32)
 
 
 def from_table(table: pa.Table, target: str, where: str) -> Vectors:

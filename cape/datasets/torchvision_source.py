@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +81,8 @@ def _read(name: str, known: Known, cache: Path) -> tuple[np.ndarray, np.ndarray]
     part: dict[str, Any] = {"split": "train"} if name == "svhn" else {"train": True}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        found = make(root=str(cache), download=True, **part)
+        with _alone(cache):
+            found = make(root=str(cache), download=True, **part)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise DataError(
             f"'{name}' could not be downloaded into {cache} ({error}); name a folder that holds {name}.parquet with"
@@ -90,3 +95,19 @@ def _read(name: str, known: Known, cache: Path) -> tuple[np.ndarray, np.ndarray]
     elif name != "svhn":  # CIFAR comes with the channels last
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     return pixels, labels
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Let one process at a time download into a cache: torchvision writes its files in place."""
+    try:
+        handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:  # a cache that cannot be written to is one that nothing is downloaded into
+        handle = None
+    try:
+        if handle is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cape.config import ModelSpec
+from cape.errors import SpecError
 from cape.families.makes import Ordinary, OrdinaryOptions, check_make, initialized
-from cape.families.registry import check_options, pick
+from cape.families.registry import DatasetInfo, check_options, made_of, pick
+
+PATCHES = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class TorchEncoderOptions(OrdinaryOptions):
             pick(rng, ("mean", "last", "class")),
             pick(rng, ("torch", "torch", "xavier_uniform")),
             pick(rng, (0.0, 0.1, 0.1)),
-            pick(rng, (4, 8)),
+            pick(rng, PATCHES),
         )
 
     def started(self, rng: np.random.Generator) -> TorchEncoderOptions:
@@ -89,7 +92,7 @@ class TorchEncoder(nn.Module):
         dim, patch = options.dim, options.patch
         if spec.layout == "image":
             channels, height, width = spec.input_shape
-            check_options("an encoder", patch=(patch, height % patch == 0 and width % patch == 0))
+            check_options("an encoder", patch=(patch, made_of(patch, spec.input_shape)))
             self.embed: nn.Module = nn.Conv2d(channels, dim, patch, patch)
             tokens = (height // patch) * (width // patch)
         else:
@@ -142,3 +145,16 @@ class Encoder(Ordinary):
     layouts: ClassVar[tuple[str, ...]] = ("rows", "image")
     architectures: ClassVar[tuple[str, ...]] = ("encoder",)
     drawn: ClassVar[type[OrdinaryOptions]] = TorchEncoderOptions
+
+    def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
+        spec = super().sample(rng, dataset, reference=reference)
+        if spec.layout != "image":
+            return spec
+        # Only now is the layout known; a patch that fits stays as it was drawn.
+        for patch in (spec.options["patch"], *PATCHES):
+            if made_of(patch, spec.input_shape):
+                return spec.replace(options={**spec.options, "patch": patch})
+        raise SpecError(
+            f"The family '{self.name}' cuts images into patches of {' or '.join(map(str, PATCHES))} pixels, which do"
+            f" not make up those of '{dataset.name}', {spec.input_shape[1]}x{spec.input_shape[2]}; choose another size."
+        )

@@ -156,6 +156,11 @@ def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
+def made_of(patch: int, shape: Sequence[int]) -> bool:
+    """Return whether square patches of a side make up images [C, H, W] of a shape."""
+    return patch >= 1 and all(size % patch == 0 for size in shape[1:])
+
+
 def check_options(what: str, **rules: tuple[Any, bool]) -> None:
     """Raise ``SpecError`` for the first option whose rule ``(value, is valid)`` does not hold."""
     for name, (value, valid) in rules.items():

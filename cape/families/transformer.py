@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError
-from cape.families.registry import DatasetInfo, Family, check_options, pick
+from cape.families.registry import DatasetInfo, Family, check_options, made_of, pick
 from cape.jsonconfig import JsonConfig
 
 
@@ -142,7 +142,7 @@ class Patches(nn.Module):
     def __init__(self, shape: tuple[int, ...], dim: int, patch: int) -> None:
         super().__init__()
         channels, height, width = shape
-        check_options("a transformer", patch=(patch, patch >= 1 and height % patch == 0 and width % patch == 0))
+        check_options("a transformer", patch=(patch, made_of(patch, shape)))
         self.grid = (height // patch, width // patch)
         self.projection = nn.Conv2d(channels, dim, patch, patch)
         nn.init.kaiming_normal_(self.projection.weight, nonlinearity="relu")
@@ -250,7 +250,8 @@ class CausalTransformer(nn.Module):
 class Transformer(Family):
     """ViT, CCT or PiT: one of the three presets, or (one draw in four) a randomized one of the three.
 
-    The authors' generator draws the presets only (``reference=True``). Sequences get a randomized causal one.
+    The authors' generator draws the presets only (``reference=True``). Images that no patches make up get a CCT,
+    sequences a randomized causal one.
     """
 
     name: ClassVar[str] = "transformer"
@@ -264,9 +265,11 @@ class Transformer(Family):
     def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
         if self.layout_for(dataset) == "tokens":
             return self.spec("causal", dataset, _random_encoder(rng, depths=(2, 3, 4)))
-        architecture = pick(rng, tuple(PRESETS))
+        shape = dataset.sample_shape("image")
+        architecture = pick(rng, tuple(name if _fits(PRESETS[name], shape) else "cct" for name in PRESETS))
         randomized = rng.random() < 0.25 and not reference
-        return self.spec(architecture, dataset, _randomized(rng, architecture) if randomized else PRESETS[architecture])
+        options = _randomized(rng, architecture, shape) if randomized else PRESETS[architecture]
+        return self.spec(architecture, dataset, options)
 
     def build(self, spec: ModelSpec) -> nn.Module:
         options = self.options(spec, _OPTIONS)
@@ -302,7 +305,13 @@ def _random_encoder(rng: np.random.Generator, depths: tuple[int, ...]) -> Encode
     )
 
 
-def _randomized(rng: np.random.Generator, architecture: str) -> JsonConfig:
+def _fits(options: JsonConfig, shape: tuple[int, ...]) -> bool:
+    """Return whether images of a shape can be cut into patches (of which a PiT pools two by two)."""
+    patch, pooled = getattr(options, "patch", 1), 2 if isinstance(options, PiTOptions) else 1
+    return made_of(patch, shape) and min(shape[1:]) >= pooled * patch
+
+
+def _randomized(rng: np.random.Generator, architecture: str, shape: tuple[int, ...]) -> JsonConfig:
     """Draw options between half of a preset and somewhat beyond it (at most 2.8 million parameters)."""
     if architecture == "pit":
         first, second = pick(rng, ((48, 96), (64, 128), (96, 192)))
@@ -311,5 +320,5 @@ def _randomized(rng: np.random.Generator, architecture: str) -> JsonConfig:
         return PiTOptions((first, second), depths, heads, pick(rng, (1.0, 2.0, 4.0)), pick(rng, (0.0, 0.1)))
     shared = _random_encoder(rng, (2, 3, 4, 5, 6) if architecture == "vit" else (2, 3, 4, 5)).to_dict()
     if architecture == "vit":
-        return ViTOptions(**shared, patch=pick(rng, (4, 8)))
+        return ViTOptions(**shared, patch=pick(rng, (4, 8 if made_of(8, shape) else 4)))
     return CCTOptions(**shared, stem=pick(rng, (32, 64)), strides=pick(rng, ((1, 2), (2, 2))))

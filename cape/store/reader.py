@@ -86,12 +86,6 @@ def list_chunks(meta_dir: Where, base: str | None = None) -> list[str]:
     ]
 
 
-def list_files(meta_dir: Where) -> list[Path]:
-    """Return the committed Parquet files of a folder, in a stable order; none where it does not exist."""
-    location = Location.of(meta_dir)
-    return [Path(location.path(name)) for name in list_chunks(location)]
-
-
 def read_spec(meta_dir: Where) -> SweepSpec | None:
     """Return the sweep that fills the meta-dataset, or None where there is none.
 

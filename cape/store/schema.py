@@ -32,9 +32,6 @@ EXTRA_PREFIX = "extra-"
 # Of a chunk below ROWS; early versions wrote the key of a shard before the hash.
 CHUNK_PATH = re.compile(r"family=[^/]+/dataset=[^/]+/(?:extra-)?(?:[0-9a-f]{8}-)?(?P<hash>[0-9a-f]{16})\.parquet")
 
-# How many losses of a trajectory, L_0 first, a row keeps.
-KEPT_LOSSES = 64
-
 ROW_SCHEMA = pa.schema(
     [
         pa.field("trial_id", pa.string(), nullable=False),

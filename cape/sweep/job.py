@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cape import datasets, families
-from cape.config import SweepSpec
+from cape.config import SweepSpec, TrialSpec
 from cape.datasets.known import known
-from cape.errors import SpecError, StoreError, first_line
+from cape.drawn import draw_model
+from cape.errors import ModelError, SpecError, StoreError, first_line
 from cape.store import claims, reader
 from cape.store.location import Location
 from cape.store.provenance import provenance
@@ -116,6 +117,8 @@ def check(
             member = families.get(family)
             layout, preprocess = member.layout_for(dataset), member.preprocess_for(spec.preprocess)
             dataset.batch(max(spec.batch_sizes), 0, layout, preprocess=preprocess)
+            with suppress(ModelError, RuntimeError):  # which fail one trial
+                draw_model(TrialSpec(family, name, 1, 1.0, preprocess=spec.preprocess), dataset)
     return None if root is None else Path(root).resolve()
 
 

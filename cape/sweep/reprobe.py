@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import torch
 
 from cape import datasets
-from cape.config import Augmentation, ModelSpec, TrialSpec
 from cape.errors import ModelError, SpecError, StoreError
 from cape.feature_names import FEATURE_NAMES
 from cape.jsonconfig import stable_hash
@@ -33,7 +32,7 @@ from cape.store.provenance import git_revision
 from cape.store.schema import ROW_SCHEMA
 from cape.store.writer import to_parquet
 from cape.sweep.job import load_imports
-from cape.trial import probe_trial
+from cape.trial import probe_trial, trial_of
 
 _OPTIONAL = ("log_tau_full",)  # which a sweep does not compute
 _COLUMNS = ("model", *FEATURE_NAMES)
@@ -134,13 +133,13 @@ def _probe_file(
     load_imports(imports)
     torch.set_num_threads(threads)
     table = pq.read_table(location.path(f"{base}/{name}"), partitioning=None)
-    family, dataset = reader.partition_of(name)
+    _, dataset = reader.partition_of(name)
     rows = table.to_pylist()
     found: dict[str, dict[str, Any] | None] = {}
     for row in rows:
         if row["trial_id"] not in found and row["model"] is not None and row["log_p"] is not None:
             try:
-                features, seconds = probe_trial(trial_of({**row, "family": family, "dataset": dataset}), "cpu", root)
+                features, seconds = probe_trial(trial_of({**row, "dataset": dataset}), "cpu", root)
             except (ModelError, RuntimeError):  # as in a sweep: the trial's fault, not the file's
                 found[row["trial_id"]] = None
             else:
@@ -152,20 +151,3 @@ def _probe_file(
         f"{aside}/{name}", to_parquet(pa.Table.from_pylist(rows, schema=pa.schema(fields.values(), metadata=metadata)))
     )
     return sum(v is not None for v in found.values()), sum(v is None for v in found.values())
-
-
-def trial_of(row: dict[str, Any]) -> TrialSpec:
-    """Return a trial that is probed as the one of a row was: with its seed, model and augmentation."""
-    augmentation = row.get("augmentation")
-    return TrialSpec(
-        family=row["family"],
-        dataset=row["dataset"],
-        batch_size=row["batch_size"],
-        lr=row["lr"],
-        seed=row["seed"],
-        task=row["task"],
-        precision=row["precision"],
-        preprocess=row["preprocess"],
-        model=ModelSpec.from_json(row["model"]),
-        augmentation=None if augmentation is None else Augmentation.from_json(augmentation),
-    )

@@ -8,6 +8,7 @@ an id once.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import hashlib
@@ -19,7 +20,7 @@ import sysconfig
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,17 +31,22 @@ from cape.jsonconfig import stable_hash
 from cape.store.provenance import REVISION_FILE, git_revision
 from cape.sweep.plan import read_spec
 
+Parse = Callable[[Sequence[str]], argparse.Namespace]
+
 COMMANDS = ("sweep", "fit", "evaluate")
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool = True, follow: bool = True) -> str:
+def submit(
+    command: str, arguments: Sequence[str], address: str, parse: Parse, *, ship: bool = True, follow: bool = True
+) -> str:
     """Submit a command as a Ray job, or attach to the job that already runs it; return the job's id.
 
     Args:
         command: one of ``COMMANDS``.
         arguments: what follows the command on the command line. Paths must exist on the cluster; a spec file is sent.
         address: of the job server, e.g. ``http://127.0.0.1:8265``.
+        parse: what the command line says, as the job will read it (``cape.cli``'s parser).
         ship: send this package as a wheel; False where every node has CAPE installed.
         follow: print the job's log and return when it is over.
 
@@ -53,7 +59,7 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
         raise SpecError(f"'{command}' cannot be submitted; choose one of {', '.join(COMMANDS)}.")
     client = connect(address)
     with tempfile.TemporaryDirectory(prefix="cape-submit-") as folder:
-        name, entrypoint = _prepare(command, list(arguments), Path(folder))
+        name, entrypoint = _prepare(command, list(arguments), parse, Path(folder))
         times = _times(client, name)
         running = [job for job in times.values() if job[1] not in _OVER]
         if running:
@@ -71,14 +77,12 @@ def submit(command: str, arguments: Sequence[str], address: str, *, ship: bool =
     return job_id
 
 
-def _prepare(command: str, arguments: list[str], folder: Path) -> tuple[str, str]:
+def _prepare(command: str, arguments: list[str], parse: Parse, folder: Path) -> tuple[str, str]:
     """Return the id of the first such job and its command line; put what it finds beside it into ``folder/job``."""
-    from cape.cli import build_parser  # a job is a command line: what a word of it means, its own parser knows
-
     job = folder / "job"
     job.mkdir()
     (job / "README").write_text("files of a CAPE job\n")  # Ray sends no empty folder
-    parsed = build_parser().parse_args([command, *arguments])
+    parsed = parse([command, *arguments])
     extra: list[str] = []
     if command == "sweep":
         if arguments[0] != parsed.spec or not parsed.out:

@@ -67,6 +67,19 @@ def test_classes_are_kept_renumbered_and_enough_for_a_batch() -> None:
         datasets.augmented(digits, Augmentation(), at_least=5000).batch(5000, 0, "vector")
 
 
+def test_classes_without_rows_are_classes() -> None:
+    features, labels = np.zeros((60, 4), np.float32), np.arange(60) % 5
+    some = datasets.from_arrays("some", features, labels, outputs=7)
+    for seed in range(20):
+        kept = datasets.augmented(some, Augmentation(seed=seed, classes=0.6), at_least=30)
+        names, y = kept.class_names, kept.batch(len(kept), 0, "vector")[1]
+        assert kept.outputs == len(names) >= 4 and len(kept) >= 30
+        assert torch.bincount(y, minlength=len(names)).tolist() == [12 if int(name) < 5 else 0 for name in names]
+    random = datasets.augmented(some, Augmentation(random_labels=1.0)).batch(60, 0, "vector")[1]
+    assert set(random.tolist()) == set(range(7))
+    assert datasets.augmented(some, Augmentation(classes=0.0), at_least=60).outputs >= 5
+
+
 def test_classes_are_cut_up_the_same_way_for_every_batch() -> None:
     digits = datasets.load("digits")
     fine = datasets.augmented(digits, Augmentation(seed=5, split=0.5))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -330,6 +334,31 @@ def test_torchvision_reads_what_lies_in_its_cache(tmp_path: Path, data_root: Pat
     torch.testing.assert_close(x, torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
     copy = pickle.loads(pickle.dumps(data))
     assert len(pickle.dumps(data)) < 5_000 and torch.equal(copy.batch(40, 0, "vector")[0], x)
+
+
+def test_one_process_downloads_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for processes: a lock belongs to whoever has opened the file."""
+    import torchvision
+
+    entered, overlaps, downloads = threading.Lock(), [], []
+
+    def make(root: str, **_: Any) -> SimpleNamespace:
+        overlaps.append(not entered.acquire(blocking=False))
+        if not (Path(root) / "whole").exists():
+            downloads.append(root)
+            time.sleep(0.2)
+            (Path(root) / "whole").touch()
+        entered.release()
+        return SimpleNamespace(data=np.zeros((20, 32, 32, 3), np.uint8), targets=[*range(10)] * 2)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", make)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: torchvision_source.load("cifar10", KNOWN["cifar10"], tmp_path), range(4)))
+    assert [len(data) for data in found] == [20] * 4
+    assert len(downloads) == 1 and not any(overlaps)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()  # a lock that cannot be opened, as in a cache that is only read
+    assert len(torchvision_source.load("cifar10", KNOWN["cifar10"], tmp_path)) == 20
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,21 @@ def test_numbers_of_any_size_are_standardized_alike(tmp_path: Path, scale: float
     assert sorted(y.tolist()) == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.1, -0.3, 7.0, 1e300])
+def test_a_constant_column_becomes_zero(value: float, tmp_path: Path) -> None:
+    for rows in (6, 37):
+        table = pa.table({"a": [value] * rows, "b": range(rows), "t": [value] * rows})
+        x, y = datasets.load(write(tmp_path, table.replace_schema_metadata(TARGET))).batch(rows, 0, "vector")
+        assert not x[:, 0].any() and not y.any() and x[:, 1].std() > 0.9
+
+
+def test_a_channel_that_is_constant_where_statistics_are_taken_is_not_divided_by_their_noise() -> None:
+    pixels = np.full((2000, 1, 8, 8), 101, np.uint8)
+    pixels[np.setdiff1d(np.arange(2000), np.linspace(0, 1999, 1000).astype(int))] = 201
+    x, _ = datasets.from_arrays("two shades", pixels, np.zeros(2000, np.int64)).batch(2000, 0, "vector")
+    assert x.abs().max() < 1
+
+
 def _metadata(**items: str) -> Callable[[], pa.Table]:
     return lambda: pictures([png()] * 3, [0, 1, 2]).replace_schema_metadata(items)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from cape import datasets
 from cape.config import Augmentation
 from cape.dataset_names import split_side
 from cape.datasets.known import known
 from cape.errors import DataError, SpecError
+from tests.datasets.test_parquet_files import pictures, write
 
 
 def test_names() -> None:
@@ -41,6 +44,26 @@ def test_other_sizes_are_bilinear(name: str, side: int, data_root: Path) -> None
     images = base.source.normalized(np.random.default_rng(0).choice(len(base), 5, replace=False), "image", "standard")
     expected = F.interpolate(torch.from_numpy(images), (side, side), mode="bilinear", align_corners=False)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+
+
+def test_a_users_images_are_decoded_at_the_size_asked_for(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, 96, 120, 3), np.uint8)
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        images = [Image.fromarray(a).convert(mode) for a in noise]
+        encoded: list[bytes | None] = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            encoded.append(buffer.getvalue())
+        path = write(tmp_path, pictures(encoded, [0, 1]), f"{mode}.parquet")
+        x, y = datasets.load(f"{path}@64").batch(2, 0, "image")
+        for values, label in zip(x, y.tolist(), strict=True):
+            pixels = np.asarray(images[label].resize((64, 64), Image.Resampling.BILINEAR)).reshape(64, 64, channels)
+            wanted = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).flatten(1)
+            # Normalized by the statistics of the dataset: a straight line through all pixels of a channel.
+            for pair in zip(values.flatten(1), wanted, strict=True):
+                assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.99999
+        assert x.std() > 0.8 and datasets.load(path).sample_shape("image") == (3, 32, 32)
 
 
 def test_it_is_a_dataset_like_any_other(data_root: Path, tmp_path: Path) -> None:

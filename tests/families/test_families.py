@@ -15,7 +15,7 @@ from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.cnn import MAX_PARAMETERS
 from cape.families.transformer import PRESETS
-from cape.tasks import loss_for
+from cape.tasks import TASK_LOSS, Loss
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def test_shape_determinism_round_trip_and_step(spec: ModelSpec) -> None:
 
     torch.manual_seed(5)
     x, y = batch(spec, 2)  # the smallest batch that batch norm trains on
-    loss = loss_for(spec.task)
+    loss = Loss(TASK_LOSS[spec.task])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     for _ in range(2):  # the first moves the head alone where it starts at zero
         outputs = model.train()(x)
@@ -259,6 +259,27 @@ def test_transformer_draws() -> None:
     assert counts["pit"] == (
         2 * block[96] + 2 * block[192] + 49 * 96 + 64 * 96 + 97 * 192 + 16 * 192 + 2 * 192 + 193 * 10
     )
+
+
+def test_images_of_any_size_are_cut_into_patches_that_make_them_up() -> None:
+    def of_side(side: int) -> Info:
+        return Info(f"digits@{side}", "classification", 10, (("image", (1, side, side)),))
+
+    for family in ("encoder", "transformer"):
+        whole = draws(family, of_side(32), 120)
+        for side in (28, 12, 4):
+            specs = draws(family, of_side(side), 120)
+            assert not any(side % s.options.get("patch", 1) for s in specs)
+            for spec, same in zip(specs, whole, strict=True):  # all that fits stays as it was drawn
+                if spec.architecture == same.architecture:
+                    changed = {k for k, v in spec.options.items() if v != same.options[k]}
+                    assert changed <= {"patch"} and (not changed or side % same.options["patch"])
+            for spec in {s.options.get("patch", s.architecture): s for s in specs}.values():
+                assert built(spec)(torch.randn(2, 1, side, side)).shape == (2, 10)
+    assert {s.architecture for s in draws("transformer", of_side(4), 40)} == {"vit", "cct"}  # a PiT pools
+    assert {s.architecture for s in draws("transformer", of_side(30), 40)} == {"cct"}
+    with pytest.raises(SpecError, match="patches of 4 or 8 pixels, .* 'digits@30', 30x30"):
+        draws("encoder", of_side(30), 1)
 
 
 def test_reference_preprocessing_differs_by_family() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cape import datasets, families
 from cape.config import ModelSpec
-from cape.tasks import loss_for
+from cape.tasks import TASK_LOSS, Loss
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -36,7 +36,7 @@ def test_families_train_on_real_data(family: str, name: str, task: str | None, d
     spec = min((made.sample(np.random.default_rng(seed), dataset) for seed in range(6)), key=parameters)
     x, y = dataset.batch(4, 0, made.layout_for(dataset))
     assert tuple(x.shape[1:]) == spec.input_shape
-    model, loss = families.build(spec).train(), loss_for(dataset.task)
+    model, loss = families.build(spec).train(), Loss(TASK_LOSS[dataset.task])
     for module in model.modules():  # without dropout's noise the loss of so few samples can be compared
         if isinstance(module, nn.Dropout):
             module.eval()

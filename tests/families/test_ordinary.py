@@ -18,7 +18,7 @@ from cape.family_names import RELATIVES, related
 from cape.probing.per_sample import per_sample_norms
 from cape.probing.reference import per_sample_norms_reference
 from cape.sweep.plan import Plan
-from cape.tasks import TASK_LOSS, loss_for
+from cape.tasks import TASK_LOSS, Loss
 from cape.trial import run_trials
 from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, batch, built, parameters
 
@@ -61,7 +61,7 @@ def test_it_builds_again_trains_and_is_probed_exactly(name: str, seed: int) -> N
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     torch.manual_seed(1)
     x, y = batch(spec, 3)
-    loss = loss_for(spec.task)
+    loss = Loss(TASK_LOSS[spec.task])
     value = loss.mean(model.train()(x), y)
     value.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

@@ -23,6 +23,7 @@ from cape.store.compact import compact, publish
 from cape.store.location import Location
 from cape.store.retry import retry
 from cape.store.verify import verify
+from tests.files import list_files
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def test_files_are_merged_and_rows_are_the_same(make_rows: MakeRows, tmp_path: P
     assert (done.before, done.after, done.rows, done.duplicates) == (14, 3, 72, 0)
     after = sorted(reader.read(tmp_path).to_pylist(), key=lambda r: (r["trial_id"], r["epsilon"]))
     assert after == before
-    (merged,) = [p for p in reader.list_files(tmp_path) if pq.read_metadata(p).num_rows == 72]
+    (merged,) = [p for p in list_files(tmp_path) if pq.read_metadata(p).num_rows == 72]
     metadata = pq.read_schema(merged).metadata
     assert metadata[b"cape_device"] == b"x" and metadata[b"cape_git_revision"] == b"several"
     assert os.readlink(tmp_path / "rows") == "_rows.1" and (tmp_path / "_rows.0").is_dir()
@@ -75,7 +76,7 @@ def test_files_are_merged_and_rows_are_the_same(make_rows: MakeRows, tmp_path: P
 def test_files_grow_to_the_target_and_no_further(make_rows: MakeRows, tmp_path: Path) -> None:
     for i in range(10):
         writer.write_shard(make_rows(20, first_seed=20 * i), tmp_path)
-    size = reader.list_files(tmp_path)[0].stat().st_size
+    size = list_files(tmp_path)[0].stat().st_size
     done = compact(tmp_path, target_bytes=int(2.5 * size))
     assert (done.before, done.after) == (10, 5)
     assert reader.count_rows(tmp_path) == 400
@@ -228,19 +229,19 @@ def test_rows_that_are_there_twice_are_left_once_however_large_their_files(make_
     for part in (rows[:8], rows[4:12], [*rows[12:16], *rows[12:14]], rows[16:]):
         writer.write_shard(part, tmp_path)
     before = {row["trial_id"]: row["t_star"] for row in reader.read(tmp_path).to_pylist()}
-    untouched = {p.name for p in reader.list_files(tmp_path)}
+    untouched = {p.name for p in list_files(tmp_path)}
     done = compact(tmp_path, target_bytes=1)
     assert (done.before, done.after, done.rows, done.duplicates) == (4, 4, 4 + 4, 4 + 2)
     after = reader.read(tmp_path).to_pylist()
     assert len(after) == 18 and {row["trial_id"]: row["t_star"] for row in after} == before
-    assert len(untouched & {p.name for p in reader.list_files(tmp_path)}) >= 2  # linked, not written anew
+    assert len(untouched & {p.name for p in list_files(tmp_path)}) >= 2  # linked, not written anew
     again = compact(tmp_path, target_bytes=1)
     assert (again.after, again.rows, again.duplicates) == (4, 0, 0) and os.readlink(tmp_path / "rows") == "_rows.1"
 
 
 def test_parquet_of_another_kind_is_one_sentence(make_rows: MakeRows, tmp_path: Path) -> None:
     writer.write_shard(make_rows(2), tmp_path)
-    (path,) = reader.list_files(tmp_path)
+    (path,) = list_files(tmp_path)
     pq.write_table(pa.table({"x": [1.0]}), path.with_name(f"{'a' * 16}.parquet"))
     for size in (1, 2**20):
         with pytest.raises(StoreError, match="cannot be read, nothing was changed"):

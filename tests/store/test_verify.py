@@ -16,6 +16,7 @@ from cape.store.compact import compact
 from cape.store.verify import verify
 from cape.sweep.inline import run_inline
 from cape.sweep.plan import Plan
+from tests.files import list_files
 
 SPEC = SweepSpec(
     families=("mlp",),
@@ -62,7 +63,7 @@ def test_a_finished_sweep_is_sound(meta: Path) -> None:
 
 
 def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -> None:
-    truncated, flipped = reader.list_files(meta)[:2]
+    truncated, flipped = list_files(meta)[:2]
     whole = reader.read(meta, columns=["trial_id", "epsilon", "t_star", "log_g2"]).to_pylist()
     truncated.write_bytes(truncated.read_bytes()[:-100])
     turn_a_bit(flipped, "l0")
@@ -85,7 +86,7 @@ def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -
 
     again = reader.read(meta, columns=["trial_id", "epsilon", "t_star", "log_g2"]).to_pylist()
     assert sorted(again, key=key) == sorted(whole, key=key)
-    first = reader.list_files(meta)[0]
+    first = list_files(meta)[0]
     first.rename(renamed)
     assert [reason for _, reason in verify(meta, ids).foreign] == ["its trials are not those that its name stands for"]
 
@@ -102,7 +103,7 @@ def test_rows_that_are_there_twice_and_trials_of_no_plan_are_counted(meta: Path)
 
 
 def test_a_trial_without_all_its_rows_is_incomplete(meta: Path) -> None:
-    path = reader.list_files(meta)[0]
+    path = list_files(meta)[0]
     table = pq.read_table(path, partitioning=None)
     path.unlink()
     pq.write_table(table.slice(0, table.num_rows - 1), path)
@@ -124,7 +125,7 @@ def test_a_turned_bit_is_an_error_gets_no_new_checksum_and_a_resume_mends_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = {(r["trial_id"], r["epsilon"]): r["log_g2"] for r in reader.read(meta).to_pylist()}
-    path = reader.list_files(meta)[0]
+    path = list_files(meta)[0]
     turn_a_bit(path, "log_g2")
     with pytest.raises(StoreError, match=f"{path.name} cannot be read .*--resume"):
         reader.read(meta)
@@ -137,7 +138,7 @@ def test_a_turned_bit_is_an_error_gets_no_new_checksum_and_a_resume_mends_it(
 
 @pytest.mark.parametrize("foreign", [{"a": [1]}, {"trial_id": ["x"], "t_star": ["many"]}], ids=["other", "text"])
 def test_parquet_of_another_kind_is_set_aside(meta: Path, foreign: dict[str, list[object]]) -> None:
-    path = reader.list_files(meta)[0].with_name(f"{'b' * 16}.parquet")
+    path = list_files(meta)[0].with_name(f"{'b' * 16}.parquet")
     rest = {"sweep_hash": ["s"], "epsilon": [0.1], "stop_reason": ["cap"]} if "trial_id" in foreign else {}
     pq.write_table(pa.table({**foreign, **rest}), path)
     assert [name.rsplit("/", 1)[-1] for name, _ in verify(meta, ids).foreign] == [path.name]
@@ -157,7 +158,7 @@ def test_rows_without_their_link_are_not_taken_for_none(meta: Path) -> None:
 
 
 def test_rows_that_are_there_twice_are_said(meta: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = reader.list_files(meta)[0]
+    path = list_files(meta)[0]
     shutil.copy(path, path.with_name(f"{'c' * 16}.parquet"))
     run_inline(SPEC, meta, resume=True, progress=False)
     assert "there more than once" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from cape.sweep.inline import run_inline
 from cape.sweep.job import SweepResult
 from cape.sweep.plan import Plan
 from cape.sweep.shard_run import FLIGHTS, MAX_TRIES, TRIES
+from tests.files import list_files
 from tests.sweep.nodes import counters
 
 HERE = Path(__file__).resolve().parent
@@ -354,7 +355,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk: Path, truth: 
 
 def test_a_corrupt_chunk_is_set_aside_and_run_again(out: Path, truth: dict, capsys: pytest.CaptureFixture[str]) -> None:
     run_inline(SLOW, out, **QUICK)
-    broken = reader.list_files(out)[1]
+    broken = list_files(out)[1]
     broken.write_bytes(broken.read_bytes()[:1000])
     lost = check(out)
     assert [name.rsplit("/", 1)[-1] for name, _ in lost.unreadable] == [broken.name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cape.store import reader
+from tests.files import list_files
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = ROOT / "ray_jobs"
@@ -188,5 +188,5 @@ def test_a_sweep_submitted_twice_runs_once(ray_session: None, tmp_path: Path) ->
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "12 rows of 4 trials" in done.stdout
-        files.append({p: p.stat().st_mtime_ns for p in reader.list_files(out)})
+        files.append({p: p.stat().st_mtime_ns for p in list_files(out)})
     assert files[0] == files[1]

@@ -21,6 +21,7 @@ from cape.store.location import Location
 from cape.sweep import reprobe as module
 from cape.sweep.inline import run_inline
 from cape.sweep.reprobe import reprobe
+from tests.files import list_files
 
 SPEC = SweepSpec(
     families=("mlp",), datasets=("digits",), lrs=(1e-3,), batch_sizes=(16, 32), trials_per_cell=3, augmented=True
@@ -47,7 +48,7 @@ def old(swept: Path, tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
     meta = tmp_path / "meta"
     shutil.copytree(swept, meta, symlinks=True)
     expected = rows_of(meta)
-    for path in reader.list_files(meta):
+    for path in list_files(meta):
         table = pq.read_table(path, partitioning=None)
         pq.write_table(table.drop_columns([NEWEST]), path)
     assert all(r[NEWEST] is None for r in rows_of(meta))
@@ -61,7 +62,7 @@ def test_missing_features_come_back_as_they_were(
     monkeypatch.setattr("cape.logs._EVERY_S", 0.0)  # what takes long says how far it is
     found = reprobe(meta)
     assert f"0/{found.files} files probed" in capsys.readouterr().err
-    assert (found.trials, found.failed) == (6, 0) and found.files == len(reader.list_files(meta)) > 1
+    assert (found.trials, found.failed) == (6, 0) and found.files == len(list_files(meta)) > 1
     assert rows_of(meta) == expected
     assert reader.rows_folder(meta) == "_rows.1" and not list(meta.glob("_reprobe*"))
     assert reprobe(meta).files == 0 and reader.rows_folder(meta) == "_rows.1"
@@ -85,7 +86,7 @@ def test_it_goes_on_where_it_was_interrupted(
         reprobe(meta)
     assert reader.rows_folder(meta) == "_rows.0" and all(r[NEWEST] is None for r in rows_of(meta))
     waiting = {p.name for folder in meta.glob("_reprobe*") for p in folder.rglob("*.parquet")}
-    assert 0 < len(waiting) < len(reader.list_files(meta))
+    assert 0 < len(waiting) < len(list_files(meta))
     monkeypatch.setattr(module, "probe_trial", real)
     assert reprobe(meta).trials < 6
     assert rows_of(meta) == expected
@@ -110,7 +111,7 @@ def test_a_compaction_that_ends_meanwhile_is_kept(
 
 def test_rows_that_cannot_be_probed_stay(old: tuple[Path, list[dict[str, Any]]]) -> None:
     meta, expected = old
-    path = reader.list_files(meta)[0]
+    path = list_files(meta)[0]
     table = pq.read_table(path, partitioning=None)
     foreign = table.set_column(table.schema.get_field_index("model"), "model", pa.nulls(len(table), pa.string()))
     pq.write_table(foreign, path)

@@ -28,6 +28,7 @@ from cape.sweep.inline import run_inline
 from cape.sweep.job import Job, running
 from cape.sweep.plan import Plan, Shard
 from cape.trial import device_name
+from tests.files import list_files
 
 SPEC = SweepSpec(
     name="test",
@@ -67,8 +68,8 @@ def test_inline_writes_every_trial_once(tmp_path: Path) -> None:
     assert (result.rows, result.trials, result.failed) == (24, 12, 0)
     assert result.out == tmp_path / "a" and result.seconds > 0
     assert {key[0] for key in table(result.out)} == {t.trial_id for t in plan.trials()}
-    assert len(reader.list_files(result.out)) > 1
-    schema = pq.read_schema(reader.list_files(result.out)[0])
+    assert len(list_files(result.out)) > 1
+    schema = pq.read_schema(list_files(result.out)[0])
     origin = {k.decode(): v.decode() for k, v in schema.metadata.items() if k.startswith(b"cape_")}
     assert origin["cape_spec_hash"] == SPEC.spec_hash and origin["cape_precision"] == "float32"
     assert origin["cape_schema_version"] == "1" and origin["cape_version"] and origin["cape_git_revision"]
@@ -94,7 +95,7 @@ def test_ray_gives_the_same_numbers_and_resumes_what_is_missing(
     assert left == {"_spec.json", "_specs", "_status.json", "_log.jsonl", "_flights"}  # not Tune's state, not a claim
     assert not list((ray.out / ".tmp").iterdir()) and not list((ray.out / "_flights").iterdir())
 
-    files = reader.list_files(ray.out)
+    files = list_files(ray.out)
     kept = {p: p.stat().st_mtime_ns for p in files[2:]}
     for path in files[:2]:
         path.unlink()
@@ -289,7 +290,7 @@ def test_a_folder_of_another_sweep_is_refused_and_untouched(ray_session: None, t
 
 def test_a_sweep_may_be_extended_and_runs_only_what_is_new(tmp_path: Path) -> None:
     first = run_inline(SPEC, tmp_path, **QUICK)
-    before, files = table(tmp_path), {p: p.stat().st_mtime_ns for p in reader.list_files(tmp_path)}
+    before, files = table(tmp_path), {p: p.stat().st_mtime_ns for p in list_files(tmp_path)}
     larger = SPEC.replace(trials_per_cell=8, batch_sizes=(8, 16), lrs=(5e-4, *SPEC.lrs))
     second = run_inline(larger, tmp_path, resume=True, **QUICK)
     assert (first.trials, second.trials) == (12, 48)
@@ -368,6 +369,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         ((SpecError, DataError), SPEC.replace(datasets=("digitz",))),
         (DataError, SPEC.replace(batch_sizes=(10**6,))),
         (SpecError, SPEC.replace(task="sequence")),
+        (SpecError, SPEC.replace(families=("encoder",), datasets=("digits@30",))),
     ):
         with pytest.raises(error):
             run_sweep(spec, out, **QUICK)

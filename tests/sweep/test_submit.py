@@ -22,6 +22,7 @@ from cape.errors import SpecError
 from cape.store import reader
 from cape.store.location import Location
 from cape.sweep import submit
+from tests.files import list_files
 from tests.sweep.nodes import clean_environment, free_ports, ray_start
 
 SPEC = SweepSpec(
@@ -35,6 +36,7 @@ SPEC = SweepSpec(
     stopping=StoppingRule(max_steps=30),
 )
 TOKEN = "a-token-of-this-test-only-0123456789"
+PARSE = cli.build_parser().parse_args
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -79,14 +81,14 @@ def test_a_sweep_is_submitted_followed_attached_to_and_stopped(
     job_id = f"cape-sweep-{SPEC.spec_hash}"
     assert f"submitted {job_id}" in done.stderr
     assert "8 rows of 4 trials" in done.stdout  # the job's log
-    (path, *_) = reader.list_files(out)
+    (path, *_) = list_files(out)
     revision = pq.read_schema(path).metadata[b"cape_git_revision"].decode()
     assert "wheel." in revision  # the code that was sent, not what is installed here
-    before = {p: p.stat().st_mtime_ns for p in reader.list_files(out)}
+    before = {p: p.stat().st_mtime_ns for p in list_files(out)}
     again = run(*sweep)
     assert again.returncode == 0 and f"submitted {job_id}" in again.stderr  # it is over: run again, with nothing to do
     assert "8 rows of 4 trials" in again.stdout
-    assert {p: p.stat().st_mtime_ns for p in reader.list_files(out)} == before
+    assert {p: p.stat().st_mtime_ns for p in list_files(out)} == before
     for file in out.rglob("*"):
         if file.is_file() and file.suffix != ".parquet":
             assert TOKEN.encode() not in file.read_bytes()
@@ -170,7 +172,7 @@ def test_a_job_that_is_over_runs_again_and_one_that_runs_is_attached_to(
     monkeypatch.setattr(submit, "connect", lambda _: jobs)
 
     def send() -> str:
-        return submit.submit("fit", ["meta", "--out", "model"], "http://head:8265", ship=False, follow=False)
+        return submit.submit("fit", ["meta", "--out", "model"], "http://head:8265", PARSE, ship=False, follow=False)
 
     first = send()
     for state in ("PENDING", "RUNNING"):
@@ -191,14 +193,14 @@ def test_a_sweep_needs_a_place_to_write_to(tmp_path: Path) -> None:
         ["smoke", "--owt=x"],
     ):
         with pytest.raises(SpecError, match="--out|expected one argument|--owt"):
-            submit._prepare("sweep", arguments, Path(tempfile.mkdtemp(dir=tmp_path)))
+            submit._prepare("sweep", arguments, PARSE, Path(tempfile.mkdtemp(dir=tmp_path)))
 
 
 def test_both_ways_to_write_an_option_are_one_job(tmp_path: Path) -> None:
     made = []
     for i, out in enumerate((["--out", "/mnt/x"], ["--out=/mnt/x"])):
         (tmp_path / str(i)).mkdir()
-        made.append(submit._prepare("sweep", ["smoke", "--data=auto", *out], tmp_path / str(i)))
+        made.append(submit._prepare("sweep", ["smoke", "--data=auto", *out], PARSE, tmp_path / str(i)))
     assert made[0][0] == made[1][0]
     for _, line in made:
         words = shlex.split(line)
