@@ -8,24 +8,16 @@ torch's once in a process, and torch draws where a bit differs or the extension 
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from cape.native import native_module
+
 # What holds one Mersenne Twister: 624 numbers and how many of them are used up (csrc/include/cape/twister.h).
 _STATE = 625
 _FEWEST = 16  # normal numbers that torch makes by another formula, one by one
-
-
-@lru_cache(maxsize=1)
-def _built() -> bool:
-    try:
-        importlib.import_module("cape._C")
-    except ImportError:  # `probing.ops` says once that everything is slower without it
-        return False
-    return True
 
 
 def normal_(tensor: Tensor, std: float) -> Tensor:
@@ -40,7 +32,7 @@ def normal_(tensor: Tensor, std: float) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _normals_agree() -> bool:
-    if not _built():
+    if native_module() is None:
         return False
     ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
     made, expected = torch.empty(4099), torch.empty(4099)
@@ -57,7 +49,7 @@ def _normals_agree() -> bool:
 @lru_cache(maxsize=1)
 def ones_agree() -> bool:
     """Return whether ``OnesDraws`` draws here what ``torch.Tensor.bernoulli_`` does."""
-    if not _built():
+    if native_module() is None:
         return False
     draws, generator = OnesDraws(1), torch.Generator().manual_seed(1)
     draws.seed(0, 1)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cape.convergence.draws import Draws
+from cape.native import native_module
 from cape.probing.chain import Elementwise, aligned, apart, dense, dense_back, evenly_spaced
-from cape.probing.ops import native_module
 
 # Products of fewer rows go through another kernel for one matrix than for many (seen with MKL): one at a time.
 _FEW_ROWS = 16

@@ -11,7 +11,7 @@ import torch
 
 from cape import randoms
 from cape.convergence.draws import CounterDraws, GeneratorDraws
-from cape.probing.ops import native_module
+from cape.native import native_module
 
 
 def test_generator_draws_are_the_same_however_many_threads_make_them() -> None:
@@ -39,6 +39,16 @@ def test_native_draws_refuse_what_no_generator_has() -> None:
         with pytest.raises(RuntimeError, match="std must not be negative"):
             torch.ops.cape.normal_(out, 0.0, std)
     assert not out.any()
+
+
+def test_opcheck() -> None:
+    native_module()
+    out, states = torch.zeros(1, 32), torch.zeros(1, 625, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.cape.seed_draws_, (states, 0, 1))
+    torch.ops.cape.seed_draws_(states, 0, 1)
+    torch.library.opcheck(torch.ops.cape.draw_ones_, (out, states, 0.5))
+    repeated = ("test_schema", "test_autograd_registration", "test_faketensor")  # two calls draw other numbers
+    torch.library.opcheck(torch.ops.cape.normal_, (out, 0.0, 1.0), test_utils=repeated)
 
 
 def test_native_draws_count_as_writes() -> None:

@@ -12,7 +12,7 @@ from cape.convergence import layers
 from cape.convergence.draws import draws_for
 from cape.convergence.layers import BatchNorm
 from cape.convergence.stack import loss_gradients, stacked_losses
-from cape.probing.ops import native_module
+from cape.native import native_module
 from cape.tasks import Loss
 
 
@@ -67,6 +67,15 @@ def test_batch_norms_of_other_shapes_are_refused_and_of_other_strides_read() -> 
     ):
         with pytest.raises(RuntimeError, match=f"cape: stacked_batch_norm.*: {what} must"):
             op(*args)
+
+
+def test_opcheck() -> None:
+    native_module()
+    x, rows = torch.randn(3, 4, 5), torch.randn(3, 5)
+    torch.library.opcheck(torch.ops.cape.stacked_batch_norm, (x, rows, rows, 1e-5))
+    torch.library.opcheck(torch.ops.cape.stacked_batch_norm, (x, None, None, 1e-5))
+    torch.library.opcheck(torch.ops.cape.stacked_batch_norm_backward, (x, x, rows, rows, rows))
+    torch.library.opcheck(torch.ops.cape.stacked_batch_norm_backward, (x, x, None, rows, rows))
 
 
 def test_the_native_batch_norm_serves_the_families_own_widths() -> None:
