@@ -237,9 +237,11 @@ def data(args: argparse.Namespace) -> None:
 def import_csv(args: argparse.Namespace) -> None:
     """``cape import-csv FILE.csv --family cnn --out META_DIR``."""
     from cape.store.importers import import_csv as import_file
+    from cape.store.location import Location
 
-    rows = import_file(args.csv, args.family, args.out)
-    print(f"Imported {rows} rows of {args.csv} into {args.out}")
+    where = Location.of(args.out)  # prints no credentials
+    rows = import_file(args.csv, args.family, where)
+    print(f"Imported {rows} rows of {args.csv} into {where}")
 
 
 def info(args: argparse.Namespace) -> None:

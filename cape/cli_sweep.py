@@ -77,16 +77,18 @@ def store(args: argparse.Namespace) -> None:
         print(rows_path(args.meta_dir))
     elif args.action == "verify":
         from cape.store import reader
+        from cape.store.location import Location
         from cape.store.verify import verify
         from cape.sweep.plan import Plan
 
-        if not reader.read_specs(args.meta_dir) and not reader.list_chunks(args.meta_dir):
-            raise StoreError(f"{args.meta_dir} holds no meta-dataset; name the folder that a sweep wrote.")
-        found = verify(args.meta_dir, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
+        where = Location.of(args.meta_dir)  # prints no credentials
+        if not reader.read_specs(where) and not reader.list_chunks(where):
+            raise StoreError(f"{where} holds no meta-dataset; name the folder that a sweep wrote.")
+        found = verify(where, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
         print(found)
         if not found.sound:
             done = "They were set aside" if args.set_aside else "Add --set-aside to move unreadable and foreign files"
-            raise StoreError(f"{args.meta_dir} is not sound. {done}; a resume then runs their trials again.")
+            raise StoreError(f"{where} is not sound. {done}; a resume then runs their trials again.")
     elif args.action == "reprobe":
         from cape.sweep.reprobe import reprobe
 

@@ -17,6 +17,7 @@ from cape.evaluation.run import Evaluation, evaluate
 from cape.evaluation.table import Table, show
 from cape.metamodel.fit import load_or_fit
 from cape.metamodel.rows import read_rows
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
@@ -74,7 +75,7 @@ def report(
     Raises:
         DataError, StoreError: as ``evaluate``, and where the file cannot be written.
     """
-    path = Path(out_html)
+    path = local_path(out_html, "A report")
     if path.is_dir():
         raise StoreError(f"{path} is a directory; name the HTML file to write.")
     rows = read_rows(meta_dir)

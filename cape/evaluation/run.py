@@ -20,6 +20,7 @@ from cape.evaluation.table import FLOOR, Table
 from cape.evaluation.tables import build_tables, cost_table
 from cape.metamodel.presets import Preset
 from cape.metamodel.rows import read_rows
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,7 +108,7 @@ def _files_of(store: Path) -> list[str]:
 
 def check_report_dir(out: str | os.PathLike[str]) -> Path:
     """Return the report directory, or raise ``StoreError`` where it is a file or holds something else."""
-    directory = Path(out)
+    directory = local_path(out, "A report")
     if directory.exists() and not directory.is_dir():
         raise StoreError(f"{directory} is a file; name a directory to write the report to.")
     if directory.exists() and any(directory.iterdir()) and not (directory / "predictions.parquet").exists():

@@ -31,6 +31,7 @@ from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import in_steps, load_booster, predict_log, xgboost
 from cape.metamodel.rows import NUMERIC, as_rows
 from cape.metamodel.surface import Surface, smooth, spreads, widths
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     import xgboost as xgb
@@ -103,7 +104,7 @@ class MetaModel:
         """Write the model directory (each file atomically, the card last) and return it.
 
         Raises:
-            StoreError: the directory holds something that is not a meta-regressor.
+            SpecError: a URI. StoreError: the directory holds something that is not a meta-regressor.
         """
         out = check_out(directory)
         files = {_file(name): bytes(b.save_raw("ubj")) for name, b in self.boosters.items()}
@@ -141,12 +142,12 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            SpecError: what is no path. StoreError: no card, a missing or altered file, a newer format, or surfaces of
-                formats 3 to 6.
+            SpecError: what is no path, or a URI. StoreError: no card, a missing or altered file, a newer format, or
+                surfaces of formats 3 to 6.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise SpecError(f"A meta-regressor is a MetaModel or the path of its directory, not {directory!r}.")
-        path = Path(os.path.expanduser(directory))
+        path = local_path(directory, "A meta-regressor")
         if not (path / "card.json").is_file():
             raise StoreError(f"There is no meta-regressor in {path}; run `cape fit META_DIR --out {path}` to make one.")
         try:
@@ -214,7 +215,7 @@ def check_out(directory: str | os.PathLike[str]) -> Path:
 
     What a fit left that was killed while it saved is no reason to refuse.
     """
-    out = Path(os.path.expanduser(directory))
+    out = local_path(directory, "A meta-regressor")
     whole = out.is_dir() and (out / "card.json").is_file()
     if out.exists() and not whole and not (out.is_dir() and all(_OWN.fullmatch(f.name) for f in out.iterdir())):
         raise StoreError(f"{out} exists and holds no meta-regressor; name an empty or new directory to write one.")

@@ -17,6 +17,8 @@ import pyarrow.csv as pa_csv
 from cape.config import check_epsilon, check_lr
 from cape.errors import CapeError, DataError, SpecError
 from cape.jsonconfig import stable_hash
+from cape.paths import local_path
+from cape.store.reader import Where
 from cape.store.schema import ROW_SCHEMA
 from cape.store.writer import write_shard
 
@@ -36,7 +38,7 @@ _HANDLED = {*_REQUIRED, *_FEATURES, "converged", "censored_reason", "logFinalLos
 _DATASETS = {"fashionmnist": "fashion_mnist", "californiahousing": "california_housing"}
 
 
-def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
+def import_csv(csv: str | Path, family: str, out: Where) -> int:
     """Add the rows of a published CSV to a meta-dataset.
 
     The CSV counts T* from 1 (updates + 1): 1 is subtracted. Each of its rows was trained on its own and becomes a
@@ -45,7 +47,7 @@ def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
     Args:
         csv: file with a header line.
         family: family of every row of the file.
-        out: folder of the meta-dataset; made where it does not exist.
+        out: folder or URI of the meta-dataset; made where it does not exist.
 
     Returns:
         The number of rows.
@@ -54,7 +56,7 @@ def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
         DataError: no such file, not a CSV, a column missing, or a value that cannot be (the message names the line).
         StoreError: ``out`` cannot be written to.
     """
-    path = Path(csv)
+    path = local_path(csv, "A CSV file")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
         raise SpecError(f"A family's name is made of letters, digits, '-' and '_', not {family!r}.")
     table, digest = _read(path)
