@@ -115,7 +115,7 @@ def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path:
     assert run_inline(larger, uri, resume=True, progress=False).rows == 12
     found = verify(uri, lambda spec: Plan(spec).all_ids())
     assert found.sound and (found.rows, found.missing) == (12, 0)
-    with pytest.raises(StoreError, match="--out"):
+    with pytest.raises(StoreError, match="--out FOLDER"):
         compact(uri)
     assert compact(uri, out=tmp_path / "local").rows == 12
     assert verify(tmp_path / "local", lambda spec: Plan(spec).all_ids()).sound
