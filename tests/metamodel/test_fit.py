@@ -17,9 +17,11 @@ import pytest
 from authors import FAMILIES, reference, rows
 
 from cape.errors import DataError, SpecError, StoreError
+from cape.metamodel import artifact
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
 from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, select
 from cape.metamodel.fit import fit, fit_table
+from cape.metamodel.intervals import Conformal
 from cape.metamodel.line import POOLED
 from cape.metamodel.presets import PRESETS, SHARES, SIZES, STRUCTURES
 from cape.metamodel.reach import Reach
@@ -170,7 +172,8 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
     with pytest.raises(StoreError, match="cape fit"):
         MetaModel.load(tmp_path / "none")
     whole = model.save(tmp_path / "m")
-    for name in ("model.ubj.gz", "calibration.json", "card.json"):
+    for pattern in ("model.*.ubj.gz", "calibration.*.json", "card.json"):
+        (name,) = (file.name for file in whole.glob(pattern))
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(whole, broken)
         (broken / name).write_bytes((broken / name).read_bytes()[:-20])
@@ -211,28 +214,68 @@ def test_a_negative_seed_is_refused_before_anything_is_fitted(sample: Rows) -> N
         fit_table(sample, seed=-1)
 
 
-def test_a_directory_of_before_its_boosters_were_compressed_is_read(
-    sample: Rows, model: MetaModel, tmp_path: Path
+@pytest.mark.parametrize("version", [7, 8])
+def test_a_directory_of_before_its_boosters_were_compressed_or_its_names_had_digests_is_read(
+    sample: Rows, model: MetaModel, tmp_path: Path, version: int
 ) -> None:
     whole = model.save(tmp_path / "m")
-    card = json.loads((whole / "card.json").read_text())
-    for name in [n for n in card["files"] if n.endswith(".gz")]:
-        data = gzip.decompress((whole / name).read_bytes())
-        (whole / name.removesuffix(".gz")).write_bytes(data)
+    card, files = json.loads((whole / "card.json").read_text()), {}
+    for name, digest in card["files"].items():
+        data, plain = (whole / name).read_bytes(), name.replace(f".{digest[:8]}.", ".")
+        if version == 7 and name.endswith(".gz"):
+            data, plain = gzip.decompress(data), plain.removesuffix(".gz")
+        (whole / plain).write_bytes(data)
         (whole / name).unlink()
-        del card["files"][name]
-        card["files"][name.removesuffix(".gz")] = hashlib.blake2b(data, digest_size=16).hexdigest()
-    (whole / "card.json").write_text(json.dumps({**card, "format": 7}))
+        files[plain] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    (whole / "card.json").write_text(json.dumps({**card, "format": version, "files": files}))
     np.testing.assert_array_equal(MetaModel.load(whole).predict(sample), model.predict(sample))
     model.save(whole)
-    assert not list(whole.glob("*.ubj"))  # nothing stale stays
+    assert {f.name for f in whole.iterdir()} == {*card["files"], "card.json"}  # nothing stale stays
 
 
 def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m")
     (whole / "card.json").unlink()
-    (whole / ".model.ubj.gz.4711").write_bytes(b"half")
+    half, another = whole / ".model.01234567.ubj.gz.4711", whole / "calibration.01234567.json"
+    for file in (half, another):
+        file.write_bytes(b"half")
+    os.utime(half, (0, 0))
     assert MetaModel.load(model.save(whole)).families == model.families
+    assert not half.exists() and another.exists()  # which a save that goes on has just written
+
+
+def test_a_save_that_is_killed_leaves_the_model_that_was_there(
+    sample: Rows, model: MetaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other = model.save(tmp_path / "m"), dataclasses.replace(model, conformal=Conformal())
+    with monkeypatch.context() as killed:
+
+        def replace(temporary: Path, final: Path) -> None:
+            if final.name == "card.json":
+                raise KeyboardInterrupt
+            os.rename(temporary, final)
+
+        killed.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(whole)
+    np.testing.assert_allclose(MetaModel.load(whole).interval(sample), model.interval(sample), rtol=1e-5)
+    other.save(whole)
+    assert np.isinf(MetaModel.load(whole).interval(sample)[1]).all()
+
+
+def test_a_model_is_loaded_while_another_is_saved_over_it(
+    sample: Rows, model: MetaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other = model.save(tmp_path / "m"), dataclasses.replace(model, conformal=Conformal())
+    check, saves = artifact._check_card, iter([other])
+
+    def meanwhile(card: object) -> None:
+        check(card)
+        for save in saves:  # between the card and its files, once
+            save.save(whole)
+
+    monkeypatch.setattr(artifact, "_check_card", meanwhile)
+    assert np.isinf(MetaModel.load(whole).interval(sample)[1]).all()
 
 
 def test_what_cannot_be_written_leaves_no_directory(model: MetaModel, tmp_path: Path) -> None:
