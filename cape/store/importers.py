@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from cape.config import check_epsilon, check_lr
-from cape.errors import CapeError, DataError, SpecError
+from cape.errors import CapeError, DataError
+from cape.family_names import check_family_name
 from cape.jsonconfig import stable_hash
 from cape.paths import local_path
 from cape.store.reader import Where
@@ -53,12 +54,12 @@ def import_csv(csv: str | Path, family: str, out: Where) -> int:
         The number of rows.
 
     Raises:
+        SpecError: a name that no family can have.
         DataError: no such file, not a CSV, a column missing, or a value that cannot be (the message names the line).
         StoreError: ``out`` cannot be written to.
     """
     path = local_path(csv, "A CSV file")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
-        raise SpecError(f"A family's name is made of letters, digits, '-' and '_', not {family!r}.")
+    check_family_name(family)
     table, digest = _read(path)
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
