@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from csv import reader as csv_reader
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def import_csv(csv: str | Path, family: str, out: Where) -> int:
         try:
             row = _row(record, family)
         except (CapeError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}, line {i + 2}: {error}") from error
+            raise DataError(f"{path}, line {_line(path, i)}: {error}") from error
         cell = (row["architecture"], row["dataset"], row["batch_size"], row["lr"], row["epsilon"])
         row["replicate"] = replicates[cell]
         replicates[cell] += 1
@@ -97,6 +99,13 @@ def _read(path: Path) -> tuple[pa.Table, str]:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _line(path: Path, record: int) -> int:
+    """Return the line on which a record ends: blank lines are none, and quoted cells may have several."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv_reader(file)
+        return next(islice((reader.line_num for cells in reader if cells), record + 1, None))
 
 
 def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:
