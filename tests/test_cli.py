@@ -431,8 +431,14 @@ def test_looking_after_a_meta_dataset(run: Run, tmp_path: Path) -> None:
     expect_sentence(run("sweep", "status", tmp_path / "absent"), "No sweep has run")
     expect_sentence(run("sweep", "status"), "cape sweep status DIR")
     expect_sentence(run("sweep", "smoke", "status", "--out", out), "one argument too many")
+    code, printed, _ = run("store", "compact", out, "--out", tmp_path / "copy")
+    assert code == 0 and run("sweep", "status", tmp_path / "copy")[1].endswith("12/12 trials are there\n")
+    store.write_shard(store.read(out).to_pylist(), out)  # once more, in one chunk
+    twice = run("store", "verify", out)
+    expect_sentence(twice, f"`cape store compact {out}` leaves every row once")
+    assert "resume" not in twice[2]
     (out / "_rows.1" / "family=mlp" / "dataset=digits" / "x.parquet").write_bytes(b"PAR1")
-    expect_sentence(run("store", "verify", out), "--set-aside")
+    expect_sentence(run("store", "verify", out), "--set-aside", "store compact")
 
 
 # --- another sweep's directory ---
