@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_published_accuracy_with_log_epsilon_in_corpus() -> None:
     assert all(88 < covered[f] < 92 for f in ("mlp", "rnn"))
 
 
-def test_bad_requests_fail_before_any_fit(tmp_path: Path) -> None:
+def test_bad_requests_fail_before_any_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = rows(every=200)
     with pytest.raises(SpecError, match="Unknown protocol"):
         evaluate(table, "in_corpus")
@@ -220,6 +221,14 @@ def test_bad_requests_fail_before_any_fit(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
         evaluate(table, out=tmp_path / "file")
+    few = table.slice(0, 10)
+    with pytest.raises(StoreError, match="no meta-regressor in"):
+        report(few, tmp_path / "report.html", tmp_path / "absent")
+    with pytest.raises(FileExistsError):
+        report(few, tmp_path / "file" / "report.html")
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
+    with pytest.raises(StoreError, match="Nothing can be written to"):
+        report(few, tmp_path / "report.html")
 
 
 def test_table_text_and_csv() -> None:
