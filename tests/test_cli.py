@@ -485,6 +485,8 @@ def test_measure_counts_the_steps(run: Run) -> None:
     assert code == 0 and f"{first[0.2]} steps" in out
     code, out, _ = run(*argv, "--max-steps", "1")
     assert code == 0 and "not reached" in out
+    code, out, _ = run(*argv, "0.20000001", "1e-7", "--max-steps", "1", "--json")
+    assert code == 0 and list(json.loads(out)["t_star"]) == ["0.5", "0.20000001", "0.2", "1e-07"]
 
 
 def test_import_csv_fit_predict_and_rank(run: Run, tmp_path: Path, ray_session: None) -> None:
