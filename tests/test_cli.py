@@ -17,6 +17,7 @@ from torch import nn
 
 from cape import cli, store
 from cape.config import SweepSpec
+from cape.evaluation import protocols
 from cape.sweep.estimate import measured_seconds
 from cape.sweep.plan import PRESETS, Plan
 
@@ -568,6 +569,10 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cli_commands, "info", interrupt)
     code, _, err = run("info")
     assert code == 130 and err == "cape: interrupted.\n"
+
+
+def test_the_protocols_are_those_that_there_are() -> None:
+    assert tuple(protocols.PROTOCOLS) == cli.PROTOCOLS  # written twice, so that help needs no numpy
 
 
 def test_presets_are_specs() -> None:
