@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +32,23 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
         directory: model directory; Ray Train's storage is a hidden folder beside it, removed at the end, because
             every node of a cluster must see it.
     """
-    try:
-        import ray
+    with ExitStack() as undone:
+        try:
+            import ray
 
-        mine = not ray.is_initialized()
-        with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one reads its modules
-            # Absent where ray came without its train extra.
-            modules = pool.submit(importlib.import_module, "ray.train.xgboost")
-            if mine:
-                _start(ray, address, workers)
-            modules.result()
-    except ImportError as error:
-        raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
-    try:
+            mine = not ray.is_initialized()
+            with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one reads its modules
+                # Absent where ray came without its train extra.
+                modules = pool.submit(importlib.import_module, "ray.train.xgboost")
+                if mine:
+                    undone.callback(ray.shutdown)
+                    _start(ray, address, workers)
+                modules.result()
+        except ImportError as error:
+            raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
+        undone.callback(shutil.rmtree, storage, ignore_errors=True)
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus <= workers:
             # Ray Data needs a CPU of its own: with none free, Train waits for data forever.
@@ -59,10 +61,6 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
             lambda data, preset: train_with_ray(data, preset, workers, storage),
             lambda function, arguments: _map_tasks(function, arguments, spare),
         )
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-        if mine:
-            ray.shutdown()
 
 
 def _start(ray: Any, address: str | None, workers: int) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from authors import FAMILIES, reference, rows
 
-from cape.errors import DataError, SpecError, StoreError
-from cape.metamodel import artifact
+from cape.errors import DataError, DependencyError, SpecError, StoreError
+from cape.metamodel import artifact, train
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
 from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, select
 from cape.metamodel.fit import fit, fit_table
@@ -331,6 +331,18 @@ def test_ray_train_gives_the_same_model_as_this_process(ray_session: None, sampl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta", "model"]  # Ray's own files are gone
     with pytest.raises(SpecError, match="workers need at least"):
         fit(tmp_path / "meta", tmp_path / "many", workers=64)
+
+
+def test_a_ray_without_its_train_extra_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    done: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("shut down"))
+    monkeypatch.setattr(train, "_start", lambda *a: done.append("started"))
+    monkeypatch.setitem(sys.modules, "ray.train.xgboost", None)
+    with pytest.raises(DependencyError, match="ray.train"), train.ray_trainer(tmp_path / "m", 1, None):
+        pass
+    assert done == ["started", "shut down"] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
