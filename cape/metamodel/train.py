@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from cape.cluster import check_address
 from cape.errors import DependencyError, SpecError, StoreError
+from cape.logs import counted
 from cape.metamodel.line import POOLED, Line
 from cape.metamodel.presets import Preset
 from cape.metamodel.regressors import Design, load_booster, train_boosters
@@ -99,7 +100,7 @@ def _spare_scikit_learn() -> Callable[[], None]:
 
 
 def _map_tasks(
-    function: Callable[..., np.ndarray], arguments: Iterable[tuple[Any, ...]], spare: int
+    function: Callable[..., np.ndarray], arguments: Sequence[tuple[Any, ...]], spare: int
 ) -> list[np.ndarray]:
     """Run calls as Ray tasks on the spare CPUs; a large argument that repeats is stored once.
 
@@ -110,7 +111,7 @@ def _map_tasks(
     held: dict[int, Any] = {}
     task, most = ray.remote(num_cpus=min(1, spare))(_call), max(1, spare)
     calls: list[Any] = []
-    for first, *rest in arguments:
+    for first, *rest in counted(arguments, len(arguments), "folds begun"):
         if len(calls) >= most:  # what waits in a queue would take the CPU that Ray Train waits for
             ray.wait(calls, num_returns=len(calls) - most + 1)
         reference = held.setdefault(id(first), ray.put(first)) if id(first) not in held else held[id(first)]

@@ -143,12 +143,17 @@ def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> N
     assert any("augmented trials are fitted on" in n for n in made.notes)
 
 
-def test_one_split_without_models_makes_the_floor_approximate() -> None:
+def test_one_split_without_models_makes_the_floor_approximate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)  # what takes long says how far it is
     known = Rows.from_table(rows(every=40))
     named = np.where(known["dataset"] == "cifar10", None, "{}").astype(object)  # not the last split
     made = evaluate(Rows({**known.columns, "model": named}), "lodo", presets=(PRESETS["paper"].replace(trees=5),))
     splits = list(dict.fromkeys(made.predictions["split"].to_pylist()))
     assert len(splits) > 1 and "cifar10" not in splits[-1]
+    said = capsys.readouterr().err
+    assert f"1/{len(splits)} splits scored" in said and f"methods of '{splits[-1]}' scored" in said
     assert any("Imported rows carry no model" in n for n in made.notes)
 
 

@@ -19,7 +19,7 @@ from authors import FAMILIES, reference, rows
 from cape.errors import DataError, DependencyError, SpecError, StoreError
 from cape.metamodel import artifact, train
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
-from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, select
+from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, map_threads, select
 from cape.metamodel.fit import fit, fit_table
 from cape.metamodel.intervals import Conformal
 from cape.metamodel.line import POOLED
@@ -72,6 +72,14 @@ def test_many_trials_need_few_folds(sample: Rows) -> None:
         assert (needed[mine] == np.where(assigned[mine] < folds, assigned[mine], -1)).all()
     few = sample.take(np.arange(len(sample)) % 8 == 0)
     assert (enough(few, assign_folds(few, 10)) == assign_folds(few, 10)).all()
+
+
+def test_folds_that_take_long_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)
+    assert map_threads(np.add, [(1, 1), (2, 2)]) == [2, 4]
+    assert "1/2 folds fitted" in capsys.readouterr().err
 
 
 def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, model: MetaModel) -> None:
