@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(
             {
-                "t_star": {f"{e:g}": found.t_star[e] for e in epsilons},
+                "t_star": {e: found.t_star[e] for e in epsilons},
                 "stop_reason": found.stop_reason,
                 "stopped_at": found.stopped_at,
                 "losses": [float(v) for v in found.losses],
@@ -206,7 +206,7 @@ def measure(args: argparse.Namespace) -> None:
     for e in epsilons:
         steps = found.t_star[e]
         reached = "not reached" if steps is None else "1 step" if steps == 1 else f"{steps} steps"
-        print(f"ε {e:<6g} {reached}")
+        print(f"ε {e!r:<6} {reached}")
     print(
         f"stopped: {found.stop_reason} after {found.stopped_at} steps, {found.seconds:.2f} s,"
         f" loss {found.losses[0]:.4g} to {found.losses[-1]:.4g}"
@@ -237,9 +237,11 @@ def data(args: argparse.Namespace) -> None:
 def import_csv(args: argparse.Namespace) -> None:
     """``cape import-csv FILE.csv --family cnn --out META_DIR``."""
     from cape.store.importers import import_csv as import_file
+    from cape.store.location import Location
 
-    rows = import_file(args.csv, args.family, args.out)
-    print(f"Imported {rows} rows of {args.csv} into {args.out}")
+    where = Location.of(args.out)  # prints no credentials
+    rows = import_file(args.csv, args.family, where)
+    print(f"Imported {rows} rows of {args.csv} into {where}")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from cape.config import check_count
 from cape.errors import DataError, SpecError, StoreError
+
+if TYPE_CHECKING:
+    from cape.store.location import Location
+    from cape.store.verify import Verification
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -77,16 +82,17 @@ def store(args: argparse.Namespace) -> None:
         print(rows_path(args.meta_dir))
     elif args.action == "verify":
         from cape.store import reader
+        from cape.store.location import Location
         from cape.store.verify import verify
         from cape.sweep.plan import Plan
 
-        if not reader.read_specs(args.meta_dir) and not reader.list_chunks(args.meta_dir):
-            raise StoreError(f"{args.meta_dir} holds no meta-dataset; name the folder that a sweep wrote.")
-        found = verify(args.meta_dir, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
+        where = Location.of(args.meta_dir)  # prints no credentials
+        if not reader.read_specs(where) and not reader.list_chunks(where):
+            raise StoreError(f"{where} holds no meta-dataset; name the folder that a sweep wrote.")
+        found = verify(where, lambda spec: Plan(spec).all_ids(), set_aside=args.set_aside)
         print(found)
         if not found.sound:
-            done = "They were set aside" if args.set_aside else "Add --set-aside to move unreadable and foreign files"
-            raise StoreError(f"{args.meta_dir} is not sound. {done}; a resume then runs their trials again.")
+            raise StoreError(f"{where} is not sound. {' '.join(_mended(found, where, args.set_aside))}")
     elif args.action == "reprobe":
         from cape.sweep.reprobe import reprobe
 
@@ -110,6 +116,17 @@ def store(args: argparse.Namespace) -> None:
             raise SpecError(f"--target-mb must be more than zero, not {args.target_mb}.")
         size = int(args.target_mb * 2**20)
         print(compact(args.meta_dir, out=args.out, target_bytes=size, keep_seconds=args.keep_seconds))
+
+
+def _mended(found: Verification, where: Location, set_aside: bool) -> Iterator[str]:
+    """Yield what mends each kind of fault that was found."""
+    if found.unreadable or found.foreign:
+        done = "They were set aside" if set_aside else "Add --set-aside to move unreadable and foreign files"
+        yield f"{done}; a resume then runs their trials again."
+    if found.duplicates:
+        yield f"`cape store compact {where}` leaves every row once."
+    if found.incomplete or found.unplanned:
+        yield "No command mends incomplete trials, or some outside the plan; sweep into another folder."
 
 
 def submit(args: argparse.Namespace) -> None:

@@ -1,6 +1,11 @@
-"""Families that tell something of one another, by name: no model is needed to know it."""
+"""What families may be called, and which tell something of one another: no model is needed to know it."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
+
+from cape.errors import SpecError
 
 RELATIVES: dict[str, str] = {
     "dense": "mlp",
@@ -13,6 +18,13 @@ RELATIVES: dict[str, str] = {
 
 
 HEAD_AT_ZERO = ", head at zero"
+
+
+def check_family_name(name: Any) -> str:
+    """Return a family's name, or raise ``SpecError`` for what cannot be in the names of files."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise SpecError(f"A family's name is made of 1 to 64 letters, digits, '-' and '_', not {name!r}.")
+    return name
 
 
 def relative_of(family: str) -> str | None:

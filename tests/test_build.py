@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -120,6 +121,19 @@ def test_plain_headers_know_no_torch() -> None:
     for header in (ROOT / "csrc" / "include" / "cape").rglob("*.*"):
         text = header.read_text()
         assert "ATen/" not in text and "torch/" not in text and "c10/" not in text, header.name
+
+
+def test_what_is_imported_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {Requirement(text).name for text in project["dependencies"]}
+    nodes = [n for file in (ROOT / "cape").rglob("*.py") for n in ast.walk(ast.parse(file.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    foreign = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"cape"}
+    assert {{"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name) for name in foreign} <= declared
 
 
 def test_lock_satisfies_the_ranges() -> None:

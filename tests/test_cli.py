@@ -17,6 +17,7 @@ from torch import nn
 
 from cape import cli, store
 from cape.config import SweepSpec
+from cape.evaluation import protocols
 from cape.sweep.estimate import measured_seconds
 from cape.sweep.plan import PRESETS, Plan
 
@@ -431,8 +432,14 @@ def test_looking_after_a_meta_dataset(run: Run, tmp_path: Path) -> None:
     expect_sentence(run("sweep", "status", tmp_path / "absent"), "No sweep has run")
     expect_sentence(run("sweep", "status"), "cape sweep status DIR")
     expect_sentence(run("sweep", "smoke", "status", "--out", out), "one argument too many")
+    code, printed, _ = run("store", "compact", out, "--out", tmp_path / "copy")
+    assert code == 0 and run("sweep", "status", tmp_path / "copy")[1].endswith("12/12 trials are there\n")
+    store.write_shard(store.read(out).to_pylist(), out)  # once more, in one chunk
+    twice = run("store", "verify", out)
+    expect_sentence(twice, f"`cape store compact {out}` leaves every row once")
+    assert "resume" not in twice[2]
     (out / "_rows.1" / "family=mlp" / "dataset=digits" / "x.parquet").write_bytes(b"PAR1")
-    expect_sentence(run("store", "verify", out), "--set-aside")
+    expect_sentence(run("store", "verify", out), "--set-aside", "store compact")
 
 
 # --- another sweep's directory ---
@@ -479,6 +486,8 @@ def test_measure_counts_the_steps(run: Run) -> None:
     assert code == 0 and f"{first[0.2]} steps" in out
     code, out, _ = run(*argv, "--max-steps", "1")
     assert code == 0 and "not reached" in out
+    code, out, _ = run(*argv, "0.20000001", "1e-7", "--max-steps", "1", "--json")
+    assert code == 0 and list(json.loads(out)["t_star"]) == ["0.5", "0.20000001", "0.2", "1e-07"]
 
 
 def test_import_csv_fit_predict_and_rank(run: Run, tmp_path: Path, ray_session: None) -> None:
@@ -560,6 +569,10 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cli_commands, "info", interrupt)
     code, _, err = run("info")
     assert code == 130 and err == "cape: interrupted.\n"
+
+
+def test_the_protocols_are_those_that_there_are() -> None:
+    assert tuple(protocols.PROTOCOLS) == cli.PROTOCOLS  # written twice, so that help needs no numpy
 
 
 def test_presets_are_specs() -> None:

@@ -10,7 +10,7 @@ import cape
 
 HOUSE = Path(cape.__file__).parent
 ROOMS = (
-    *("_C", "errors", "jsonconfig", "logs", "memory", "state", "native", "randoms", "cluster"),
+    *("_C", "errors", "paths", "jsonconfig", "logs", "memory", "state", "native", "randoms", "cluster"),
     *("dataset_names", "family_names", "feature_names"),
     *("config", "families", "tasks", "datasets", "probing", "convergence", "drawn", "trial", "store", "sweep"),
     *("metamodel", "baselines", "evaluation", "recognize", "predict"),

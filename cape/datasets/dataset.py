@@ -187,7 +187,9 @@ def fingerprint_arrays(*arrays: np.ndarray) -> str:
 def check_labels(labels: np.ndarray, classes: int, where: str) -> None:
     """Raise ``DataError`` where labels do not lie in 0..classes-1, or classes are more than ``MOST_CLASSES``."""
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
+    if low < 0 and high < classes:  # declared or counted
+        raise DataError(f"The labels of {where} run from {low} to {high}; number them from 0.")
+    if high >= classes:
         raise DataError(
             f"The labels of {where} run from {low} to {high}, but {classes} classes are declared; they must lie in"
             f" 0..{classes - 1}."

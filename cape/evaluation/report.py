@@ -15,8 +15,10 @@ from cape.errors import StoreError
 from cape.evaluation.figures import figures, importance, png
 from cape.evaluation.run import Evaluation, evaluate
 from cape.evaluation.table import Table, show
-from cape.metamodel.fit import load_or_fit
+from cape.metamodel.artifact import resolve
+from cape.metamodel.fit import fit_table
 from cape.metamodel.rows import read_rows
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
@@ -74,12 +76,17 @@ def report(
     Raises:
         DataError, StoreError: as ``evaluate``, and where the file cannot be written.
     """
-    path = Path(out_html)
+    path = local_path(out_html, "A report")
     if path.is_dir():
         raise StoreError(f"{path} is a directory; name the HTML file to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of fitting, as what follows
+    if not os.access(path.parent, os.W_OK):
+        raise StoreError(f"Nothing can be written to {path.parent}; name another place for the report.")
+    if model is not None:
+        model = resolve(model)
     rows = read_rows(meta_dir)
     made = evaluation or evaluate(rows, "in-corpus")
-    meta_model = load_or_fit(model, rows)
+    meta_model = fit_table(rows) if model is None else model
     drawn = figures(made)
     drawn["importance"] = importance(meta_model, rows.take(~rows.augmented))
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(rows, made)]
@@ -99,7 +106,6 @@ def report(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -18,8 +18,10 @@ from cape.evaluation import metrics, protocols
 from cape.evaluation.methods import LEVELS, Predicted, methods
 from cape.evaluation.table import FLOOR, Table
 from cape.evaluation.tables import build_tables, cost_table
+from cape.logs import counted
 from cape.metamodel.presets import Preset
 from cape.metamodel.rows import read_rows
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,7 +109,7 @@ def _files_of(store: Path) -> list[str]:
 
 def check_report_dir(out: str | os.PathLike[str]) -> Path:
     """Return the report directory, or raise ``StoreError`` where it is a file or holds something else."""
-    directory = Path(out)
+    directory = local_path(out, "A report")
     if directory.exists() and not directory.is_dir():
         raise StoreError(f"{directory} is a file; name a directory to write the report to.")
     if directory.exists() and any(directory.iterdir()) and not (directory / "predictions.parquet").exists():
@@ -164,10 +166,10 @@ def evaluate(
     parts = []
     costs: list[Cost] = []
     approximate = False
-    for number, split in enumerate(made):
+    for number, split in enumerate(counted(made, len(made), "splits scored")):
         held = protocols.calibration_rows(split.test, seed=number)
         configuration, unsure = protocols.configurations(split.test)
-        for name, run in runners.items():
+        for name, run in counted(runners.items(), len(runners), f"methods of '{split.name}' scored"):
             parts.append(_part(split, name, run(split.train, split.test), held, configuration))
         if rebuild:
             steps, spent = rebuilt(split.test, rebuild, data_root, seed=number)

@@ -15,6 +15,7 @@ from torch import nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError, did_you_mean
+from cape.family_names import check_family_name
 from cape.jsonconfig import JsonConfig
 
 T = TypeVar("T")
@@ -127,10 +128,10 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Add a family (or replace the one of the same name) and return it."""
+    """Add a family (or replace the one of the same name) and return it; raises ``SpecError`` for what cannot be one."""
     if not isinstance(family, Family):
         raise SpecError(f"A family is an instance of cape.families.Family, not {family!r}.")
-    _FAMILIES[family.name] = family
+    _FAMILIES[check_family_name(getattr(family, "name", None))] = family
     return family
 
 

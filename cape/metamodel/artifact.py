@@ -3,7 +3,8 @@
 ``card.json`` is for people: preset, features, data fingerprint, out-of-fold metrics, ranges, versions.
 ``calibration.json`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
 ``model.ubj.gz`` (pooled), ``model-FAMILY.ubj.gz`` and ``reach.ubj.gz`` (a sixth of their size), surfaces
-``surface-FAMILY.npz``; the card lists each file with its digest.
+``surface-FAMILY.npz``; the card lists each file with its digest. Eight digits of it are in the file's name
+(``model.1a2b3c4d.ubj.gz``), so that a model that is saved over another one replaces nothing but the card, at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +34,14 @@ from cape.metamodel.reach import Reach
 from cape.metamodel.regressors import in_steps, load_booster, predict_log, xgboost
 from cape.metamodel.rows import NUMERIC, as_rows
 from cape.metamodel.surface import Surface, smooth, spreads, widths
+from cape.paths import local_path
 
 if TYPE_CHECKING:
     import xgboost as xgb
 
 # Before: 1 no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away, 6 no slopes,
-# 7 boosters that are not compressed.
-FORMAT = 8
+# 7 boosters that are not compressed, 8 names without digests.
+FORMAT = 9
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -100,10 +104,10 @@ class MetaModel:
         return self.reach.probability(rows, self.preset.features, self.families)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the model directory (each file atomically, the card last) and return it.
+        """Write the model directory and return it; a model that is there already is whole until its card is replaced.
 
         Raises:
-            StoreError: the directory holds something that is not a meta-regressor.
+            SpecError: a URI. StoreError: the directory holds something that is not a meta-regressor.
         """
         out = check_out(directory)
         files = {_file(name): bytes(b.save_raw("ubj")) for name, b in self.boosters.items()}
@@ -118,6 +122,7 @@ class MetaModel:
         }
         files["calibration.json"] = json.dumps(calibration, allow_nan=False).encode()
         files = dict(_packed(name, data) for name, data in files.items())
+        digests = {_marked(name, _digest(data)): _digest(data) for name, data in sorted(files.items())}
         card = {
             **self.card,
             "format": FORMAT,
@@ -125,15 +130,15 @@ class MetaModel:
             "families": list(self.families),
             "boosters": sorted(self.boosters),
             "surfaces": sorted(self.surfaces),
-            "files": {n: hashlib.blake2b(d, digest_size=16).hexdigest() for n, d in sorted(files.items())},
+            "files": digests,
         }
-        files["card.json"] = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode()  # the last
-        for stale in [*out.glob("model*.ubj*"), *out.glob("surface-*.npz"), *out.glob("reach.ubj*")]:
-            if stale.name not in files:
-                stale.unlink()
+        text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode()
         out.mkdir(parents=True, exist_ok=True)
+        before = _listed(out)
         for name, data in files.items():
-            _write(out / name, data)
+            _write(out / _marked(name, _digest(data)), data)
+        _write(out / "card.json", text)
+        _remove_stale(out, before, {*digests, "card.json"})
         return out
 
     @classmethod
@@ -141,24 +146,35 @@ class MetaModel:
         """Read a model directory.
 
         Raises:
-            SpecError: what is no path. StoreError: no card, a missing or altered file, a newer format, or surfaces of
-                formats 3 to 6.
+            SpecError: what is no path, or a URI. StoreError: no card, a missing or altered file, a newer format, or
+                surfaces of formats 3 to 6.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise SpecError(f"A meta-regressor is a MetaModel or the path of its directory, not {directory!r}.")
-        path = Path(os.path.expanduser(directory))
-        if not (path / "card.json").is_file():
-            raise StoreError(f"There is no meta-regressor in {path}; run `cape fit META_DIR --out {path}` to make one.")
+        path = local_path(directory, "A meta-regressor")
+        text = _card_in(path)
+        while True:
+            try:
+                return cls._loaded(path, text)
+            except StoreError:
+                before, text = text, _card_in(path)
+                if text == before:  # else another model was saved meanwhile, and the files of this one are gone
+                    raise
+
+    @classmethod
+    def _loaded(cls, path: Path, text: bytes) -> MetaModel:
+        """Return the model that a card describes."""
         try:
-            card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+            card = json.loads(text.decode())
             _check_card(card)
             if card["format"] > FORMAT:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
             if 3 <= card["format"] <= 6 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
-            files = dict(_unpacked(name, _read(path / name, digest)) for name, digest in card["files"].items())
-            listed = {*map(_file, [*card["boosters"], POOLED]), *map(_surface_file, card.get("surfaces", []))}
-            if files.keys() - {"reach.ubj"} != {"calibration.json", *listed}:
+            listed = card["files"].items()
+            files = dict(_unpacked(_unmarked(name, digest), _read(path / name, digest)) for name, digest in listed)
+            needed = {*map(_file, [*card["boosters"], POOLED]), *map(_surface_file, card.get("surfaces", []))}
+            if files.keys() - {"reach.ubj"} != {"calibration.json", *needed}:
                 raise ValueError("the card lists other files than its boosters and surfaces")
             preset, calibration = Preset.from_dict(card["preset"]), json.loads(files["calibration.json"])
             unknown = [f for f in preset.features if f not in (*NUMERIC, "family")]
@@ -214,7 +230,7 @@ def check_out(directory: str | os.PathLike[str]) -> Path:
 
     What a fit left that was killed while it saved is no reason to refuse.
     """
-    out = Path(os.path.expanduser(directory))
+    out = local_path(directory, "A meta-regressor")
     whole = out.is_dir() and (out / "card.json").is_file()
     if out.exists() and not whole and not (out.is_dir() and all(_OWN.fullmatch(f.name) for f in out.iterdir())):
         raise StoreError(f"{out} exists and holds no meta-regressor; name an empty or new directory to write one.")
@@ -254,7 +270,12 @@ def _check_card(card: Any) -> None:
         check_count(data[name], name, minimum=0)
 
 
-_OWN = re.compile(r"\.?(model.*\.ubj(\.gz)?|surface-.*\.npz|reach\.ubj(\.gz)?|calibration\.json|card\.json)(\.\d+)?")
+_MARK = r"(\.[0-9a-f]{8})?"
+_OWN = re.compile(
+    rf"\.?(model.*\.ubj(\.gz)?|surface-.*\.npz|reach{_MARK}\.ubj(\.gz)?|calibration{_MARK}\.json|card\.json)(\.\d+)?"
+)
+_ABANDONED_AFTER_S = 3600.0
+"""A file that no card names is another save's, which goes on, or was killed if the file is older than this."""
 
 
 def _file(name: str) -> str:
@@ -273,6 +294,48 @@ def _packed(name: str, data: bytes) -> tuple[str, bytes]:
 def _unpacked(name: str, data: bytes) -> tuple[str, bytes]:
     """Undo ``_packed``."""
     return (name.removesuffix(".gz"), gzip.decompress(data)) if name.endswith(".gz") else (name, data)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _marked(name: str, digest: str) -> str:
+    """Return a file's name with the digest's first digits in it, before what says its kind."""
+    kind = next(kind for kind in (".ubj.gz", ".npz", ".json") if name.endswith(kind))
+    return f"{name.removesuffix(kind)}.{digest[:8]}{kind}"
+
+
+def _unmarked(name: str, digest: str) -> str:
+    """Undo ``_marked``; a name of before format 9 is returned as it is."""
+    head, mark, kind = name.rpartition(f".{digest[:8]}.")
+    return f"{head}.{kind}" if mark else name
+
+
+def _card_in(path: Path) -> bytes:
+    """Return the text of a directory's card, or raise ``StoreError`` where there is none."""
+    try:
+        return (path / "card.json").read_bytes()
+    except OSError as error:
+        raise StoreError(
+            f"There is no meta-regressor in {path}; run `cape fit META_DIR --out {path}` to make one."
+        ) from error
+
+
+def _listed(out: Path) -> set[str]:
+    """Return the files that the card of a directory lists; none where it has no card that can be read."""
+    try:
+        return set(json.loads((out / "card.json").read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _remove_stale(out: Path, before: Iterable[str], now: Iterable[str]) -> None:
+    """Remove the files of the model that was there before, and what killed saves left, but for those of the one now."""
+    for name in {f.name for f in out.iterdir() if _OWN.fullmatch(f.name)} - set(now):
+        with suppress(FileNotFoundError):  # another save was faster
+            if name in before or time.time() - (out / name).stat().st_mtime > _ABANDONED_AFTER_S:
+                (out / name).unlink()
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -308,6 +371,6 @@ def _read(path: Path, digest: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read") from error
-    if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
+    if _digest(data) != digest:
         raise ValueError(f"{path.name} was changed")
     return data

@@ -9,13 +9,14 @@ only ever fitted on.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from cape.family_names import relative_of
+from cape.logs import counted
 from cape.metamodel.line import margins
 from cape.metamodel.presets import SHARES, SIZES, STRUCTURE_SIZE, STRUCTURES, Preset
 from cape.metamodel.process import one_thread
@@ -42,17 +43,17 @@ FEWEST_ROWS = 60
 """Rows near or far from which a family has a share of its own there."""
 
 Call = Callable[..., np.ndarray]
-Mapper = Callable[[Call, Iterable[tuple[Any, ...]]], list[np.ndarray]]
+Mapper = Callable[[Call, Sequence[tuple[Any, ...]]], list[np.ndarray]]
 
 
-def map_threads(function: Call, arguments: Iterable[tuple[Any, ...]]) -> list[np.ndarray]:
+def map_threads(function: Call, arguments: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
     """Run the calls in this process, as many at once as it has cores.
 
     A call is XGBoost and BLAS on one thread each, neither of which holds Python's lock; its numbers are those of a call
     that runs alone.
     """
     with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda a: function(*a), arguments))
+        return list(counted(pool.map(lambda a: function(*a), arguments), len(arguments), "folds fitted"))
 
 
 def assign_folds(rows: Rows, folds: int, seed: int = 0) -> np.ndarray:

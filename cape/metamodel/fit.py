@@ -196,10 +196,3 @@ def _card(
             "python": platform.python_version(),
         },
     }
-
-
-def load_or_fit(model: MetaModel | str | os.PathLike[str] | None, rows: Rows) -> MetaModel:
-    """Return a given meta-regressor, read one from its directory, or fit the product preset on the rows."""
-    if isinstance(model, MetaModel):
-        return model
-    return MetaModel.load(model) if model is not None else fit_table(rows)

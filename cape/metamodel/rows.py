@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,7 +208,7 @@ def read_rows(source: Any) -> Rows:
     if isinstance(source, (str, os.PathLike)):
         from cape.store import reader
 
-        return as_rows(reader.read(Path(source)))
+        return as_rows(reader.read(os.fspath(source)))  # a ``Path`` of it would be no URI any more
     if not isinstance(source, (list, tuple)):
         return as_rows(source)
     if not source:

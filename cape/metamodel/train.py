@@ -6,9 +6,9 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from cape.cluster import check_address
 from cape.errors import DependencyError, SpecError, StoreError
+from cape.logs import counted
 from cape.metamodel.line import POOLED, Line
 from cape.metamodel.presets import Preset
 from cape.metamodel.regressors import Design, load_booster, train_boosters
@@ -32,21 +33,23 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
         directory: model directory; Ray Train's storage is a hidden folder beside it, removed at the end, because
             every node of a cluster must see it.
     """
-    try:
-        import ray
+    with ExitStack() as undone:
+        try:
+            import ray
 
-        mine = not ray.is_initialized()
-        with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one reads its modules
-            # Absent where ray came without its train extra.
-            modules = pool.submit(importlib.import_module, "ray.train.xgboost")
-            if mine:
-                _start(ray, address, workers)
-            modules.result()
-    except ImportError as error:
-        raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
-    try:
+            mine = not ray.is_initialized()
+            with ThreadPoolExecutor(1) as pool:  # Ray's processes start while this one reads its modules
+                # Absent where ray came without its train extra.
+                modules = pool.submit(importlib.import_module, "ray.train.xgboost")
+                if mine:
+                    undone.callback(ray.shutdown)
+                    _start(ray, address, workers)
+                modules.result()
+        except ImportError as error:
+            raise DependencyError("`cape fit` needs Ray; install it with `pip install 'ray[train]'`.") from error
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        storage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.train-", dir=directory.parent.resolve()))
+        undone.callback(shutil.rmtree, storage, ignore_errors=True)
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus <= workers:
             # Ray Data needs a CPU of its own: with none free, Train waits for data forever.
@@ -59,10 +62,6 @@ def ray_trainer(directory: Path, workers: int, address: str | None) -> Iterator[
             lambda data, preset: train_with_ray(data, preset, workers, storage),
             lambda function, arguments: _map_tasks(function, arguments, spare),
         )
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-        if mine:
-            ray.shutdown()
 
 
 def _start(ray: Any, address: str | None, workers: int) -> None:
@@ -101,7 +100,7 @@ def _spare_scikit_learn() -> Callable[[], None]:
 
 
 def _map_tasks(
-    function: Callable[..., np.ndarray], arguments: Iterable[tuple[Any, ...]], spare: int
+    function: Callable[..., np.ndarray], arguments: Sequence[tuple[Any, ...]], spare: int
 ) -> list[np.ndarray]:
     """Run calls as Ray tasks on the spare CPUs; a large argument that repeats is stored once.
 
@@ -112,7 +111,7 @@ def _map_tasks(
     held: dict[int, Any] = {}
     task, most = ray.remote(num_cpus=min(1, spare))(_call), max(1, spare)
     calls: list[Any] = []
-    for first, *rest in arguments:
+    for first, *rest in counted(arguments, len(arguments), "folds begun"):
         if len(calls) >= most:  # what waits in a queue would take the CPU that Ray Train waits for
             ray.wait(calls, num_returns=len(calls) - most + 1)
         reference = held.setdefault(id(first), ray.put(first)) if id(first) not in held else held[id(first)]

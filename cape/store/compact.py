@@ -163,7 +163,7 @@ def replacing(location: Location) -> Iterator[str]:
     if location.folder is None or not os.path.islink(location.path(ROWS)):
         raise StoreError(
             f"The rows of {location} cannot be replaced at once (an object store, a file system without symbolic links,"
-            " or a folder that an early version wrote); `cape store compact --out` compacts it into another place."
+            " or a folder that an early version wrote); `cape store compact --out FOLDER` copies it to where they can."
         )
     with location.lock(exclusive=True, name=".compact", wait=False):
         yield reader.rows_folder(location)  # not before the lock: whoever held it may have moved the link

@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from csv import reader as csv_reader
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from cape.config import check_epsilon, check_lr
-from cape.errors import CapeError, DataError, SpecError
+from cape.errors import CapeError, DataError
+from cape.family_names import check_family_name
 from cape.jsonconfig import stable_hash
+from cape.paths import local_path
+from cape.store.reader import Where
 from cape.store.schema import ROW_SCHEMA
 from cape.store.writer import write_shard
 
@@ -36,7 +41,7 @@ _HANDLED = {*_REQUIRED, *_FEATURES, "converged", "censored_reason", "logFinalLos
 _DATASETS = {"fashionmnist": "fashion_mnist", "californiahousing": "california_housing"}
 
 
-def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
+def import_csv(csv: str | Path, family: str, out: Where) -> int:
     """Add the rows of a published CSV to a meta-dataset.
 
     The CSV counts T* from 1 (updates + 1): 1 is subtracted. Each of its rows was trained on its own and becomes a
@@ -45,18 +50,18 @@ def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
     Args:
         csv: file with a header line.
         family: family of every row of the file.
-        out: folder of the meta-dataset; made where it does not exist.
+        out: folder or URI of the meta-dataset; made where it does not exist.
 
     Returns:
         The number of rows.
 
     Raises:
+        SpecError: a name that no family can have.
         DataError: no such file, not a CSV, a column missing, or a value that cannot be (the message names the line).
         StoreError: ``out`` cannot be written to.
     """
-    path = Path(csv)
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
-        raise SpecError(f"A family's name is made of letters, digits, '-' and '_', not {family!r}.")
+    path = local_path(csv, "A CSV file")
+    check_family_name(family)
     table, digest = _read(path)
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
@@ -72,7 +77,7 @@ def import_csv(csv: str | Path, family: str, out: str | Path) -> int:
         try:
             row = _row(record, family)
         except (CapeError, TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}, line {i + 2}: {error}") from error
+            raise DataError(f"{path}, line {_line(path, i)}: {error}") from error
         cell = (row["architecture"], row["dataset"], row["batch_size"], row["lr"], row["epsilon"])
         row["replicate"] = replicates[cell]
         replicates[cell] += 1
@@ -94,6 +99,13 @@ def _read(path: Path) -> tuple[pa.Table, str]:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _line(path: Path, record: int) -> int:
+    """Return the line on which a record ends: blank lines are none, and quoted cells may have several."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv_reader(file)
+        return next(islice((reader.line_num for cells in reader if cells), record + 1, None))
 
 
 def _row(record: Mapping[str, Any], family: str) -> dict[str, Any]:

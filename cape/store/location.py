@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from cape.errors import SpecError, StoreError, first_line
+from cape.paths import URI
 
 TEMPORARY = ".tmp"  # folder of half-written files, beside the rows so that no reader lists it
 _LOCK = ".lock"
-_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 # A temporary file older than this belongs to a process that was killed, not to one that is writing.
 ABANDONED_AFTER_S = 3600.0
@@ -52,12 +52,12 @@ class Location:
         if isinstance(where, Location):
             return where
         text = os.fspath(where)
-        bare = _URI.match(text) and text.rstrip("/").endswith(":")
+        bare = URI.match(text) and text.rstrip("/").endswith(":")
         if not text or bare or "\0" in text:  # an unset variable's, say: it does not mean the working directory
             raise SpecError(f"{text!r} names no folder; give the path or the URI of a meta-dataset.")
         if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of another encoding, which pyarrow cannot open
             raise SpecError(f"The path {text!r} is not UTF-8 text; choose another name.")
-        if not _URI.match(text):
+        if not URI.match(text):
             return cls(os.path.abspath(os.path.expanduser(text)))
         if text.startswith("file://"):
             return cls(os.path.abspath(text.removeprefix("file://")))
@@ -82,7 +82,7 @@ class Location:
     @property
     def folder(self) -> Path | None:
         """The folder, or None for a URI."""
-        return None if _URI.match(self.target) else Path(self.target)
+        return None if URI.match(self.target) else Path(self.target)
 
     @cached_property
     def _remote(self) -> tuple[pafs.FileSystem, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def verify(
     specs = reader.read_specs(location)
     unreadable, foreign, parts = [], [], []
     versions: Counter[str] = Counter()
-    names = [n for n in location.list(base, recursive=True) if base or "family=" in n]
+    names = [n for n in location.list(base, recursive=True) if base or n.startswith("family=")]
     for name in counted(names, len(names), "files read"):
         below = name[len(base) + 1 :] if base else name
         matched = CHUNK_PATH.fullmatch(below)
@@ -126,8 +127,11 @@ def verify(
 
 
 def aside(location: Location, name: str) -> str:
-    """Move a file out of the rows, and return where it is now."""
-    kept = f"{CORRUPT}/{name.rsplit('/', 1)[-1]}"
+    """Move a file out of the rows, under the path that it had there, and return where it is now.
+
+    A number follows where a file of that path was set aside before.
+    """
+    kept = next(k for n in count() if not location.exists(k := f"{CORRUPT}/{name}" + (f".{n}" if n else "")))
     location.write(kept, location.read(name) or b"")
     location.delete(name)
     return kept

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from cape.errors import StoreError
 from cape.store import claims, reader
 from cape.store.location import Location
+from cape.sweep.plan import Plan
 from cape.sweep.progress import clock, status_line
 
 _COLUMNS = ["trial_id", "family", "converged", "stop_reason", "t_star", "truth_seconds", "probe_seconds"]
@@ -55,13 +56,17 @@ def _line(family: str, rows: pa.Table) -> tuple[str, ...]:
 
 
 def status(meta_dir: str | Path) -> str:
-    """Return what a sweep's driver last said of itself, and how old that is.
+    """Return what a sweep's driver last said of itself and how old that is; of a copy, which trials are in it.
 
     Raises:
         StoreError: no sweep was run there.
     """
     location = Location.of(meta_dir)
     content = location.read(claims.STATUS_FILE)
+    if content is None and (spec := reader.read_spec(location)) is not None:
+        plan = Plan(spec)
+        missing = sum(map(len, plan.missing(reader.done_ids(location))))
+        return f"no driver has reported here\n{len(plan) - missing}/{len(plan)} trials are there"
     if content is None:
         raise StoreError(f"No sweep has run in {location}; start one with `cape sweep SPEC --out {location}`.")
     try:

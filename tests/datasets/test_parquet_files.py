@@ -132,7 +132,7 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "not an image": (lambda: pictures([b"junk"], [0]), "Row 0 .* cannot be decoded"),
     "16 bits": (lambda: pictures([png("I;16")], [0]), "8 bits a channel"),
     "null label": (lambda: pictures([png()] * 2, [0, None]), "1 rows .* have no label"),
-    "negative label": (lambda: pictures([png()] * 2, [0, -1]), "run from -1 to 0"),
+    "negative label": (lambda: pictures([png()] * 2, [0, -1]), "run from -1 to 0; number them from 0"),
     "label too large": (_metadata(num_classes="2"), "run from 0 to 2, but 2 classes"),
     "labels beyond int64": (
         lambda: pa.table({"text": ["a"], "label": pa.array([2**63], pa.uint64())}), "up to 9223372036854775808"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -142,12 +143,17 @@ def test_a_floor_from_replicates_and_augmented_rows_that_are_never_scored() -> N
     assert any("augmented trials are fitted on" in n for n in made.notes)
 
 
-def test_one_split_without_models_makes_the_floor_approximate() -> None:
+def test_one_split_without_models_makes_the_floor_approximate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)  # what takes long says how far it is
     known = Rows.from_table(rows(every=40))
     named = np.where(known["dataset"] == "cifar10", None, "{}").astype(object)  # not the last split
     made = evaluate(Rows({**known.columns, "model": named}), "lodo", presets=(PRESETS["paper"].replace(trees=5),))
     splits = list(dict.fromkeys(made.predictions["split"].to_pylist()))
     assert len(splits) > 1 and "cifar10" not in splits[-1]
+    said = capsys.readouterr().err
+    assert f"1/{len(splits)} splits scored" in said and f"methods of '{splits[-1]}' scored" in said
     assert any("Imported rows carry no model" in n for n in made.notes)
 
 
@@ -207,7 +213,7 @@ def test_published_accuracy_with_log_epsilon_in_corpus() -> None:
     assert all(88 < covered[f] < 92 for f in ("mlp", "rnn"))
 
 
-def test_bad_requests_fail_before_any_fit(tmp_path: Path) -> None:
+def test_bad_requests_fail_before_any_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = rows(every=200)
     with pytest.raises(SpecError, match="Unknown protocol"):
         evaluate(table, "in_corpus")
@@ -220,6 +226,14 @@ def test_bad_requests_fail_before_any_fit(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
         evaluate(table, out=tmp_path / "file")
+    few = table.slice(0, 10)
+    with pytest.raises(StoreError, match="no meta-regressor in"):
+        report(few, tmp_path / "report.html", tmp_path / "absent")
+    with pytest.raises(FileExistsError):
+        report(few, tmp_path / "file" / "report.html")
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
+    with pytest.raises(StoreError, match="Nothing can be written to"):
+        report(few, tmp_path / "report.html")
 
 
 def test_table_text_and_csv() -> None:

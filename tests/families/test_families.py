@@ -344,3 +344,8 @@ def test_a_family_of_ones_own() -> None:
         registry._FAMILIES.pop("linear_test")
     with pytest.raises(SpecError, match="instance of"):
         families.register(Linear)  # type: ignore[arg-type]
+    for name in ("", "a/b", "a, b", "x" * 65, 3):  # it is in the names of files and folders
+        wrong = Linear()
+        wrong.name = name  # type: ignore[misc, assignment]
+        with pytest.raises(SpecError, match="1 to 64 letters, digits"):
+            families.register(wrong)

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from authors import FAMILIES, reference, rows
 
-from cape.errors import DataError, SpecError, StoreError
+from cape.errors import DataError, DependencyError, SpecError, StoreError
+from cape.metamodel import artifact, train
 from cape.metamodel.artifact import WEIGHTS, MetaModel, default_model
-from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, select
+from cape.metamodel.crossfit import AS_GOOD, assign_folds, enough, map_threads, select
 from cape.metamodel.fit import fit, fit_table
+from cape.metamodel.intervals import Conformal
 from cape.metamodel.line import POOLED
 from cape.metamodel.presets import PRESETS, SHARES, SIZES, STRUCTURES
 from cape.metamodel.reach import Reach
@@ -70,6 +72,14 @@ def test_many_trials_need_few_folds(sample: Rows) -> None:
         assert (needed[mine] == np.where(assigned[mine] < folds, assigned[mine], -1)).all()
     few = sample.take(np.arange(len(sample)) % 8 == 0)
     assert (enough(few, assign_folds(few, 10)) == assign_folds(few, 10)).all()
+
+
+def test_folds_that_take_long_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cape.logs._EVERY_S", 0.0)
+    assert map_threads(np.add, [(1, 1), (2, 2)]) == [2, 4]
+    assert "1/2 folds fitted" in capsys.readouterr().err
 
 
 def test_product_beats_the_paper_and_covers_on_rows_it_never_saw(sample: Rows, model: MetaModel) -> None:
@@ -170,7 +180,8 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
     with pytest.raises(StoreError, match="cape fit"):
         MetaModel.load(tmp_path / "none")
     whole = model.save(tmp_path / "m")
-    for name in ("model.ubj.gz", "calibration.json", "card.json"):
+    for pattern in ("model.*.ubj.gz", "calibration.*.json", "card.json"):
+        (name,) = (file.name for file in whole.glob(pattern))
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(whole, broken)
         (broken / name).write_bytes((broken / name).read_bytes()[:-20])
@@ -211,28 +222,68 @@ def test_a_negative_seed_is_refused_before_anything_is_fitted(sample: Rows) -> N
         fit_table(sample, seed=-1)
 
 
-def test_a_directory_of_before_its_boosters_were_compressed_is_read(
-    sample: Rows, model: MetaModel, tmp_path: Path
+@pytest.mark.parametrize("version", [7, 8])
+def test_a_directory_of_before_its_boosters_were_compressed_or_its_names_had_digests_is_read(
+    sample: Rows, model: MetaModel, tmp_path: Path, version: int
 ) -> None:
     whole = model.save(tmp_path / "m")
-    card = json.loads((whole / "card.json").read_text())
-    for name in [n for n in card["files"] if n.endswith(".gz")]:
-        data = gzip.decompress((whole / name).read_bytes())
-        (whole / name.removesuffix(".gz")).write_bytes(data)
+    card, files = json.loads((whole / "card.json").read_text()), {}
+    for name, digest in card["files"].items():
+        data, plain = (whole / name).read_bytes(), name.replace(f".{digest[:8]}.", ".")
+        if version == 7 and name.endswith(".gz"):
+            data, plain = gzip.decompress(data), plain.removesuffix(".gz")
+        (whole / plain).write_bytes(data)
         (whole / name).unlink()
-        del card["files"][name]
-        card["files"][name.removesuffix(".gz")] = hashlib.blake2b(data, digest_size=16).hexdigest()
-    (whole / "card.json").write_text(json.dumps({**card, "format": 7}))
+        files[plain] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    (whole / "card.json").write_text(json.dumps({**card, "format": version, "files": files}))
     np.testing.assert_array_equal(MetaModel.load(whole).predict(sample), model.predict(sample))
     model.save(whole)
-    assert not list(whole.glob("*.ubj"))  # nothing stale stays
+    assert {f.name for f in whole.iterdir()} == {*card["files"], "card.json"}  # nothing stale stays
 
 
 def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m")
     (whole / "card.json").unlink()
-    (whole / ".model.ubj.gz.4711").write_bytes(b"half")
+    half, another = whole / ".model.01234567.ubj.gz.4711", whole / "calibration.01234567.json"
+    for file in (half, another):
+        file.write_bytes(b"half")
+    os.utime(half, (0, 0))
     assert MetaModel.load(model.save(whole)).families == model.families
+    assert not half.exists() and another.exists()  # which a save that goes on has just written
+
+
+def test_a_save_that_is_killed_leaves_the_model_that_was_there(
+    sample: Rows, model: MetaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other = model.save(tmp_path / "m"), dataclasses.replace(model, conformal=Conformal())
+    with monkeypatch.context() as killed:
+
+        def replace(temporary: Path, final: Path) -> None:
+            if final.name == "card.json":
+                raise KeyboardInterrupt
+            os.rename(temporary, final)
+
+        killed.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(whole)
+    np.testing.assert_allclose(MetaModel.load(whole).interval(sample), model.interval(sample), rtol=1e-5)
+    other.save(whole)
+    assert np.isinf(MetaModel.load(whole).interval(sample)[1]).all()
+
+
+def test_a_model_is_loaded_while_another_is_saved_over_it(
+    sample: Rows, model: MetaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, other = model.save(tmp_path / "m"), dataclasses.replace(model, conformal=Conformal())
+    check, saves = artifact._check_card, iter([other])
+
+    def meanwhile(card: object) -> None:
+        check(card)
+        for save in saves:  # between the card and its files, once
+            save.save(whole)
+
+    monkeypatch.setattr(artifact, "_check_card", meanwhile)
+    assert np.isinf(MetaModel.load(whole).interval(sample)[1]).all()
 
 
 def test_what_cannot_be_written_leaves_no_directory(model: MetaModel, tmp_path: Path) -> None:
@@ -288,6 +339,18 @@ def test_ray_train_gives_the_same_model_as_this_process(ray_session: None, sampl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta", "model"]  # Ray's own files are gone
     with pytest.raises(SpecError, match="workers need at least"):
         fit(tmp_path / "meta", tmp_path / "many", workers=64)
+
+
+def test_a_ray_without_its_train_extra_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    done: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("shut down"))
+    monkeypatch.setattr(train, "_start", lambda *a: done.append("started"))
+    monkeypatch.setitem(sys.modules, "ray.train.xgboost", None)
+    with pytest.raises(DependencyError, match="ray.train"), train.ray_trainer(tmp_path / "m", 1, None):
+        pass
+    assert done == ["started", "shut down"] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

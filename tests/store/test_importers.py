@@ -116,6 +116,7 @@ def test_datasets_of_any_script_stay_apart(tmp_path: Path) -> None:
         (f"{HEADER}\n{LINE.replace(',0.1,', ',1.5,')}\n", "line 2: ε must lie strictly between 0 and 1"),
         (f"{HEADER}\n{LINE}\n{LINE.replace(',5,True', ',0,True')}\n", "line 3: T_star must be a whole number"),
         (f"{HEADER}\n{LINE}\n{LINE.replace(',5,True', ',five,True')}\n", "line 3: T_star must be a finite number"),
+        (f"\n{HEADER}\n\n{LINE}\n\n\n{LINE.replace(',5,True', ',0,True')}\n", "line 7: T_star must be a whole number"),
         (f"{HEADER}\n{LINE.replace('3.4657', '')}\n{LINE.replace('3.4657', 'x')}\n", "line 3: logB must be a finite"),
         (f"{HEADER}\n{LINE.replace(',0.1,', ',nan,')}\n", "line 2: epsilon must be a finite number"),
     ],

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from cape.cli import main
 from cape.config import StoppingRule, SweepSpec
 from cape.errors import SpecError, StoreError
+from cape.metamodel.rows import read_rows
 from cape.store import claims, reader, writer
 from cape.store.compact import compact
 from cape.store.location import Location
@@ -113,7 +115,7 @@ def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path:
     assert run_inline(larger, uri, resume=True, progress=False).rows == 12
     found = verify(uri, lambda spec: Plan(spec).all_ids())
     assert found.sound and (found.rows, found.missing) == (12, 0)
-    with pytest.raises(StoreError, match="--out"):
+    with pytest.raises(StoreError, match="--out FOLDER"):
         compact(uri)
     assert compact(uri, out=tmp_path / "local").rows == 12
     assert verify(tmp_path / "local", lambda spec: Plan(spec).all_ids()).sound
@@ -124,6 +126,35 @@ def test_a_sweep_is_run_resumed_extended_verified_and_copied(uri: str, tmp_path:
         for w in (local.out, uri)
     )
     assert here == there
+
+
+def test_what_fits_and_scores_reads_it_and_no_message_holds_its_key(
+    make_rows: MakeRows, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["fit", uri, "--out", str(tmp_path / "m")], ["store", "verify", uri], ["sweep", "status", uri]):
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "holds no meta-dataset" in said and said.count("runs/") >= 3 and "SECRET" not in said
+    writer.write_shard(make_rows(3), uri)
+    writer.write_shard(make_rows(2, first_seed=3), tmp_path / "more")
+    assert len(read_rows(uri)) == 6 and len(read_rows([uri, tmp_path / "more"])) == 10
+
+
+def test_models_and_reports_are_written_to_no_uri(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["fit", "meta", "--out", uri],
+        ["evaluate", "meta", "--out", uri],
+        ["report", "meta", "--out", f"{uri}.html"],
+        ["predict", "torch.nn:Linear", "--data", "digits", "--meta-model", uri],
+        ["import-csv", uri, "--family", "mlp", "--out", "meta"],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "local folder and not at a URI (s3://...)" in said and "SECRET" not in said, said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_pyarrow_does_not_know_is_one_sentence() -> None:

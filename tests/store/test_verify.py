@@ -75,7 +75,7 @@ def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -
     assert {name.rsplit("/", 1)[-1] for name, _ in found.unreadable} == {truncated.name, flipped.name}
     assert [name.rsplit("/", 1)[-1] for name, _ in found.foreign] == ["notes.parquet"]
     verify(meta, ids, set_aside=True)
-    assert len(list((meta / "_corrupt").iterdir())) == 3
+    assert len([p for p in (meta / "_corrupt").rglob("*") if p.is_file()]) == 3
     left = verify(meta, ids)
     assert left.sound and left.missing > 0
     run_inline(SPEC, meta, resume=True, progress=False)
@@ -89,6 +89,29 @@ def test_damage_is_found_named_and_set_aside_and_a_resume_mends_it(meta: Path) -
     first = list_files(meta)[0]
     first.rename(renamed)
     assert [reason for _, reason in verify(meta, ids).foreign] == ["its trials are not those that its name stands for"]
+
+
+def test_files_that_are_set_aside_keep_their_paths_and_replace_none(meta: Path) -> None:
+    first = list_files(meta)[0]
+    other = first.parents[2] / "family=other" / "dataset=digits"
+    other.mkdir(parents=True)
+    for content in (b"one", b"two"):
+        for folder in (first.parent, other):
+            (folder / "notes").write_bytes(content + folder.parent.name.encode())
+        verify(meta, ids, set_aside=True)
+    kept = {str(p.relative_to(meta / "_corrupt")): p.read_bytes() for p in (meta / "_corrupt").rglob("notes*")}
+    assert kept == {
+        "_rows.0/family=mlp/dataset=digits/notes": b"onefamily=mlp",
+        "_rows.0/family=mlp/dataset=digits/notes.1": b"twofamily=mlp",
+        "_rows.0/family=other/dataset=digits/notes": b"onefamily=other",
+        "_rows.0/family=other/dataset=digits/notes.1": b"twofamily=other",
+    }
+    assert verify(meta, ids).sound
+    (meta / "rows").unlink()
+    (meta / "_rows.0" / "family=mlp").rename(meta / "family=mlp")  # rows beside it, as cape 0.1.0 wrote them
+    (meta / "family=mlp" / "dataset=digits" / "notes").write_bytes(b"")
+    verify(meta, ids, set_aside=True)
+    assert verify(meta, ids).sound
 
 
 def test_rows_that_are_there_twice_and_trials_of_no_plan_are_counted(meta: Path) -> None:
