@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cape.errors import CapeError, ModelError, first_line
+from cape.held import Held, put_back, within
 from cape.memory import device_failed
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_COLLECTIONS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 class Kept:
@@ -36,12 +36,10 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
-        own = _within(
+        own = within(
             v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE or isinstance(v, set)
         )
-        self._collections = [(c, copy(c)) for c in own if type(c) in _COLLECTIONS]
-        self._arrays = [(a, a.copy()) for a in own if isinstance(a, np.ndarray)]
-        self._generators = [(g, _state_of(g)) for g in own if isinstance(g, _GENERATORS)]
+        self._held = Held(own)
         # Parameters, buffers, modules and hooks; what a module of its own holds has been looked through.
         tables = [t for m in plain for n, t in vars(m).items() if n in _OF_EVERY_MODULE and isinstance(t, dict)]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in tables]
@@ -95,19 +93,13 @@ class Kept:
             if p._backward_hooks is not hooks:
                 p._backward_hooks = hooks
             elif hooks and len(hooks) > len(of_caller):
-                _put_back(hooks, of_caller)
+                put_back(hooks, of_caller)
         for now, held in self._attributes:
             now.update(held)
             if len(now) > len(held) + ("training" in now):
                 for name in now.keys() - held.keys() - {"training"}:
                     del now[name]
-        for collection, held_items in self._collections:
-            _put_back(collection, held_items)
-        for array, values in self._arrays:
-            if array.tobytes() != values.tobytes():
-                array[...] = values
-        for generator, state in self._generators:
-            _set_state(generator, state)
+        self._held.put_back()
         for b, memory, _, marks in self._buffers:
             if memory is not None and not b.is_set_to(memory):
                 b.data = memory
@@ -153,25 +145,6 @@ class Kept:
                     module.training = training
 
 
-def _within(values: Iterable[Any]) -> list[Any]:
-    """Return some values, and what the collections among them hold, each collection and its values once."""
-    found, seen = list(values), set()
-    for value in found:  # grows while it is read
-        if (type(value) in _COLLECTIONS or type(value) is tuple) and id(value) not in seen:
-            seen.add(id(value))
-            found += value.values() if isinstance(value, dict) else value
-    return list({id(v): v for v in found}.values())
-
-
-def _put_back(collection: Any, items: Any) -> None:
-    """Let a list, dict, set or deque hold the very objects that it held."""
-    now, then = ([*c, *c.values()] if isinstance(c, dict) else list(c) for c in (collection, items))
-    if len(now) == len(then) and all(map(operator.is_, now, then)):
-        return
-    collection.clear()
-    (collection.extend if isinstance(collection, (list, deque)) else collection.update)(items)
-
-
 def overlaps(t: Tensor) -> bool:
     """Return whether two numbers of a tensor must be one place in memory, as where it was expanded."""
     return t.layout is torch.strided and t.numel() > 1 + sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride()))
@@ -184,22 +157,6 @@ def is_dense(t: Tensor) -> bool:
 
 def _has_a_place(p: Tensor) -> bool:
     return p.layout is torch.strided and not is_lazy(p)
-
-
-_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        (generator.set_state if isinstance(generator, torch.Generator) else generator.setstate)(state)
 
 
 @contextmanager
