@@ -24,6 +24,7 @@ from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
 from cape.recognize import check_family, infer_family, known_best
 from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved, running
+from cape.surroundings import undisturbed
 from cape.tasks import TASK_LOSS, Loss, LossLike
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Prediction:
         }
 
 
+@undisturbed()
 def predict(
     model: nn.Module,
     batch: tuple[Inputs, Any],

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from cape.errors import CapeError, ModelError, first_line
 from cape.held import Held, put_back, within
 from cape.memory import device_failed
+from cape.surroundings import turns
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -213,8 +214,8 @@ def switches_itself(model: nn.Module) -> bool:
 @contextmanager
 def unmoved_draws(devices: Iterable[int] = ()) -> Iterator[None]:
     """Run a block and put the global generators back: torch's, on some GPUs too, Python's and NumPy's."""
-    others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with turns, torch.random.fork_rng(devices=list(devices)):
+        others = random.getstate(), np.random.get_state()
         try:
             yield
         finally:

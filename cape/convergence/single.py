@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from cape.state import (
     running,
     trainable,
 )
+from cape.surroundings import fixed_precision, undisturbed
 from cape.tasks import DETACHED, Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -75,6 +75,7 @@ class Trajectory:
         return bool((np.isfinite(self.losses) & (self.losses <= check_epsilon(epsilon) * self.l0)).any())
 
 
+@undisturbed()
 def measure(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],
@@ -302,32 +303,3 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
             ended = scan.feed(losses)
             seconds = stop - began
     return seconds, float(np.median(timed)) if timed else float("nan")
-
-
-@contextmanager
-def fixed_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Switch the caller's autocast off inside the block, whose steps compute in what ``precision`` says.
-
-    On CUDA, fix what it may do to float32 products and ask cuDNN for deterministic kernels.
-    """
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False), fixed_precision(precision, device):
-            yield
-        return
-    if device.type != "cuda":
-        yield
-        return
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    holders: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [h.fp32_precision for h in holders]
-    cudnn: Any = torch.backends.cudnn
-    flags = (cudnn.deterministic, cudnn.benchmark)
-    try:
-        for h in holders:
-            h.fp32_precision = wanted
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        for h, value in zip(holders, before, strict=True):
-            h.fp32_precision = value
-        cudnn.deterministic, cudnn.benchmark = flags

@@ -19,11 +19,12 @@ from cape.config import check_lr
 from cape.convergence.convert import special
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
-from cape.convergence.single import Trajectory, fixed_precision, not_above_zero, trajectory_of
+from cape.convergence.single import Trajectory, not_above_zero, trajectory_of
 from cape.convergence.stack import Stack, Subject
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import Readback, handed_over, on, side_stream
 from cape.errors import ModelError
+from cape.surroundings import fixed_precision
 from cape.tasks import Loss
 
 _MOST_STEPS = 16  # between two looks of the host

@@ -32,6 +32,7 @@ from cape.state import (
     seed_draws,
     trainable,
 )
+from cape.surroundings import undisturbed
 from cape.tasks import DETACHED, Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -111,6 +112,7 @@ class Features:
         return asdict(self)
 
 
+@undisturbed()
 def probe(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],

@@ -49,6 +49,7 @@ from cape.state import (
     slice_inputs,
     trainable,
 )
+from cape.surroundings import undisturbed
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def per_sample_norms(
     return norms.g2, norms.tau if norms.tau_full is None else norms.tau_full
 
 
+@undisturbed()
 def all_norms(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],
