@@ -366,7 +366,7 @@ def _known_as(criterion: Loss, seen: Sequence[str], model: nn.Module, batch: tup
         return next((name for name in seen if _SAME_LOSS.get(name, name) == mine), None)
     if not seen:
         return None
-    x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach().clone(), batch))
+    x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).clone(), batch))
     with torch.inference_mode(False), preserved(criterion.beside(model), seed=0), running(model):
         model.eval()
         outputs = call(model, x)

@@ -62,11 +62,25 @@ class Kept:
         hooks: list[Any] = [p._post_accumulate_grad_hooks for p in self._params]
         hooks += [] if parameters else [p._backward_hooks for p in self._params]
         self._hooks = [(table, dict(table)) for table in hooks if table]
+        left = {id(table) for table, _ in self._hooks}
+        self._hooked = [
+            (p, h, {} if id(h) in left else dict(h or ())) for p in self._params for h in [p._backward_hooks]
+        ]
+        self._foreign: list[tuple[Tensor, Tensor | None]] = []
+
+    def set_aside(self) -> None:
+        """Take off what a backward pass would add to or call. Until here, what breaks in changes nothing."""
         for table, _ in self._hooks:
             table.clear()
-        self._hooked = [(p, p._backward_hooks, dict(p._backward_hooks or ())) for p in self._params]
         for p in self._params:
             p.grad = None
+
+    def spare(self, leaves: Iterable[Tensor]) -> None:
+        """Put back the gradients of leaves that the model is not known to hold, too: of a teacher in a list, say."""
+        own = {id(p) for p in self._params}
+        self._foreign += [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
+        for leaf, _ in self._foreign:
+            leaf.grad = None
 
     def before_write(self, t: Tensor) -> None:
         """Remember the parameters that lie in a tensor's memory: something is about to be written there."""
@@ -134,11 +148,14 @@ class Kept:
             self.rewind()
         finally:
             for p, requires_grad, grad, marks in self._flags:
-                p.requires_grad_(requires_grad)
+                if p.requires_grad is not requires_grad:
+                    p.requires_grad_(requires_grad)
                 p.grad = grad
                 if vars(p).keys() != marks.keys():
                     vars(p).clear()
                 vars(p).update(marks)
+            for leaf, grad in self._foreign:
+                leaf.grad = grad
             for table, held in self._hooks:
                 table.update(held)
             for module, training in self._modes:
@@ -172,11 +189,16 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
     kept = Kept(model, parameters)
     with unmoved_draws(kept.devices):
         try:
+            kept.set_aside()
             if seed is not None:
                 seed_draws(seed, kept.devices)
             yield kept
         finally:
-            kept.restore()
+            try:
+                kept.restore()
+            except KeyboardInterrupt:  # half a model is put back
+                kept.restore()
+                raise
 
 
 @contextmanager
@@ -301,11 +323,13 @@ class Untouched:
 
     @torch.no_grad()
     def again(self) -> Inputs:
-        """Return the inputs as they were given."""
+        """Return the inputs as they were given. What writes through ``data`` or NumPy counts no version."""
         for i, (lent, given) in enumerate(zip(tensors_of(self._lent), self._given, strict=True)):
             if lent._version != self._known[i]:
                 lent.copy_(given)
                 self._known[i] = lent._version
+            elif lent.layout is torch.strided:  # nor does this: a graph may hold them
+                lent.data.copy_(given)
         return self._lent
 
 
@@ -327,8 +351,8 @@ def samples_of(x: Inputs, batch_size: int) -> list[Tensor]:
 
 
 def ordinary_tensor(t: Tensor) -> Tensor:
-    """Return a tensor that a graph may hold: a copy of one that was made in inference mode, which must be off here."""
-    return t.clone() if t.is_inference() else t
+    """Return a tensor of no graph that a graph may hold: of one made in inference mode, which must be off, a copy."""
+    return t.clone() if t.is_inference() else t.detach()
 
 
 def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:
@@ -385,6 +409,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if meta:
         raise ModelError(
             f"The parameter '{meta[0]}' is on the device 'meta' and holds no numbers; build the model on a real one."
+        )
+    inferred = [n for n, p in found.items() if p.is_inference()]
+    if inferred:
+        raise ModelError(
+            f"The parameter '{inferred[0]}' was made in inference mode, so that no optimizer could train it; build the"
+            " model outside of `torch.inference_mode()`."
         )
     computed = [n for n, p in found.items() if not p.is_leaf]
     if computed:

@@ -91,7 +91,7 @@ class Training:
         self._stream = side_stream(device, lane + 1)  # lane 0's is not `measure`'s
         maker = graph_maker(device)
         self._repeated: RepeatedStep | None = None
-        with handed_over(self._stream), torch.inference_mode(False):
+        with handed_over(self._stream), torch.inference_mode(False), torch.no_grad():
             self.stack = make_stack(head, criterion, width, precision)
             if maker is not None:
                 self._repeated = RepeatedStep(
