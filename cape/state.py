@@ -230,7 +230,13 @@ def without_fast_path() -> Iterator[None]:
 def switches_itself(model: nn.Module) -> bool:
     """Return whether some module does something of its own where it is put into train or eval mode."""
     kinds = {type(m) for m in model.modules()}
-    return any(k.train is not nn.Module.train or k.eval is not nn.Module.eval for k in kinds)
+    own = any(k.train is not nn.Module.train or k.eval is not nn.Module.eval for k in kinds)
+    return own or any("train" in vars(m) or "eval" in vars(m) for m in model.modules())
+
+
+def overrides(module: nn.Module) -> bool:
+    """Return whether a method of a module's class is replaced on the module itself."""
+    return any(callable(getattr(type(module), name, None)) for name in vars(module))
 
 
 @contextmanager
@@ -262,6 +268,8 @@ def draws_of(devices: Iterable[int] = ()) -> list[Tensor]:
 
 def has_hooks(model: nn.Module) -> bool:
     """Return whether code of the caller's runs within a forward or backward pass of a model."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(m, table) for m in model.modules() for table in tables)
 

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from cape.config import check_lr
-from cape.convergence.convert import special
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
+from cape.convergence.likeness import shape_of
 from cape.convergence.single import Trajectory, not_above_zero, trajectory_of
 from cape.convergence.stack import Stack, Subject
 from cape.convergence.stopping import TrajectoryScan
@@ -224,29 +223,3 @@ def _take_out(stack: Stack, running: list[Live], slot: int) -> None:
     last = running.pop()
     if slot < len(running):
         running[slot] = last
-
-
-def shape_of(subject: Subject | None) -> object:
-    """Return what all trials of a stack share."""
-    if subject is None:
-        return None
-    x, y = subject.batch
-    parameters = tuple((name, *_form(p)) for name, p in subject.model.named_parameters())
-    inputs = (x.shape, x.dtype) if isinstance(x, Tensor) else None
-    modules = tuple((name, type(m), *_settings(m)) for name, m in subject.model.named_modules())
-    return modules, parameters, special(subject.model), inputs, y.shape, y.dtype
-
-
-def _form(p: Tensor) -> tuple[object, ...]:
-    return (type(p),) if is_lazy(p) else (p.shape, p.dtype, p.device)
-
-
-def _settings(module: nn.Module) -> Iterator[object]:
-    """Yield the numbers, words and tensors that a module holds beside parameters and buffers, with their names."""
-    for name, value in vars(module).items():
-        if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None))):
-            yield name, str(value)
-        elif isinstance(value, Tensor) and value.layout is torch.strided:
-            plain = value.detach().resolve_conj().resolve_neg().cpu()
-            numbers = plain.flatten().contiguous().view(torch.uint8)
-            yield name, value.shape, value.dtype, numbers.numpy().tobytes()
