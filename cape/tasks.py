@@ -130,8 +130,12 @@ class Loss:
                 return self._each(outputs, harmless) * ~nothing
         return self._each(outputs, targets)
 
+    def _of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what the loss says; a callable, which may write into its targets, has a copy of them."""
+        return self._function(outputs, targets if self.is_named else targets.clone())
+
     def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        values = self._function(outputs, targets)
+        values = self._of(outputs, targets)
         if values.dim() > 0 and values.shape[0] == outputs.shape[0]:
             return _mean_per_sample(values)
         if values.dim() > 0:
@@ -143,11 +147,11 @@ class Loss:
             return values.reshape(1)
         # A mean loss: each sample's loss is that of a batch of one. vmap where the callable allows it.
         try:
-            return torch.func.vmap(lambda o, t: self._function(o[None], t[None]))(outputs, targets)
+            return torch.func.vmap(lambda o, t: self._of(o[None], t[None]))(outputs, targets)
         except (RuntimeError, ValueError, TypeError) as error:  # data-dependent callables cannot be vmapped
             if device_failed(error):
                 raise
-            rows = [self._function(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
+            rows = [self._of(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
             return torch.stack(rows)
 
     def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
@@ -155,12 +159,12 @@ class Loss:
 
         torch's own losses are known not to do that. A loss that is a mean was computed of each sample alone already.
         """
-        if type(self._function).__module__ == "torch.nn.modules.loss" or self._function(outputs, targets).dim() == 0:
+        if type(self._function).__module__ == "torch.nn.modules.loss" or self._of(outputs, targets).dim() == 0:
             return
         alone = []
         for i in range(len(outputs)):
             try:
-                value = self._function(outputs[i : i + 1], targets[i : i + 1])
+                value = self._of(outputs[i : i + 1], targets[i : i + 1])
             except Exception as error:  # it cannot take one sample: it holds something of the whole batch
                 if device_failed(error):
                     raise
@@ -180,7 +184,7 @@ class Loss:
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
-        values = self._function(outputs, targets)
+        values = self._of(outputs, targets)
         return values if values.dim() == 0 else values.mean()
 
     def target_logit(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -308,7 +312,7 @@ class Loss:
             # Whatever it draws, or keeps, it has another time for the loss that counts.
             once = nullcontext() if self.is_named else preserved(self.beside(nn.Identity()))
             with once, torch.enable_grad():
-                value = self._function(outputs.detach().requires_grad_(), targets)
+                value = self._of(outputs.detach().requires_grad_(), targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if device_failed(error):
                 raise

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision
+from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision, check_seed
 from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_maker
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
@@ -115,6 +115,7 @@ def measure(
     check_lr(lr)
     epsilons = check_epsilons(epsilons)
     check_precision(precision)
+    seed = check_seed(seed)
     if read_every is not None:
         check_count(read_every, "read_every")
     x, y, _ = check_batch(batch)
@@ -122,7 +123,7 @@ def measure(
     parameters = list(named.values())
     device = parameters[0].device
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
-    scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
+    scan = TrajectoryScan(StoppingRule() if stopping is None else stopping, epsilons)
     with (
         preserved(criterion.beside(model), seed, parameters=True) as kept,
         fixed_precision(precision, device),
@@ -261,7 +262,12 @@ class _Run:
         self.loss.backward()
         if self.device.type == "cuda":  # AdamW wants the flag in a capture, and complains of it elsewhere
             self._optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:
+            if "sparse" not in str(error):
+                raise
+            raise ModelError("AdamW takes no sparse gradients; make the embeddings with `sparse=False`.") from error
         self._optimizer.zero_grad(set_to_none=True)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cape.config import check_lr
+from cape.config import check_lr, check_seed
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
 from cape.convergence.likeness import shape_of
@@ -101,6 +101,7 @@ class Training:
 
     def load(self, index: int, subject: Subject) -> None:
         check_lr(subject.lr)
+        subject = replace(subject, seed=check_seed(subject.seed))
         one = Live(index, subject, TrajectoryScan(subject.stopping, subject.epsilons))
         with handed_over(self._stream), torch.no_grad():
             self.stack.load(subject)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cape
 from cape.config import StoppingRule
-from cape.convergence import measure
+from cape.convergence import Subject, measure, measure_many
 from cape.errors import ModelError, SpecError
 from tests.convergence.test_single import plain_loop
 
@@ -219,10 +219,54 @@ def test_a_stopping_rule_of_the_wrong_type_gets_one_sentence(wrong: dict[str, An
         StoppingRule(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"read_every": 2.5}, {"epsilons": None}, {"epsilons": "0.1"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"read_every": 2.5}, {"epsilons": None}, {"epsilons": "0.1"}, {"epsilons": torch.tensor(0.1)}),
+        *({"epsilons": np.array(0.1)}, {"seed": True}, {"seed": "a"}, {"seed": None}, {"seed": 2**64}),
+        *({"stopping": {"max_steps": 3}}, {"stopping": {}}),
+    ],
+)
 def test_arguments_of_the_wrong_type_get_one_sentence(wrong: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match="must be"):
+    with pytest.raises(SpecError, match="must be|is a StoppingRule"):
         measure(Base(), BATCH, **wrong)
+
+
+def test_a_seed_may_be_numpys() -> None:
+    drops = nn.Sequential(Base(), nn.Dropout(0.5))
+    found, plain = (measure(drops, BATCH, seed=seed, stopping=SHORT) for seed in (np.int64(3), 3))
+    assert found.losses.tolist() == plain.losses.tolist()
+
+
+def test_a_loss_that_writes_into_its_targets_has_its_own() -> None:
+    given = BATCH[1].clone()
+    given[0] = 255
+
+    def marked(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets[targets == 255] = -100
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def shifts(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets -= 1
+        return nn.functional.cross_entropy(outputs, targets)
+
+    cape.predict(Base(), (BATCH[0], given), loss=marked, lr=1e-3, dataset_size=2000)
+    measure(Base(), (BATCH[0], given), loss=marked, stopping=SHORT)
+    assert given[0] == 255
+    moved = measure(Base(), (BATCH[0], BATCH[1] + 1), loss=shifts, stopping=SHORT).losses
+    plain = measure(Base(), BATCH, loss=nn.functional.cross_entropy, stopping=SHORT).losses
+    assert moved.tolist() == plain.tolist()
+
+
+def test_sparse_gradients_are_refused_in_one_sentence() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 4))
+    batch = (torch.arange(48).view(16, 3) % 9, BATCH[1])
+    with pytest.raises(ModelError, match="AdamW takes no sparse gradients"):
+        measure(model, batch, stopping=SHORT)
+    both = measure_many([Subject(model, batch, stopping=SHORT)] * 2, step_seconds=1e-3)
+    assert all(isinstance(o.error, ModelError) for o in both)
+    with pytest.raises(ModelError, match="AdamW takes no sparse gradients"):
+        cape.predict(model, batch, lr=1e-3, dataset_size=2000).time()
 
 
 @pytest.mark.parametrize("write", [lambda x: x.data.mul_(2), lambda x: x.detach().numpy().__imul__(2)])
