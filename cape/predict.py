@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cape.config import StoppingRule, check_count, check_epsilon, check_lr
-from cape.errors import SpecError
+from cape.errors import CapeError, SpecError
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.regressors import in_steps
@@ -38,14 +38,17 @@ _SAME_LOSS = {
     "bce": "binary_cross_entropy",
 }
 _TIMING_STEPS = 4
+# The median of two steps of a millisecond scatters threefold: short ones are timed for so long, or so many of them.
+_TIMING_SECONDS, _MOST_TIMED = 0.1, 50
+_NEVER = 1e-12  # a fraction of the first loss at which no timing ends
 _NORMAL = NormalDist()
 
 
 class StepTimer:
     """Measures, when first asked, what one training step of a model takes on the device where it is."""
 
-    def __init__(self, model: nn.Module, batch: tuple[Inputs, Any], loss: LossLike, lr: float, epsilon: float) -> None:
-        self._arguments = (model, batch, loss, lr, epsilon)
+    def __init__(self, model: nn.Module, batch: tuple[Inputs, Any], loss: LossLike, lr: float) -> None:
+        self._arguments = (model, batch, loss, lr)
         self._seconds: float | None = None
 
     @property
@@ -56,12 +59,18 @@ class StepTimer:
     def seconds(self) -> float:
         """Return the median wall time of a few real, warmed-up AdamW steps; the model is put back bit for bit."""
         if self._seconds is None:
-            from cape.convergence import measure
-
-            model, batch, loss, lr, epsilon = self._arguments
-            rule = StoppingRule(max_steps=_TIMING_STEPS)
-            self._seconds = measure(model, batch, loss=loss, lr=lr, epsilons=(epsilon,), stopping=rule).step_seconds
+            seconds = self._measure(_TIMING_STEPS)
+            if seconds * _TIMING_STEPS < _TIMING_SECONDS:
+                seconds = self._measure(min(_MOST_TIMED, math.ceil(_TIMING_SECONDS / seconds)))
+            self._seconds = seconds
         return self._seconds
+
+    def _measure(self, steps: int) -> float:
+        from cape.convergence import measure
+
+        model, batch, loss, lr = self._arguments
+        rule = StoppingRule(max_steps=steps)
+        return measure(model, batch, loss=loss, lr=lr, epsilons=(_NEVER,), stopping=rule).step_seconds
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ def predict(
         _centre=centre,
         _conformal=regressor.conformal if family in regressor.families else Conformal(),
         _width=float(regressor.width(row)[0]),
-        _timer=StepTimer(model, batch, loss, lr, epsilon),
+        _timer=StepTimer(model, batch, loss, lr),
     )
 
 
@@ -317,15 +326,23 @@ def rank(
     check_level(level)
     if usd_per_hour is not None:
         check_price(usd_per_hour)
+    if not isinstance(candidates, Iterable):
+        raise SpecError(f"The candidates are tuples (name, model, batch, lr), not {candidates!r}.")
+    check_epsilon(epsilon)
+    check_count(dataset_size, "dataset_size")
     regressor = resolve(meta_model)
     rows = []
     for candidate in candidates:
         if not isinstance(candidate, (tuple, list)) or len(candidate) != 4:
             raise SpecError("Each candidate is a tuple (name, model, batch, lr).")
         name, model, batch, lr = candidate
-        made = predict(model, batch, loss=loss, lr=lr, dataset_size=dataset_size, epsilon=epsilon, meta_model=regressor)
-        usd = None if usd_per_hour is None else made.cost(usd_per_hour)
-        rows.append(Ranked(str(name), made, made.time(), usd))
+        told: dict[str, Any] = {"dataset_size": dataset_size, "epsilon": epsilon, "meta_model": regressor}
+        try:
+            made = predict(model, batch, loss=loss, lr=lr, **told)
+            usd = None if usd_per_hour is None else made.cost(usd_per_hour)
+            rows.append(Ranked(str(name), made, made.time(), usd))
+        except CapeError as error:
+            raise type(error)(f"The candidate '{name}': {error}") from error
     if not rows:
         raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
 
