@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cape.config import StoppingRule, check_count, check_epsilon, check_lr
+from cape.checks import check_batch, running
+from cape.config import check_count, check_epsilon, check_lr
 from cape.errors import CapeError, SpecError
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
@@ -23,9 +24,10 @@ from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
 from cape.recognize import check_family, infer_family, known_best
-from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved, running
+from cape.state import call, map_tensors, ordinary_tensor, preserved
 from cape.surroundings import undisturbed
 from cape.tasks import TASK_LOSS, Loss, LossLike
+from cape.timing import StepTimer
 
 if TYPE_CHECKING:
     from cape.state import Inputs
@@ -37,40 +39,7 @@ _SAME_LOSS = {
     "one_hot_mse": "half_mse",
     "bce": "binary_cross_entropy",
 }
-_TIMING_STEPS = 4
-# The median of two steps of a millisecond scatters threefold: short ones are timed for so long, or so many of them.
-_TIMING_SECONDS, _MOST_TIMED = 0.1, 50
-_NEVER = 1e-12  # a fraction of the first loss at which no timing ends
 _NORMAL = NormalDist()
-
-
-class StepTimer:
-    """Measures, when first asked, what one training step of a model takes on the device where it is."""
-
-    def __init__(self, model: nn.Module, batch: tuple[Inputs, Any], loss: LossLike, lr: float) -> None:
-        self._arguments = (model, batch, loss, lr)
-        self._seconds: float | None = None
-
-    @property
-    def measured(self) -> float | None:
-        """Seconds per step if they were measured already."""
-        return self._seconds
-
-    def seconds(self) -> float:
-        """Return the median wall time of a few real, warmed-up AdamW steps; the model is put back bit for bit."""
-        if self._seconds is None:
-            seconds = self._measure(_TIMING_STEPS)
-            if seconds * _TIMING_STEPS < _TIMING_SECONDS:
-                seconds = self._measure(min(_MOST_TIMED, math.ceil(_TIMING_SECONDS / seconds)))
-            self._seconds = seconds
-        return self._seconds
-
-    def _measure(self, steps: int) -> float:
-        from cape.convergence import measure
-
-        model, batch, loss, lr = self._arguments
-        rule = StoppingRule(max_steps=steps)
-        return measure(model, batch, loss=loss, lr=lr, epsilons=(_NEVER,), stopping=rule).step_seconds
 
 
 @dataclass(frozen=True)

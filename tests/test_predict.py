@@ -24,8 +24,9 @@ from cape.family_names import RELATIVES
 from cape.metamodel.artifact import MetaModel
 from cape.metamodel.fit import fit_table
 from cape.metamodel.presets import PRESETS
-from cape.predict import StepTimer, predict, rank
+from cape.predict import predict, rank
 from cape.recognize import infer_family
+from cape.timing import StepTimer
 
 
 @pytest.fixture(scope="module")

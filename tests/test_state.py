@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cape.checks import check_batch, trainable
 from cape.errors import ModelError
-from cape.state import Kept, check_batch, preserved, trainable
+from cape.state import Kept, preserved
 
 
 def test_what_holds_no_numbers_is_refused() -> None:

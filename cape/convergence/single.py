@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cape.checks import check_batch, running, trainable
 from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision, check_seed
 from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_maker
 from cape.convergence.stopping import TrajectoryScan
@@ -24,14 +25,11 @@ from cape.state import (
     Inputs,
     Untouched,
     call,
-    check_batch,
     has_gradient_hooks,
     is_dense,
     map_tensors,
     ordinary_tensor,
     preserved,
-    running,
-    trainable,
 )
 from cape.surroundings import fixed_precision, undisturbed
 from cape.tasks import DETACHED, Loss, LossLike

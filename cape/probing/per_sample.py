@@ -20,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from cape.checks import check_batch, running, trainable
 from cape.errors import ModelError
 from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
@@ -38,16 +39,13 @@ from cape.state import (
     Inputs,
     Kept,
     call,
-    check_batch,
     draws_of,
     eagerly,
     evaluated,
     map_tensors,
     ordinary_tensor,
     preserved,
-    running,
     slice_inputs,
-    trainable,
 )
 from cape.surroundings import undisturbed
 from cape.tasks import Loss, LossLike
