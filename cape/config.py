@@ -41,7 +41,8 @@ def check_epsilons(epsilons: typing.Iterable[float]) -> tuple[float, ...]:
     """Return distinct ε in descending order (the order in which a trajectory crosses them)."""
     if isinstance(epsilons, Real):
         epsilons = (float(epsilons),)
-    if not isinstance(epsilons, typing.Iterable) or isinstance(epsilons, str):
+    # What has no dimension is an iterable to Python, a tensor and an array too.
+    if not isinstance(epsilons, typing.Iterable) or isinstance(epsilons, str) or getattr(epsilons, "ndim", 1) == 0:
         raise SpecError(f"epsilons must be numbers between 0 and 1, not {epsilons!r}.")
     values = tuple(sorted({check_epsilon(e) for e in epsilons}, reverse=True))
     if not values:
@@ -54,6 +55,13 @@ def check_count(value: int, what: str, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise SpecError(f"{what} must be a whole number of at least {minimum}, not {value!r}.")
     return int(value)
+
+
+def check_seed(seed: int) -> int:
+    """Return a seed that torch takes, or raise ``SpecError``."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
+        raise SpecError(f"seed must be a whole number of 64 bits, not {seed!r}.")
+    return int(seed)
 
 
 def _check_choice(value: str, choices: tuple[str, ...], what: str) -> str:

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cape.config import StoppingRule, check_count, check_epsilon, check_lr
-from cape.errors import SpecError
+from cape.checks import check_batch, running
+from cape.config import check_count, check_epsilon, check_lr
+from cape.errors import CapeError, SpecError
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
 from cape.recognize import check_family, infer_family, known_best
-from cape.state import call, check_batch, map_tensors, ordinary_tensor, preserved, running
+from cape.state import call, map_tensors, ordinary_tensor, preserved
+from cape.surroundings import undisturbed
 from cape.tasks import TASK_LOSS, Loss, LossLike
+from cape.timing import StepTimer
 
 if TYPE_CHECKING:
     from cape.state import Inputs
@@ -36,31 +39,7 @@ _SAME_LOSS = {
     "one_hot_mse": "half_mse",
     "bce": "binary_cross_entropy",
 }
-_TIMING_STEPS = 4
 _NORMAL = NormalDist()
-
-
-class StepTimer:
-    """Measures, when first asked, what one training step of a model takes on the device where it is."""
-
-    def __init__(self, model: nn.Module, batch: tuple[Inputs, Any], loss: LossLike, lr: float, epsilon: float) -> None:
-        self._arguments = (model, batch, loss, lr, epsilon)
-        self._seconds: float | None = None
-
-    @property
-    def measured(self) -> float | None:
-        """Seconds per step if they were measured already."""
-        return self._seconds
-
-    def seconds(self) -> float:
-        """Return the median wall time of a few real, warmed-up AdamW steps; the model is put back bit for bit."""
-        if self._seconds is None:
-            from cape.convergence import measure
-
-            model, batch, loss, lr, epsilon = self._arguments
-            rule = StoppingRule(max_steps=_TIMING_STEPS)
-            self._seconds = measure(model, batch, loss=loss, lr=lr, epsilons=(epsilon,), stopping=rule).step_seconds
-        return self._seconds
 
 
 @dataclass(frozen=True)
@@ -139,6 +118,7 @@ class Prediction:
         }
 
 
+@undisturbed()
 def predict(
     model: nn.Module,
     batch: tuple[Inputs, Any],
@@ -218,7 +198,7 @@ def predict(
         _centre=centre,
         _conformal=regressor.conformal if family in regressor.families else Conformal(),
         _width=float(regressor.width(row)[0]),
-        _timer=StepTimer(model, batch, loss, lr, epsilon),
+        _timer=StepTimer(model, batch, loss, lr),
     )
 
 
@@ -315,15 +295,23 @@ def rank(
     check_level(level)
     if usd_per_hour is not None:
         check_price(usd_per_hour)
+    if not isinstance(candidates, Iterable):
+        raise SpecError(f"The candidates are tuples (name, model, batch, lr), not {candidates!r}.")
+    check_epsilon(epsilon)
+    check_count(dataset_size, "dataset_size")
     regressor = resolve(meta_model)
     rows = []
     for candidate in candidates:
         if not isinstance(candidate, (tuple, list)) or len(candidate) != 4:
             raise SpecError("Each candidate is a tuple (name, model, batch, lr).")
         name, model, batch, lr = candidate
-        made = predict(model, batch, loss=loss, lr=lr, dataset_size=dataset_size, epsilon=epsilon, meta_model=regressor)
-        usd = None if usd_per_hour is None else made.cost(usd_per_hour)
-        rows.append(Ranked(str(name), made, made.time(), usd))
+        told: dict[str, Any] = {"dataset_size": dataset_size, "epsilon": epsilon, "meta_model": regressor}
+        try:
+            made = predict(model, batch, loss=loss, lr=lr, **told)
+            usd = None if usd_per_hour is None else made.cost(usd_per_hour)
+            rows.append(Ranked(str(name), made, made.time(), usd))
+        except CapeError as error:
+            raise type(error)(f"The candidate '{name}': {error}") from error
     if not rows:
         raise SpecError("There is nothing to rank; give at least one (name, model, batch, lr).")
 
@@ -364,7 +352,7 @@ def _known_as(criterion: Loss, seen: Sequence[str], model: nn.Module, batch: tup
         return next((name for name in seen if _SAME_LOSS.get(name, name) == mine), None)
     if not seen:
         return None
-    x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach().clone(), batch))
+    x, y, _ = check_batch(map_tensors(lambda t: ordinary_tensor(t).clone(), batch))
     with torch.inference_mode(False), preserved(criterion.beside(model), seed=0), running(model):
         model.eval()
         outputs = call(model, x)

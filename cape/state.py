@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cape.errors import CapeError, ModelError, first_line
-from cape.memory import device_failed
+from cape.held import Held, put_back, within
+from cape.surroundings import turns
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_COLLECTIONS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 class Kept:
@@ -36,12 +35,10 @@ class Kept:
         self._attributes = [(vars(m), dict(vars(m))) for m in plain]
         for _, held in self._attributes:
             held.pop("training", None)
-        own = _within(
+        own = within(
             v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE or isinstance(v, set)
         )
-        self._collections = [(c, copy(c)) for c in own if type(c) in _COLLECTIONS]
-        self._arrays = [(a, a.copy()) for a in own if isinstance(a, np.ndarray)]
-        self._generators = [(g, _state_of(g)) for g in own if isinstance(g, _GENERATORS)]
+        self._held = Held(own)
         # Parameters, buffers, modules and hooks; what a module of its own holds has been looked through.
         tables = [t for m in plain for n, t in vars(m).items() if n in _OF_EVERY_MODULE and isinstance(t, dict)]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in tables]
@@ -63,11 +60,25 @@ class Kept:
         hooks: list[Any] = [p._post_accumulate_grad_hooks for p in self._params]
         hooks += [] if parameters else [p._backward_hooks for p in self._params]
         self._hooks = [(table, dict(table)) for table in hooks if table]
+        left = {id(table) for table, _ in self._hooks}
+        self._hooked = [
+            (p, h, {} if id(h) in left else dict(h or ())) for p in self._params for h in [p._backward_hooks]
+        ]
+        self._foreign: list[tuple[Tensor, Tensor | None]] = []
+
+    def set_aside(self) -> None:
+        """Take off what a backward pass would add to or call. Until here, what breaks in changes nothing."""
         for table, _ in self._hooks:
             table.clear()
-        self._hooked = [(p, p._backward_hooks, dict(p._backward_hooks or ())) for p in self._params]
         for p in self._params:
             p.grad = None
+
+    def spare(self, leaves: Iterable[Tensor]) -> None:
+        """Put back the gradients of leaves that the model is not known to hold, too: of a teacher in a list, say."""
+        own = {id(p) for p in self._params}
+        self._foreign += [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
+        for leaf, _ in self._foreign:
+            leaf.grad = None
 
     def before_write(self, t: Tensor) -> None:
         """Remember the parameters that lie in a tensor's memory: something is about to be written there."""
@@ -95,19 +106,13 @@ class Kept:
             if p._backward_hooks is not hooks:
                 p._backward_hooks = hooks
             elif hooks and len(hooks) > len(of_caller):
-                _put_back(hooks, of_caller)
+                put_back(hooks, of_caller)
         for now, held in self._attributes:
             now.update(held)
             if len(now) > len(held) + ("training" in now):
                 for name in now.keys() - held.keys() - {"training"}:
                     del now[name]
-        for collection, held_items in self._collections:
-            _put_back(collection, held_items)
-        for array, values in self._arrays:
-            if array.tobytes() != values.tobytes():
-                array[...] = values
-        for generator, state in self._generators:
-            _set_state(generator, state)
+        self._held.put_back()
         for b, memory, _, marks in self._buffers:
             if memory is not None and not b.is_set_to(memory):
                 b.data = memory
@@ -141,35 +146,19 @@ class Kept:
             self.rewind()
         finally:
             for p, requires_grad, grad, marks in self._flags:
-                p.requires_grad_(requires_grad)
+                if p.requires_grad is not requires_grad:
+                    p.requires_grad_(requires_grad)
                 p.grad = grad
                 if vars(p).keys() != marks.keys():
                     vars(p).clear()
                 vars(p).update(marks)
+            for leaf, grad in self._foreign:
+                leaf.grad = grad
             for table, held in self._hooks:
                 table.update(held)
             for module, training in self._modes:
                 if module.training is not training:  # a module looks long at what it is given
                     module.training = training
-
-
-def _within(values: Iterable[Any]) -> list[Any]:
-    """Return some values, and what the collections among them hold, each collection and its values once."""
-    found, seen = list(values), set()
-    for value in found:  # grows while it is read
-        if (type(value) in _COLLECTIONS or type(value) is tuple) and id(value) not in seen:
-            seen.add(id(value))
-            found += value.values() if isinstance(value, dict) else value
-    return list({id(v): v for v in found}.values())
-
-
-def _put_back(collection: Any, items: Any) -> None:
-    """Let a list, dict, set or deque hold the very objects that it held."""
-    now, then = ([*c, *c.values()] if isinstance(c, dict) else list(c) for c in (collection, items))
-    if len(now) == len(then) and all(map(operator.is_, now, then)):
-        return
-    collection.clear()
-    (collection.extend if isinstance(collection, (list, deque)) else collection.update)(items)
 
 
 def overlaps(t: Tensor) -> bool:
@@ -186,22 +175,6 @@ def _has_a_place(p: Tensor) -> bool:
     return p.layout is torch.strided and not is_lazy(p)
 
 
-_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        (generator.set_state if isinstance(generator, torch.Generator) else generator.setstate)(state)
-
-
 @contextmanager
 def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = False) -> Iterator[Kept]:
     """Run a block and put everything of ``model`` back bit for bit, also where the block raises.
@@ -214,11 +187,16 @@ def preserved(model: nn.Module, seed: int | None = None, *, parameters: bool = F
     kept = Kept(model, parameters)
     with unmoved_draws(kept.devices):
         try:
+            kept.set_aside()
             if seed is not None:
                 seed_draws(seed, kept.devices)
             yield kept
         finally:
-            kept.restore()
+            try:
+                kept.restore()
+            except KeyboardInterrupt:  # half a model is put back
+                kept.restore()
+                raise
 
 
 @contextmanager
@@ -250,14 +228,20 @@ def without_fast_path() -> Iterator[None]:
 def switches_itself(model: nn.Module) -> bool:
     """Return whether some module does something of its own where it is put into train or eval mode."""
     kinds = {type(m) for m in model.modules()}
-    return any(k.train is not nn.Module.train or k.eval is not nn.Module.eval for k in kinds)
+    own = any(k.train is not nn.Module.train or k.eval is not nn.Module.eval for k in kinds)
+    return own or any("train" in vars(m) or "eval" in vars(m) for m in model.modules())
+
+
+def overrides(module: nn.Module) -> bool:
+    """Return whether a method of a module's class is replaced on the module itself."""
+    return any(callable(getattr(type(module), name, None)) for name in vars(module))
 
 
 @contextmanager
 def unmoved_draws(devices: Iterable[int] = ()) -> Iterator[None]:
     """Run a block and put the global generators back: torch's, on some GPUs too, Python's and NumPy's."""
-    others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with turns, torch.random.fork_rng(devices=list(devices)):
+        others = random.getstate(), np.random.get_state()
         try:
             yield
         finally:
@@ -282,6 +266,8 @@ def draws_of(devices: Iterable[int] = ()) -> list[Tensor]:
 
 def has_hooks(model: nn.Module) -> bool:
     """Return whether code of the caller's runs within a forward or backward pass of a model."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(m, table) for m in model.modules() for table in tables)
 
@@ -343,11 +329,13 @@ class Untouched:
 
     @torch.no_grad()
     def again(self) -> Inputs:
-        """Return the inputs as they were given."""
+        """Return the inputs as they were given. What writes through ``data`` or NumPy counts no version."""
         for i, (lent, given) in enumerate(zip(tensors_of(self._lent), self._given, strict=True)):
             if lent._version != self._known[i]:
                 lent.copy_(given)
                 self._known[i] = lent._version
+            elif lent.layout is torch.strided:  # nor does this: a graph may hold them
+                lent.data.copy_(given)
         return self._lent
 
 
@@ -369,75 +357,10 @@ def samples_of(x: Inputs, batch_size: int) -> list[Tensor]:
 
 
 def ordinary_tensor(t: Tensor) -> Tensor:
-    """Return a tensor that a graph may hold: a copy of one that was made in inference mode, which must be off here."""
-    return t.clone() if t.is_inference() else t
+    """Return a tensor of no graph that a graph may hold: of one made in inference mode, which must be off, a copy."""
+    return t.clone() if t.is_inference() else t.detach()
 
 
 def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:
     """Return the samples ``index`` of the inputs: every tensor whose first dimension is the batch is cut."""
     return map_tensors(lambda t: t[index] if t.dim() and len(t) == batch_size else t, x)
-
-
-def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
-    """Return (inputs, targets, batch size) of a batch, or raise ``ModelError`` where it is none."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ModelError("A batch is a pair (inputs, targets).")
-    x, y = batch
-    if not isinstance(y, Tensor) or y.dim() == 0:
-        raise ModelError("The targets of a batch must be a tensor whose first dimension is the batch.")
-    if y.shape[0] == 0:
-        raise ModelError("The batch is empty; at least one sample is needed.")
-    if not samples_of(x, len(y)):
-        raise ModelError(f"No input is a tensor of {y.shape[0]} samples, as the targets are.")
-    if any(t.is_meta for t in (*tensors_of(x), y)):
-        raise ModelError("The batch is on the device 'meta' and holds no numbers; put it where the model is.")
-    return x, y, int(y.shape[0])
-
-
-@contextmanager
-def running(model: nn.Module, how: str = "") -> Iterator[None]:
-    """Run a model for the first time: what its own code raises becomes a ``ModelError`` that says so.
-
-    What is no fault of model or batch, a device that failed or that is full, stays as it is.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, CapeError) or device_failed(error):
-            raise
-        name, where = type(model).__name__, f" {how}" if how else ""
-        first = first_line(error)
-        few = " Use a batch of at least 2 samples." if "more than 1 value per channel" in first else ""
-        raise ModelError(f"{name} cannot run on this batch{where} ({type(error).__name__}: {first}).{few}") from error
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require grad and hold a number, each once, by name.
-
-    Raises:
-        ModelError: there is none, or one has no shape or no numbers yet.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    lazy = [n for n, p in found.items() if isinstance(p, nn.UninitializedParameter)]
-    if lazy:
-        raise ModelError(f"The parameter '{lazy[0]}' has no shape yet; run the model once on a batch to initialize it.")
-    meta = [n for n, p in found.items() if p.is_meta]
-    if meta:
-        raise ModelError(
-            f"The parameter '{meta[0]}' is on the device 'meta' and holds no numbers; build the model on a real one."
-        )
-    computed = [n for n, p in found.items() if not p.is_leaf]
-    if computed:
-        raise ModelError(
-            f"The parameter '{computed[0]}' is computed from another tensor (copying a scripted module makes such), so"
-            " that no optimizer could train it; build or script the model anew."
-        )
-    shared = [n for n, p in found.items() if overlaps(p)]
-    if shared:
-        raise ModelError(f"Numbers of the parameter '{shared[0]}' share their memory; make it of a clone (`.clone()`).")
-    found = {n: p for n, p in found.items() if p.numel()}
-    if not found:
-        raise ModelError("The model has no trainable parameter.")
-    return found

@@ -124,14 +124,18 @@ class Loss:
         """Return the loss of each sample alone, [B], differentiable in ``outputs``."""
         ignored = getattr(self._function, "ignore_index", None)
         if ignored is not None and not targets.is_floating_point():  # a mean over no label at all is not a number
-            nothing = (targets == ignored).reshape(len(targets), -1).all(1)
+            nothing = (targets.long() == ignored).reshape(len(targets), -1).all(1)
             if bool(nothing.any()):
                 harmless = targets.masked_fill(nothing.view(-1, *[1] * (targets.dim() - 1)), 0)
                 return self._each(outputs, harmless) * ~nothing
         return self._each(outputs, targets)
 
+    def _of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what the loss says; a callable, which may write into its targets, has a copy of them."""
+        return self._function(outputs, targets if self.is_named else targets.clone())
+
     def _each(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        values = self._function(outputs, targets)
+        values = self._of(outputs, targets)
         if values.dim() > 0 and values.shape[0] == outputs.shape[0]:
             return _mean_per_sample(values)
         if values.dim() > 0:
@@ -143,11 +147,11 @@ class Loss:
             return values.reshape(1)
         # A mean loss: each sample's loss is that of a batch of one. vmap where the callable allows it.
         try:
-            return torch.func.vmap(lambda o, t: self._function(o[None], t[None]))(outputs, targets)
+            return torch.func.vmap(lambda o, t: self._of(o[None], t[None]))(outputs, targets)
         except (RuntimeError, ValueError, TypeError) as error:  # data-dependent callables cannot be vmapped
             if device_failed(error):
                 raise
-            rows = [self._function(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
+            rows = [self._of(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
             return torch.stack(rows)
 
     def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
@@ -158,7 +162,7 @@ class Loss:
         """
         if type(self._function).__module__ == "torch.nn.modules.loss":
             return
-        whole = self._function(outputs, targets)
+        whole = self._of(outputs, targets)
         if whole.dim() == 0:
             off = torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()
             among = losses.amin() - off <= whole <= losses.amax() + off
@@ -171,7 +175,7 @@ class Loss:
         alone = []
         for i in range(len(outputs)):
             try:
-                value = self._function(outputs[i : i + 1], targets[i : i + 1])
+                value = self._of(outputs[i : i + 1], targets[i : i + 1])
             except Exception as error:  # it cannot take one sample: it holds something of the whole batch
                 if device_failed(error):
                     raise
@@ -191,7 +195,7 @@ class Loss:
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
-        values = self._function(outputs, targets)
+        values = self._of(outputs, targets)
         return values if values.dim() == 0 else values.mean()
 
     def target_logit(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -225,8 +229,9 @@ class Loss:
             losses have the graph of what they were computed from beside the outputs.
         """
         if self._named is _class_dim_cross_entropy and outputs.dim() == 2 and targets.dim() == 1:
-            valid = (targets != IGNORE_INDEX).unsqueeze(1)
-            index = targets.unsqueeze(1).where(valid, 0).long()
+            index = targets.long().unsqueeze(1)
+            valid = index != IGNORE_INDEX
+            index = index.where(valid, 0)
             of_logit = torch.zeros_like(outputs).scatter_(1, index, valid.to(outputs.dtype))
             logs = outputs.log_softmax(1)
             losses = -(logs.gather(1, index) * valid).squeeze(1)
@@ -283,7 +288,8 @@ class Loss:
         What a callable that does not say it ignores is not known: it may be any label beyond the classes.
         """
         ignored = IGNORE_INDEX if self._named is not None else getattr(self._function, "ignore_index", None)
-        return (targets >= 0) & (targets < classes) if ignored is None else targets != ignored
+        numbers = targets.long()  # of uint8, -100 is 156
+        return (numbers >= 0) & (numbers < classes) if ignored is None else numbers != ignored
 
     def _by_label(self, outputs: Tensor, targets: Tensor) -> bool:
         """Whether targets are the numbers of classes: whole, one for each row of outputs, and not compared with them.
@@ -324,7 +330,7 @@ class Loss:
             # Whatever it draws, or keeps, it has another time for the loss that counts.
             once = nullcontext() if self.is_named else preserved(self.beside(nn.Identity()))
             with once, torch.enable_grad():
-                value = self._function(outputs.detach().requires_grad_(), targets)
+                value = self._of(outputs.detach().requires_grad_(), targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if device_failed(error):
                 raise

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import cape
 from cape import datasets
+from cape.config import StoppingRule
 from cape.errors import ModelError, SpecError, StoreError
 from cape.family_names import RELATIVES
 from cape.metamodel.artifact import MetaModel
@@ -24,6 +26,7 @@ from cape.metamodel.fit import fit_table
 from cape.metamodel.presets import PRESETS
 from cape.predict import predict, rank
 from cape.recognize import infer_family
+from cape.timing import StepTimer
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +246,30 @@ def test_bad_input_is_one_clear_error(meta_model: MetaModel, batch: tuple[Tensor
         predict(mlp(), batch, lr=1e-3, dataset_size=60_000, meta_model=tmp_path / "none")
     with pytest.raises(SpecError, match=r"nn\.Module"):
         predict("resnet18", batch, **good)  # type: ignore[arg-type]
+
+
+def test_short_steps_are_timed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cape import convergence
+
+    asked: list[int] = []
+
+    def measured(model: float, _: object, *, stopping: StoppingRule, **__: object) -> SimpleNamespace:
+        asked.append(stopping.max_steps)
+        return SimpleNamespace(step_seconds=model)
+
+    monkeypatch.setattr(convergence, "measure", measured)
+    for takes, steps in ((1e-3, [4, 50]), (0.01, [4, 10]), (0.1, [4]), (math.nan, [4])):
+        asked.clear()
+        StepTimer(takes, (None, None), "mse", 1e-3).seconds()  # type: ignore[arg-type]
+        assert asked == steps
+
+
+def test_an_error_names_its_candidate(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:
+    good, bad = ("good", mlp(), batch, 1e-3), ("second", mlp(), batch, -1.0)
+    with pytest.raises(SpecError, match="The candidate 'second': The learning rate"):
+        rank([good, bad], dataset_size=60_000, meta_model=meta_model)
+    with pytest.raises(SpecError, match=r"tuples \(name, model, batch, lr\), not None"):
+        rank(None, dataset_size=60_000, meta_model=meta_model)  # type: ignore[arg-type]
 
 
 def test_rank_orders_by_cost(meta_model: MetaModel, batch: tuple[Tensor, Tensor]) -> None:

@@ -10,10 +10,24 @@ import cape
 
 HOUSE = Path(cape.__file__).parent
 ROOMS = (
-    *("_C", "errors", "paths", "jsonconfig", "logs", "memory", "state", "native", "randoms", "cluster"),
+    *(
+        "_C",
+        "errors",
+        "paths",
+        "jsonconfig",
+        "logs",
+        "memory",
+        "held",
+        "surroundings",
+        "state",
+        "checks",
+        "native",
+        "randoms",
+        "cluster",
+    ),
     *("dataset_names", "family_names", "feature_names"),
     *("config", "families", "tasks", "datasets", "probing", "convergence", "drawn", "trial", "store", "sweep"),
-    *("metamodel", "baselines", "evaluation", "recognize", "predict"),
+    *("metamodel", "baselines", "evaluation", "recognize", "timing", "predict"),
     *("cli_model", "cli_sweep", "cli_commands", "cli", "__main__", "demo", "__init__"),
 )
 

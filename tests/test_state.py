@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cape.checks import check_batch, trainable
 from cape.errors import ModelError
-from cape.state import check_batch, preserved, trainable
+from cape.state import Kept, preserved
 
 
 def test_what_holds_no_numbers_is_refused() -> None:
@@ -110,3 +111,43 @@ def test_collections_within_collections_are_put_back() -> None:
         assert len(activations) == inner["passes"] == 1 and bool(mean.abs().sum() > 0)
     assert activations == [] and inner == {"passes": 0} and torch.equal(mean, torch.zeros(2))
     assert model.seen["activations"] is activations and model.seen["itself"] is model.seen
+
+
+def with_gradient() -> nn.Linear:
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.ones(2, 2)
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    return model.eval()
+
+
+def whole(model: nn.Linear) -> bool:
+    grad = model.weight.grad
+    return not model.training and grad is not None and bool(model.weight._post_accumulate_grad_hooks)
+
+
+def test_an_interrupt_before_the_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = with_gradient()
+    monkeypatch.setattr(torch.random, "fork_rng", interrupted)
+    with pytest.raises(KeyboardInterrupt), preserved(model):
+        pass
+    assert whole(model)
+
+
+def test_an_interrupt_while_a_model_is_put_back_is_raised_once_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_gradient()
+    before, rewind = model.weight.detach().clone(), Kept.rewind
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupted(kept: Kept) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        rewind(kept)
+
+    with pytest.raises(KeyboardInterrupt), preserved(model, parameters=True):
+        model.train()
+        model.weight.detach().zero_()
+        monkeypatch.setattr(Kept, "rewind", interrupted)
+    assert whole(model) and model.weight.equal(before)

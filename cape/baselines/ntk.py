@@ -94,7 +94,8 @@ def true_logit_gram(model: nn.Module, batch: Any, loss: LossLike = "cross_entrop
     """
     import torch
 
-    from cape.state import call, check_batch, preserved, slice_inputs, trainable
+    from cape.checks import check_batch, trainable
+    from cape.state import call, preserved, slice_inputs
     from cape.tasks import Loss
 
     inputs, targets, size = check_batch(batch)

@@ -18,9 +18,10 @@ import torch
 from cape.config import StoppingRule, check_count, check_precision
 from cape.convergence.convert import Unstackable
 from cape.convergence.engine import width_for
+from cape.convergence.likeness import shape_of
 from cape.convergence.single import measure
 from cape.convergence.stack import Subject
-from cape.convergence.training import Live, Outcome, Training, shape_of
+from cape.convergence.training import Live, Outcome, Training
 from cape.errors import first_line
 from cape.logs import log_once
 from cape.memory import out_of_memory
@@ -133,9 +134,10 @@ def measure_singly(
 ) -> Iterator[Outcome]:
     """Yield what ``measure`` says of each numbered trial, one after the other."""
     for index, subject in subjects:
-        if subject.batch[1].is_cuda:  # steps are timed: what other lanes have begun must not run beside them
-            torch.cuda.synchronize(subject.batch[1].device)
         try:
+            # Steps are timed: what other lanes have begun must not run beside them.
+            if getattr(subject.batch[1], "is_cuda", False):
+                torch.cuda.synchronize(subject.batch[1].device)
             trajectory = measure(
                 subject.model, subject.batch, loss=loss, lr=subject.lr, epsilons=subject.epsilons,
                 stopping=subject.stopping, seed=subject.seed, precision=precision,

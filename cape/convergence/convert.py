@@ -11,7 +11,7 @@ from cape.convergence.layers import Activation, BatchNorm, Dropout, Flatten, Lay
 from cape.convergence.recurrent import Embedding, Recurrent
 from cape.families.rnn import RecurrentNet
 from cape.probing.chain import ELEMENTWISE, ordinary
-from cape.state import has_gradient_hooks, has_hooks
+from cape.state import has_gradient_hooks, has_hooks, overrides
 
 
 class Unstackable(Exception):
@@ -71,9 +71,11 @@ def _recurrent(model: RecurrentNet) -> list[Callable[[int], Layer]]:
 
 
 def special(model: nn.Module) -> str | None:
-    """Return what a model has that no stack reproduces, frozen parameters or hooks, or None."""
+    """Return what a model has that no stack reproduces, frozen parameters, methods of its own or hooks, or None."""
     if any(not p.requires_grad for p in model.parameters()):
         return "it has frozen parameters"
+    if any(overrides(m) for m in model.modules()):
+        return "methods of its modules are replaced on these themselves"
     return "it has hooks" if has_hooks(model) or has_gradient_hooks(model.parameters()) else None
 
 

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision
+from cape.checks import check_batch, running, trainable
+from cape.config import StoppingRule, check_count, check_epsilon, check_epsilons, check_lr, check_precision, check_seed
 from cape.convergence.graphed import LOOKS_BEFORE_CAPTURE, RepeatedStep, graph_maker
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import handed_over, side_stream
 from cape.errors import ModelError
 from cape.memory import device_failed
+from cape.probing.taps import leaves_behind
 from cape.state import (
     Inputs,
     Untouched,
     call,
-    check_batch,
     has_gradient_hooks,
     is_dense,
     map_tensors,
     ordinary_tensor,
     preserved,
-    running,
-    trainable,
 )
+from cape.surroundings import fixed_precision, undisturbed
 from cape.tasks import DETACHED, Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -75,6 +74,7 @@ class Trajectory:
         return bool((np.isfinite(self.losses) & (self.losses <= check_epsilon(epsilon) * self.l0)).any())
 
 
+@undisturbed()
 def measure(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],
@@ -113,6 +113,7 @@ def measure(
     check_lr(lr)
     epsilons = check_epsilons(epsilons)
     check_precision(precision)
+    seed = check_seed(seed)
     if read_every is not None:
         check_count(read_every, "read_every")
     x, y, _ = check_batch(batch)
@@ -120,9 +121,9 @@ def measure(
     parameters = list(named.values())
     device = parameters[0].device
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
-    scan = TrajectoryScan(stopping or StoppingRule(), epsilons)
+    scan = TrajectoryScan(StoppingRule() if stopping is None else stopping, epsilons)
     with (
-        preserved(criterion.beside(model), seed, parameters=True),
+        preserved(criterion.beside(model), seed, parameters=True) as kept,
         fixed_precision(precision, device),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -130,6 +131,7 @@ def measure(
     ):
         targets = ordinary_tensor(y).to(device)
         run = _Run(model, move(x, device), targets, criterion, parameters, lr, precision, read_every or 32)
+        kept.spare(leaves_behind([run.loss]))
         seconds, step_seconds = _follow(run, scan, read_every)
     return trajectory_of(scan, seconds, step_seconds)
 
@@ -176,13 +178,12 @@ class _Run:
         precision: str,
         most: int,
     ) -> None:
-        self.model, self.y, self.criterion = model.train(), y, criterion
+        self.model, self.y, self.criterion = model, y, criterion
+        model.train()  # which may return anything
         self._inputs = Untouched(x)
         self.device = parameters[0].device
         self._autocast = precision == "bf16"
         self.made = 0  # losses of the last ``updates`` that are there, also where it broke off
-        for p in model.parameters():
-            p.grad = None  # the caller's gradients are put back by `preserved`
         # Measured on CPU, MLPs of width 128 to 1024, B = 32: fused 1.3-1.6 times as fast a step as foreach. There it
         # reads nothing of strides: what has gaps in memory would be trained wrongly, and what lies in them changed.
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and is_dense(p) for p in parameters)
@@ -259,7 +260,12 @@ class _Run:
         self.loss.backward()
         if self.device.type == "cuda":  # AdamW wants the flag in a capture, and complains of it elsewhere
             self._optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:
+            if "sparse" not in str(error):
+                raise
+            raise ModelError("AdamW takes no sparse gradients; make the embeddings with `sparse=False`.") from error
         self._optimizer.zero_grad(set_to_none=True)
 
 
@@ -302,32 +308,3 @@ def _follow(run: _Run, scan: TrajectoryScan, read_every: int | None) -> tuple[fl
             ended = scan.feed(losses)
             seconds = stop - began
     return seconds, float(np.median(timed)) if timed else float("nan")
-
-
-@contextmanager
-def fixed_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Switch the caller's autocast off inside the block, whose steps compute in what ``precision`` says.
-
-    On CUDA, fix what it may do to float32 products and ask cuDNN for deterministic kernels.
-    """
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False), fixed_precision(precision, device):
-            yield
-        return
-    if device.type != "cuda":
-        yield
-        return
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    holders: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [h.fp32_precision for h in holders]
-    cudnn: Any = torch.backends.cudnn
-    flags = (cudnn.deterministic, cudnn.benchmark)
-    try:
-        for h in holders:
-            h.fp32_precision = wanted
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        for h, value in zip(holders, before, strict=True):
-            h.fp32_precision = value
-        cudnn.deterministic, cudnn.benchmark = flags

@@ -183,8 +183,16 @@ class Stack(ABC):
         return losses
 
 
+# On a CPU torch goes over so many numbers at once, and rounds the exponentials of those that are left over otherwise.
+_AT_ONCE = 32
+
+
 def stacked_losses(criterion: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each trial, [k], of outputs [k, B, ...] and targets [k, B, ...], for a named loss."""
+    rounded = criterion.name in ("binary_cross_entropy", "bce") and outputs.device.type == "cpu"
+    if rounded and len(outputs) > 1 and outputs[0].numel() % _AT_ONCE:
+        each = [stacked_losses(criterion, o[None], t[None]) for o, t in zip(outputs, targets, strict=True)]
+        return torch.cat(each)
     per_sample = criterion.per_sample(outputs.flatten(0, 1), targets.flatten(0, 1))
     return per_sample.view(len(outputs), -1).mean(1)
 
@@ -288,6 +296,7 @@ def loss_gradients(criterion: Loss, outputs: Tensor, targets: Tensor) -> tuple[T
 def _cross_entropy_gradients(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return what ``loss_gradients`` does, by the kernels that autograd would call: it takes longer to call them."""
     width, batch, classes = outputs.shape
+    targets = targets.long()
     logs = outputs.view(-1, classes).log_softmax(1)
     valid = (targets != IGNORE_INDEX).flatten()[:, None]
     index = targets.flatten()[:, None].where(valid, 0)

@@ -23,6 +23,7 @@ from cape.probing.ends import end_signals
 from cape.probing.features import LINE, Features, FirstStep, features_of, gradient_signals, step_of
 from cape.probing.signals import draw_noise
 from cape.probing.wanted import Norms, Wanted
+from cape.surroundings import undisturbed
 from cape.tasks import Loss
 
 _WIDEST = 8
@@ -42,6 +43,7 @@ def probed_together(model: nn.Module, batch: tuple[Tensor, Tensor], loss: str) -
     return max(1, min(_WIDEST, _BYTES // sum(p.nbytes for p in model.parameters())))
 
 
+@undisturbed()
 def probe_many(subjects: Sequence[Subject], sizes: Sequence[int], loss: str) -> list[Features]:
     """Return what ``probe`` would say of each subject (``probed_together`` says of which kind).
 

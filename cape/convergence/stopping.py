@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cape.config import StoppingRule, check_epsilons
+from cape.errors import SpecError
 
 REASONS = ("diverged", "reached", "plateau", "cap")
 
@@ -38,6 +39,8 @@ class TrajectoryScan:
     """
 
     def __init__(self, rule: StoppingRule, epsilons: Iterable[float]) -> None:
+        if not isinstance(rule, StoppingRule):
+            raise SpecError(f"When to stop is a StoppingRule, not {rule!r}.")
         self.rule = rule
         self.epsilons = check_epsilons(epsilons)
         self.t_star: dict[float, int | None] = dict.fromkeys(self.epsilons)

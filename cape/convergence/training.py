@@ -9,21 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from cape.config import check_lr
-from cape.convergence.convert import special
+from cape.config import check_lr, check_seed
 from cape.convergence.engine import make_stack
 from cape.convergence.graphed import RepeatedStep, graph_maker
-from cape.convergence.single import Trajectory, fixed_precision, not_above_zero, trajectory_of
+from cape.convergence.likeness import shape_of
+from cape.convergence.single import Trajectory, not_above_zero, trajectory_of
 from cape.convergence.stack import Stack, Subject
 from cape.convergence.stopping import TrajectoryScan
 from cape.convergence.streams import Readback, handed_over, on, side_stream
 from cape.errors import ModelError
+from cape.surroundings import fixed_precision
 from cape.tasks import Loss
 
 _MOST_STEPS = 16  # between two looks of the host
@@ -90,7 +90,7 @@ class Training:
         self._stream = side_stream(device, lane + 1)  # lane 0's is not `measure`'s
         maker = graph_maker(device)
         self._repeated: RepeatedStep | None = None
-        with handed_over(self._stream), torch.inference_mode(False):
+        with handed_over(self._stream), torch.inference_mode(False), torch.no_grad():
             self.stack = make_stack(head, criterion, width, precision)
             if maker is not None:
                 self._repeated = RepeatedStep(
@@ -101,6 +101,7 @@ class Training:
 
     def load(self, index: int, subject: Subject) -> None:
         check_lr(subject.lr)
+        subject = replace(subject, seed=check_seed(subject.seed))
         one = Live(index, subject, TrajectoryScan(subject.stopping, subject.epsilons))
         with handed_over(self._stream), torch.no_grad():
             self.stack.load(subject)
@@ -223,29 +224,3 @@ def _take_out(stack: Stack, running: list[Live], slot: int) -> None:
     last = running.pop()
     if slot < len(running):
         running[slot] = last
-
-
-def shape_of(subject: Subject | None) -> object:
-    """Return what all trials of a stack share."""
-    if subject is None:
-        return None
-    x, y = subject.batch
-    parameters = tuple((name, *_form(p)) for name, p in subject.model.named_parameters())
-    inputs = (x.shape, x.dtype) if isinstance(x, Tensor) else None
-    modules = tuple((name, type(m), *_settings(m)) for name, m in subject.model.named_modules())
-    return modules, parameters, special(subject.model), inputs, y.shape, y.dtype
-
-
-def _form(p: Tensor) -> tuple[object, ...]:
-    return (type(p),) if is_lazy(p) else (p.shape, p.dtype, p.device)
-
-
-def _settings(module: nn.Module) -> Iterator[object]:
-    """Yield the numbers, words and tensors that a module holds beside parameters and buffers, with their names."""
-    for name, value in vars(module).items():
-        if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None))):
-            yield name, str(value)
-        elif isinstance(value, Tensor) and value.layout is torch.strided:
-            plain = value.detach().resolve_conj().resolve_neg().cpu()
-            numbers = plain.flatten().contiguous().view(torch.uint8)
-            yield name, value.shape, value.dtype, numbers.numpy().tobytes()

@@ -172,7 +172,8 @@ def _template(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[tuple[str, _
     recurrent = sorted(k.__name__ for k in kinds if issubclass(k, nn.RNNBase))
     if recurrent:
         raise Unstackable(f"torch.func has no rule for {recurrent[0]}")
-    template = copy.deepcopy(model).train()
+    template = copy.deepcopy(model)
+    template.train()
     if not all(m.training for m in template.modules()):
         raise Unstackable("parts of it stay in eval mode")
     # Stacked parameters are told apart by name: tied ones would count twice.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ FEWEST_TRIALS = 10
 
 def check_level(level: float) -> float:
     """Return a coverage level strictly between 0 and 1, or raise ``SpecError``."""
-    if not isinstance(level, (int, float)) or isinstance(level, bool) or not 0.0 < level < 1.0:
+    if not isinstance(level, Real) or isinstance(level, bool) or not 0.0 < level < 1.0:
         raise SpecError(f"The level of an interval must lie strictly between 0 and 1, not {level!r}.")
     return float(level)
 

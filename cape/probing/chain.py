@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cape.probing import ops
 from cape.probing.wanted import Norms, Wanted
-from cape.state import has_hooks
+from cape.state import has_hooks, overrides
 
 _aten = torch.ops.aten
 
@@ -111,8 +111,8 @@ def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:
         shape = behind
     parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
     ordinary = all(type(p) is nn.Parameter for p in parameters) and len(parameters) == len(list(model.parameters()))
-    unseen = not torch.is_autocast_enabled(x.device.type) and not torch.nn.modules.module._has_any_global_hook()
-    return layers if parameters and ordinary and unseen and not has_hooks(model) else None
+    unseen = not torch.is_autocast_enabled(x.device.type) and not has_hooks(model)
+    return layers if parameters and ordinary and unseen else None
 
 
 def _outputs(layer: nn.Module, shape: torch.Size, x: Tensor) -> torch.Size | None:
@@ -135,9 +135,9 @@ def _outputs(layer: nn.Module, shape: torch.Size, x: Tensor) -> torch.Size | Non
 
 
 def ordinary(layer: nn.Module) -> bool:
-    """Whether a layer runs its kind's own forward: replaced neither on it nor, of a kind known here, on its class."""
+    """Whether a layer has its kind's own methods, and of a kind known here, the forward that is known."""
     known = _FORWARDS.get(type(layer))
-    return "forward" not in vars(layer) and (known is None or type(layer).forward is known)
+    return not overrides(layer) and (known is None or type(layer).forward is known)
 
 
 def _leaves(model: nn.Module) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from cape.checks import check_batch, running, trainable
 from cape.config import check_count, check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
@@ -23,15 +24,13 @@ from cape.state import (
     Inputs,
     Untouched,
     call,
-    check_batch,
     eagerly,
     ordinary_tensor,
     preserved,
-    running,
     samples_of,
     seed_draws,
-    trainable,
 )
+from cape.surroundings import undisturbed
 from cape.tasks import DETACHED, Loss, LossLike
 
 LINE = (1, 4, 16)  # updates of lr·sign ∇L after which the loss is looked at
@@ -111,6 +110,7 @@ class Features:
         return asdict(self)
 
 
+@undisturbed()
 def probe(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],

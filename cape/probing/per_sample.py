@@ -20,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from cape.checks import check_batch, running, trainable
 from cape.errors import ModelError
 from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
@@ -38,17 +39,15 @@ from cape.state import (
     Inputs,
     Kept,
     call,
-    check_batch,
     draws_of,
     eagerly,
     evaluated,
     map_tensors,
     ordinary_tensor,
     preserved,
-    running,
     slice_inputs,
-    trainable,
 )
+from cape.surroundings import undisturbed
 from cape.tasks import Loss, LossLike
 
 _log = logging.getLogger(__name__)
@@ -94,6 +93,7 @@ def per_sample_norms(
     return norms.g2, norms.tau if norms.tau_full is None else norms.tau_full
 
 
+@undisturbed()
 def all_norms(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],

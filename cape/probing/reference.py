@@ -10,7 +10,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from cape.state import Inputs, call, check_batch, map_tensors, slice_inputs, trainable, without_fast_path
+from cape.checks import check_batch, trainable
+from cape.state import Inputs, call, map_tensors, slice_inputs, without_fast_path
 from cape.tasks import Loss, LossLike
 
 

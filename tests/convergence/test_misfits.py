@@ -6,13 +6,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cape.config import StoppingRule
 from cape.convergence import Subject, measure_many
+from cape.convergence.stack import loss_gradients
 from cape.errors import ModelError, SpecError
+from cape.tasks import Loss
 from tests.convergence.test_batched import alone, losses, together
 
 SHORT = StoppingRule(max_steps=8)
@@ -26,14 +29,26 @@ def chain(activation: Callable[[], nn.Module] = nn.Tanh, p: float = 0.0) -> nn.S
 class Own(nn.Module):
     """Not a chain: ``vmap`` runs it."""
 
-    def __init__(self, scale: float | Tensor = 1.0) -> None:
+    def __init__(self, scale: Any = 1.0) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.a, self.b, self.scale = nn.Linear(8, 12), nn.Linear(12, 4), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.b(self.a(x).tanh() * self.scale)
+        scale = self.scale(x[:, :1]) if callable(self.scale) else self.scale
+        if isinstance(scale, (list, dict, np.ndarray)):
+            scale = torch.as_tensor(scale["of"] if isinstance(scale, dict) else scale, dtype=x.dtype)
+        out: Tensor = self.b(self.a(x).tanh() * scale)
         return out
+
+
+class Shifted(Own):
+    def __init__(self, shift: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.shift is None else x + self.shift / 2)
 
 
 def subject(model: nn.Module, batch: int = 16, **changes: Any) -> Subject:
@@ -45,6 +60,17 @@ def subject(model: nn.Module, batch: int = 16, **changes: Any) -> Subject:
 def frozen() -> nn.Module:
     model = chain()
     model[0].weight.requires_grad_(False)
+    return model
+
+
+def shifted(shift: Tensor | None) -> nn.Module:
+    return Shifted(shift)
+
+
+def patched(p: float = 0.0, **methods: Any) -> nn.Module:
+    model = chain(p=p).eval()
+    for name, method in methods.items():
+        setattr(model[2] if name == "forward" else model, name, method)
     return model
 
 
@@ -64,13 +90,37 @@ def hooked() -> nn.Module:
         lambda: [Own(1.0), Own(2.0)],
         lambda: [Own(torch.ones(12)), Own(torch.full((12,), 2.0))],
         lambda: [Own(torch.ones(1).expand(12)), Own(torch.tensor([2.0]).expand(12))],
+        lambda: [Own([1.0]), Own([2.0])],
+        lambda: [Own({"of": 1.0}), Own({"of": 2.0})],
+        lambda: [Own(np.float32(1.0)), Own(np.float32(2.0))],
+        lambda: [Own(np.ones(12)), Own(np.full(12, 2.0))],
+        lambda: [Own(torch.sin), Own(torch.cos)],
+        lambda: [shifted(None), shifted(torch.ones(8))],
+        lambda: [shifted(torch.ones(8, dtype=torch.int64)), shifted(torch.full((8,), 1.5))],
+        lambda: [patched(forward=lambda x: x), patched(forward=lambda x: 2 * x)],
+        lambda: [patched(train=lambda mode=True: None, p=0.5) for _ in range(2)],
     ],
-    ids=["activations", "dropout", "frozen", "gradient hooks", "a number", "a tensor", "an expanded one"],
+    ids=[
+        *("activations", "dropout", "frozen", "gradient hooks", "a number", "a tensor", "an expanded one", "a list"),
+        *("a dict", "a NumPy scalar", "an array", "a function", "no buffer", "a buffer of another type", "a forward"),
+        "a mode",
+    ],
 )
 def test_a_trial_that_is_not_like_the_first_runs_beside_the_stack(models: Callable[[], list[nn.Module]]) -> None:
     trials = [subject(m) for m in models()]
     for outcome, one in zip(together(trials), trials, strict=True):
         torch.testing.assert_close(losses(outcome), losses(alone(one)), rtol=1e-6, atol=0)
+
+
+def test_what_every_module_calls_is_called_in_a_stack_too() -> None:
+    trials = [subject(chain()) for _ in range(2)]
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 2 if isinstance(m, nn.Tanh) else None)
+    try:
+        hooked = [losses(o).tolist() for o in together(trials)]
+        expected = losses(alone(trials[0])).tolist()
+    finally:
+        handle.remove()
+    assert hooked == [expected] * 2 and expected != losses(alone(trials[0])).tolist()
 
 
 class KeepsEval(nn.Module):
@@ -153,6 +203,35 @@ def test_whatever_a_model_raises_is_its_own_trials_error_and_none_is_lost() -> N
     outcomes = together([subject(m) for m in models])
     assert [o.error is None for o in outcomes] == [True, False, False, False, False, True]
     assert losses(outcomes[0]).tolist() == losses(outcomes[5]).tolist()
+
+
+def test_targets_that_are_no_tensor_are_their_own_trials_error() -> None:
+    x, y = subject(chain()).batch
+    trials = [Subject(chain(), (x, labels), stopping=SHORT) for labels in (y, [0] * 16, y)]  # type: ignore[arg-type]
+    assert [type(o.error) for o in together(trials)] == [type(None), ModelError, type(None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_every_whole_type(dtype: torch.dtype) -> None:
+    outputs, labels = torch.randn(2, 5, 4), torch.randint(0, 4, (2, 5))
+    expected = loss_gradients(Loss("cross_entropy"), outputs, labels)
+    for found, wanted in zip(loss_gradients(Loss("cross_entropy"), outputs, labels.to(dtype)), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("batch", [3, 16])
+def test_several_labels_a_sample_are_the_plain_engines_bit_for_bit(batch: int) -> None:
+    """torch rounds a sigmoid at the end of its vectors otherwise than within them."""
+    torch.manual_seed(2)
+    trials = []
+    for seed in range(5):
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10))
+        batch_of = (torch.randn(batch, 8), (torch.rand(batch, 10) < 0.3).float())
+        trials.append(
+            Subject(model, batch_of, lr=1e-2, epsilons=(1e-6,), stopping=StoppingRule(max_steps=40), seed=seed)
+        )
+    for outcome, one in zip(together(trials, loss="bce"), trials, strict=True):
+        assert losses(outcome).tolist() == losses(alone(one, loss="bce")).tolist()
 
 
 def test_tokens_below_zero_are_no_row_of_the_table() -> None:

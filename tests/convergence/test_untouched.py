@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cape
 from cape.config import StoppingRule
-from cape.convergence import measure
+from cape.convergence import Subject, measure, measure_many
 from cape.errors import ModelError, SpecError
 from tests.convergence.test_single import plain_loop
 
@@ -218,7 +219,113 @@ def test_a_stopping_rule_of_the_wrong_type_gets_one_sentence(wrong: dict[str, An
         StoppingRule(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"read_every": 2.5}, {"epsilons": None}, {"epsilons": "0.1"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"read_every": 2.5}, {"epsilons": None}, {"epsilons": "0.1"}, {"epsilons": torch.tensor(0.1)}),
+        *({"epsilons": np.array(0.1)}, {"seed": True}, {"seed": "a"}, {"seed": None}, {"seed": 2**64}),
+        *({"stopping": {"max_steps": 3}}, {"stopping": {}}),
+    ],
+)
 def test_arguments_of_the_wrong_type_get_one_sentence(wrong: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match="must be"):
+    with pytest.raises(SpecError, match="must be|is a StoppingRule"):
         measure(Base(), BATCH, **wrong)
+
+
+def test_a_seed_may_be_numpys() -> None:
+    drops = nn.Sequential(Base(), nn.Dropout(0.5))
+    found, plain = (measure(drops, BATCH, seed=seed, stopping=SHORT) for seed in (np.int64(3), 3))
+    assert found.losses.tolist() == plain.losses.tolist()
+
+
+def test_a_loss_that_writes_into_its_targets_has_its_own() -> None:
+    given = BATCH[1].clone()
+    given[0] = 255
+
+    def marked(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets[targets == 255] = -100
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def shifts(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets -= 1
+        return nn.functional.cross_entropy(outputs, targets)
+
+    cape.predict(Base(), (BATCH[0], given), loss=marked, lr=1e-3, dataset_size=2000)
+    measure(Base(), (BATCH[0], given), loss=marked, stopping=SHORT)
+    assert given[0] == 255
+    moved = measure(Base(), (BATCH[0], BATCH[1] + 1), loss=shifts, stopping=SHORT).losses
+    plain = measure(Base(), BATCH, loss=nn.functional.cross_entropy, stopping=SHORT).losses
+    assert moved.tolist() == plain.tolist()
+
+
+def test_sparse_gradients_are_refused_in_one_sentence() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 4))
+    batch = (torch.arange(48).view(16, 3) % 9, BATCH[1])
+    with pytest.raises(ModelError, match="AdamW takes no sparse gradients"):
+        measure(model, batch, stopping=SHORT)
+    both = measure_many([Subject(model, batch, stopping=SHORT)] * 2, step_seconds=1e-3)
+    assert all(isinstance(o.error, ModelError) for o in both)
+    with pytest.raises(ModelError, match="AdamW takes no sparse gradients"):
+        cape.predict(model, batch, lr=1e-3, dataset_size=2000).time()
+
+
+@pytest.mark.parametrize("write", [lambda x: x.data.mul_(2), lambda x: x.detach().numpy().__imul__(2)])
+def test_what_is_written_into_the_inputs_unseen_is_gone_in_the_next_pass(write: Any) -> None:
+    class Doubles(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            write(x)
+            return super().forward(x)
+
+    doubled = (BATCH[0] * 2, BATCH[1])
+    plain = measure(Base(), doubled, stopping=SHORT).losses
+    assert measure(Doubles(), BATCH, stopping=SHORT).losses.tolist() == plain.tolist()
+
+
+def test_a_teacher_and_what_a_loss_reads_get_no_gradient() -> None:
+    teacher, heat = nn.Linear(8, 4), nn.Parameter(torch.ones(()))
+    heat.grad = torch.ones(())
+    targets = teacher(BATCH[0]).softmax(1)
+
+    def warmed(outputs: Tensor, given: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs * heat, given)
+
+    found = measure(Base(), (BATCH[0], targets), loss=warmed, stopping=SHORT).losses
+    assert found.tolist() == measure(Base(), (BATCH[0], targets.detach()), loss=warmed, stopping=SHORT).losses.tolist()
+    assert teacher.weight.grad is None and heat.grad.equal(torch.ones(()))
+    cape.predict(Base(), (BATCH[0], targets), loss=warmed, lr=1e-3, dataset_size=2000)
+    assert teacher.weight.grad is None and heat.grad.equal(torch.ones(()))
+
+
+def test_a_module_that_is_hidden_in_a_list_gets_no_gradient() -> None:
+    class Hides(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = [nn.Linear(8, 8)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.parts[0](x))
+
+    model = Hides()
+    measure(model, BATCH, stopping=SHORT)
+    assert model.parts[0].weight.grad is None
+
+
+def test_train_may_return_nothing() -> None:
+    class Silent(Base):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    assert (
+        measure(Silent(), BATCH, stopping=SHORT).losses.tolist()
+        == measure(Base(), BATCH, stopping=SHORT).losses.tolist()
+    )
+
+
+def test_a_model_made_in_inference_mode_is_refused_and_left_alone() -> None:
+    with torch.inference_mode():
+        model = Base().eval()
+    with pytest.raises(ModelError, match=r"'a\.weight' was made in inference mode"):
+        measure(model, BATCH, stopping=SHORT)
+    with pytest.raises(ModelError, match="build the model outside"):
+        cape.predict(model, BATCH, lr=1e-3, dataset_size=2000)
+    assert not model.training

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cape.errors import SpecError
-from cape.metamodel.intervals import KEPT_SCORES, Conformal, bounds, conformal_quantile
+from cape.metamodel.intervals import KEPT_SCORES, Conformal, bounds, check_level, conformal_quantile
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,10 @@ def test_bounds_never_go_below_one_step() -> None:
     # Around the centre, and no further from it on the other side than it says; the prediction is always inside.
     assert bounds(2.45, 2.0, 0.1) == (2.0, pytest.approx(2.45 * math.exp(0.1)))
     assert bounds(2.55, 3.0, 0.1) == (pytest.approx(2.55 * math.exp(-0.1)), 3.0)
+
+
+def test_a_level_may_be_numpys() -> None:
+    assert check_level(np.float32(0.5)) == 0.5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.5, float("nan"), "0.9", True])
