@@ -124,9 +124,10 @@ def _mended(found: Verification, where: Location, set_aside: bool) -> Iterator[s
         done = "They were set aside" if set_aside else "Add --set-aside to move unreadable and foreign files"
         yield f"{done}; a resume then runs their trials again."
     if found.duplicates:
-        yield f"`cape store compact {where}` leaves every row once."
+        elsewhere = " --out FOLDER" if where.folder is None else ""
+        yield f"`cape store compact {where}{elsewhere}` leaves every row once."
     if found.incomplete or found.unplanned:
-        yield "No command mends incomplete trials, or some outside the plan; sweep into another folder."
+        yield "No command mends incomplete trials or trials outside the plan; sweep into another folder."
 
 
 def submit(args: argparse.Namespace) -> None:

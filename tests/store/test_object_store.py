@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -138,6 +139,9 @@ def test_what_fits_and_scores_reads_it_and_no_message_holds_its_key(
     writer.write_shard(make_rows(3), uri)
     writer.write_shard(make_rows(2, first_seed=3), tmp_path / "more")
     assert len(read_rows(uri)) == 6 and len(read_rows([uri, tmp_path / "more"])) == 10
+    writer.write_shard(make_rows(2), uri)
+    assert main(["store", "verify", uri]) == 2
+    assert re.search(r"`cape store compact s3://runs/\S+ --out FOLDER`", capsys.readouterr().err)
 
 
 def test_models_and_reports_are_written_to_no_uri(
