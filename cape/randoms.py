@@ -35,7 +35,7 @@ def _normals_agree() -> bool:
     if native_module() is None:
         return False
     ours, theirs = (torch.Generator().manual_seed(1) for _ in range(2))
-    made, expected = torch.empty(4099), torch.empty(4099)
+    made, expected = (torch.empty(4099, device="cpu") for _ in range(2))  # whatever device is the default
     for _ in range(2):  # what the first call leaves of the generator shows in the second
         try:
             torch.ops.cape.normal_(made, 0.0, 0.1, ours)
@@ -53,7 +53,7 @@ def ones_agree() -> bool:
         return False
     draws, generator = OnesDraws(1), torch.Generator().manual_seed(1)
     draws.seed(0, 1)
-    made, expected = torch.empty(1, 1001), torch.empty(1001)
+    made, expected = torch.empty(1, 1001, device="cpu"), torch.empty(1001, device="cpu")
     return all(
         torch.equal(draws.fill(made, p)[0], expected.bernoulli_(p, generator=generator)) for p in (0.9, 0.8, 0.3)
     )
@@ -63,7 +63,7 @@ class OnesDraws:
     """Independent generators of zeros and ones, each as ``torch.Generator`` with ``bernoulli_``; see ``ones_agree``."""
 
     def __init__(self, generators: int) -> None:
-        self._states = torch.zeros(generators, _STATE, dtype=torch.int32)
+        self._states = torch.zeros(generators, _STATE, dtype=torch.int32, device="cpu")
 
     def seed(self, index: int, seed: int) -> None:
         """Begin one of them, as ``torch.Generator().manual_seed(seed)``."""

@@ -70,3 +70,12 @@ def test_mlps_begin_as_torchs_initializations_have_them(
     else:
         nn.init.kaiming_normal_(expected, nonlinearity="relu")
     assert torch.equal(weight, expected)
+
+
+@needs_native
+def test_a_default_device_does_not_decide_who_draws() -> None:
+    known = randoms._normals_agree()
+    for found in (randoms._normals_agree, randoms.ones_agree):
+        found.cache_clear()
+    with torch.device("meta"):
+        assert (randoms._normals_agree(), randoms.ones_agree()) == (known, True)
