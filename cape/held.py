@@ -25,6 +25,10 @@ class Held:
         self._arrays = [(a, a.copy()) for a in values if isinstance(a, np.ndarray)]
         self._generators = [(g, _state_of(g)) for g in values if isinstance(g, _GENERATORS)]
 
+    def draws(self) -> list[Any]:
+        """Return the states of the generators, as values that can be compared."""
+        return [frozen(_state_of(generator)) for generator, _ in self._generators]
+
     def put_back(self) -> None:
         """Let them hold what they held."""
         for collection, items in self._collections:
@@ -53,6 +57,17 @@ def put_back(collection: Any, items: Any) -> None:
         return
     collection.clear()
     (collection.extend if isinstance(collection, (list, deque)) else collection.update)(items)
+
+
+def frozen(state: Any) -> Any:
+    """Return a generator's state as a value that can be compared with another."""
+    if isinstance(state, torch.Tensor):
+        return state.numpy().tobytes()
+    if isinstance(state, np.ndarray):
+        return state.tobytes()
+    if isinstance(state, dict):
+        return {name: frozen(value) for name, value in state.items()}
+    return tuple(map(frozen, state)) if isinstance(state, tuple) else state
 
 
 def _state_of(generator: Any) -> Any:

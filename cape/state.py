@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cape.held import Held, put_back, within
+from cape.held import Held, frozen, put_back, within
 from cape.surroundings import turns
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -72,6 +72,10 @@ class Kept:
             table.clear()
         for p in self._params:
             p.grad = None
+
+    def draws(self) -> tuple[Any, ...]:
+        """Return what is another value once the model drew a number, from a global generator or one of its own."""
+        return *draws_of(self.devices), *self._held.draws()
 
     def spare(self, leaves: Iterable[Tensor]) -> None:
         """Put back the gradients of leaves that the model is not known to hold, too: of a teacher in a list, say."""
@@ -259,9 +263,10 @@ def seed_draws(seed: int, devices: Iterable[int] = ()) -> None:
     np.random.seed(seed % 2**32)
 
 
-def draws_of(devices: Iterable[int] = ()) -> list[Tensor]:
-    """Return the states of torch's global generators, on some GPUs too: other ones once a number was drawn."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+def draws_of(devices: Iterable[int] = ()) -> tuple[Any, ...]:
+    """Return what is another value once a number was drawn from a global generator (see ``seed_draws``)."""
+    of_torch = [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+    return *(state.numpy().tobytes() for state in of_torch), random.getstate(), frozen(np.random.get_state())
 
 
 def has_hooks(model: nn.Module) -> bool:

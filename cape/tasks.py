@@ -240,7 +240,7 @@ class Loss:
         devices = [outputs.device.index] if outputs.is_cuda else []
         before = draws_of(devices)
         losses = self.per_sample(leaf, targets)
-        if not self.is_named and all(map(torch.equal, before, draws_of(devices))):
+        if not self.is_named and before == draws_of(devices):
             self._check_alone(leaf.detach(), targets, losses.detach())
         (of_loss,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
         (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)

@@ -39,7 +39,6 @@ from cape.state import (
     Inputs,
     Kept,
     call,
-    draws_of,
     eagerly,
     evaluated,
     map_tensors,
@@ -210,10 +209,10 @@ class _Engine:
         size = len(y)
         ends = self.alone.ends(x, size)  # first: the model may write into what the recorded pass has kept
         self.alone.begin()
-        before = draws_of(self.kept.devices)
+        before = self.kept.draws()
         with mode:
             out = call(self.model, mode.inputs(x))
-        drew = not all(map(torch.equal, before, draws_of(self.kept.devices)))
+        drew = before != self.kept.draws()
         moving = mode.out_of_order()
         if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
             raise _UnsettledError(f"moving: {moving}, mismatch: {mode.mismatch}, another layout: {mode.unsettled}")

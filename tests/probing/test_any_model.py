@@ -259,6 +259,48 @@ def test_norms_of_a_model_that_draws_are_those_of_the_losses_that_it_drew(micro_
         torch.testing.assert_close(found.g2[piece], torch.stack(wanted), rtol=1e-5, atol=0.0)
 
 
+class _OwnNoise(nn.Module):
+    """Noise that torch's global generator knows nothing of, before a parameter that takes the fallback."""
+
+    def __init__(self, source: str, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.tell = tell
+        self.weight, self.head, self.source = nn.Parameter(torch.randn(20, 20)), nn.Linear(20, 10), source
+        self.of_torch, self.of_numpy = torch.Generator().manual_seed(3), np.random.default_rng(4)
+        self.of_python = random.Random(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.source == "torch":
+            noise = torch.randn(x.shape, generator=self.of_torch)
+        elif self.source.startswith("numpy"):
+            made = np.random.randn(*x.shape) if self.source == "numpy's own" else self.of_numpy.normal(size=x.shape)
+            noise = torch.from_numpy(made).to(x)
+        else:
+            draw = random.gauss if self.source == "python's own" else self.of_python.gauss
+            noise = torch.tensor([draw(0.0, 1.0) for _ in range(x.numel())]).view_as(x)
+        self.tell(noise)
+        return self.head(torch.einsum("bi,ii->bi", x + noise, self.weight).tanh())
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "numpy's own", "python", "python's own"])
+def test_draws_of_any_generator_are_those_of_the_losses(source: str) -> None:
+    drawn: list[Tensor] = []
+    torch.manual_seed(0)
+    model = _OwnNoise(source, drawn.append)
+    x, y = vectors(), labels(6)
+    found = all_norms(model, (x, y))
+    assert "weight" in found.fallback
+    noise = next(n for n in drawn if len(n) == len(x))  # every pass over the whole batch draws the same
+    diagonal = model.weight.diagonal()
+    losses = F.cross_entropy(model.head(((x + noise) * diagonal).tanh()), y, reduction="none")
+    torch.testing.assert_close(losses, found.losses, rtol=1e-5, atol=0.0)
+    wanted = [
+        sum(g.double().square().sum() for g in torch.autograd.grad(one, list(model.parameters()), retain_graph=True))
+        for one in losses
+    ]
+    torch.testing.assert_close(found.g2, torch.stack(wanted), rtol=1e-5, atol=0.0)
+
+
 def test_what_a_model_collects_is_taken_out_again() -> None:
     """Outputs in a list or a dict would keep a graph alive; a model that draws draws on where it was."""
 
