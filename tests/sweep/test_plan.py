@@ -194,7 +194,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "backbone_augmented": 36,
         "faint": 1584,
         "finer": 1656,
-        "fresh": 1152,
+        "fresh": 1512,
         "held_out": 342,
         "ordinary": 3456,
         "ordinary_augmented": 360,
