@@ -207,7 +207,11 @@ def _open_image(data: bytes | None, where: str) -> Any:
 
 
 def _undecodable(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} holds an image that cannot be decoded ({first_line(error)}); remove or replace it.")
+    from PIL import UnidentifiedImageError
+
+    # Pillow names the file, which is a place in memory here.
+    why = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    return DataError(f"{where} holds an image that cannot be decoded ({why}); remove or replace it.")
 
 
 def _image_shape(path: Path) -> tuple[int, int, int]:

@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "image is text": (lambda: pa.table({"image": ["a"], "label": [1]}), "'image' .* holds string, not structs"),
     "text is numbers": (lambda: pa.table({"text": [1], "label": [1]}), "'text' .* holds int64, not strings"),
     "path only": (lambda: pictures([None, png()], [0, 1]), "Row 0 .* holds no image bytes"),
-    "not an image": (lambda: pictures([b"junk"], [0]), "Row 0 .* cannot be decoded"),
+    "not an image": (lambda: pictures([b"junk"], [0]), "Row 0 .* cannot be decoded \\(of no known format\\)"),
     "16 bits": (lambda: pictures([png("I;16")], [0]), "8 bits a channel"),
     "null label": (lambda: pictures([png()] * 2, [0, None]), "1 rows .* have no label"),
     "negative label": (lambda: pictures([png()] * 2, [0, -1]), "run from -1 to 0; number them from 0"),
