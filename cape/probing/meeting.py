@@ -51,8 +51,8 @@ def is_turned(t: Tensor) -> bool:
 def turn(func: Any, found: Sequence[Tensor], result: Any) -> None:
     """Note of what a call made of data whether its first dimension is elsewhere: ``is_turned``."""
     turned = any(map(is_turned, found))
-    if func in _TRANSPOSING and isinstance(result, Tensor) and result.dim() > 1:
-        given = found[0]
+    given = found[0]
+    if func in _TRANSPOSING and _is_plain(given) and isinstance(result, Tensor) and result.dim() > 1:
         turned ^= (given.shape[0], given.stride(0)) != (result.shape[0], result.stride(0))
     for t in tensors_in(result):
         if turned or is_turned(t):
@@ -121,19 +121,26 @@ def _pairs(func: Any, args: Sequence[Any], found: Sequence[Tensor], result: Any,
     data = [t for t in found if is_marked(t)]
     if len(data) < 2 or not isinstance(result, Tensor) or result.dim() == 0:
         return False
+    if not all(map(_is_plain, (*data, result))):
+        return False
     if func is torch.einsum:
         operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
         return isinstance(args[0], str) and _mixes(args[0].replace(" ", ""), operands, batch_size)
     if func in _PRODUCTS or func in _ADDED:
-        a, b = args[:2] if func in _PRODUCTS else args[1:3]
+        b, a = found[:2]  # by position or by name
         return _mixes(_as_einsum(a, b), (a, b), batch_size)
     if func is torch.cdist:
-        a, b = args[:2]
+        b, a = found[:2]
         rows = a.shape[-2] % batch_size == 0 and b.shape[-2] % batch_size == 0
         return rows and math.prod(result.shape[:-2]) % batch_size != 0
     # By broadcasting: more dimensions may be the batch's than in any of them, and not all have it first.
     first = all(t.dim() == result.dim() and t.shape[0] == result.shape[0] for t in data)
     return not first and _count(result, batch_size) > max(_count(t, batch_size) for t in data)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor has one shape and strides."""
+    return t.layout is torch.strided and not t.is_nested
 
 
 def _count(t: Tensor, batch_size: int) -> int:
@@ -143,8 +150,7 @@ def _count(t: Tensor, batch_size: int) -> int:
 def _as_einsum(a: Tensor, b: Tensor) -> str:
     """Return what a matrix product is in letters, leading dimensions as capitals from the right."""
     lead = "ZYXWVUTSRQPONM"
-    first = lead[max(0, a.dim() - 2) - 1 :: -1] if a.dim() > 2 else ""
-    second = lead[max(0, b.dim() - 2) - 1 :: -1] if b.dim() > 2 else ""
+    first, second = (lead[t.dim() - 3 :: -1] if t.dim() > 2 else "" for t in (a, b))
     left, right = "mk" if a.dim() > 1 else "k", "kn" if b.dim() > 1 else "k"
     out = max(first, second, key=len) + ("m" if a.dim() > 1 else "") + ("n" if b.dim() > 1 else "")
     return f"{first}{left},{second}{right}->{out}"

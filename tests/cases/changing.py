@@ -164,6 +164,26 @@ def _distance(outputs: Tensor, targets: Any) -> Tensor:
     return (outputs - targets).abs().square().sum(1)
 
 
+@case("products by the names of their arguments")
+def _named() -> tuple[nn.Module, Batch]:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.body(x)
+        alike = torch.matmul(input=h, other=h.mT).softmax(-1) + torch.cdist(x1=h, x2=h)
+        mixed = torch.baddbmm(h, batch1=alike, batch2=h) + torch.bmm(input=alike, mat2=h)
+        return m.head(mixed.mean(1))
+
+    return Functional(forward, body=nn.Linear(12, 8), head=nn.Linear(8, 10)), (sequences(), labels(5))
+
+
+@case("a sparse matrix of data, transposed")
+def _adjacency() -> tuple[nn.Module, Batch]:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        kept = (x * (x > 0)).to_sparse()
+        return m.head(kept.t().t().to_dense())
+
+    return Functional(forward, head=nn.Linear(20, 10)), (vectors(), labels(6))
+
+
 class _Workspace(nn.Module):
     """Frozen features in a buffer that every pass writes into, and a number of the whole batch."""
 
