@@ -22,7 +22,8 @@ from cape.surroundings import turns
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Names of what torch keeps in every module, a user's as well."""
 
 
 class Kept:
@@ -36,11 +37,11 @@ class Kept:
         for _, held in self._attributes:
             held.pop("training", None)
         own = within(
-            v for m in plain for name, v in vars(m).items() if name not in _OF_EVERY_MODULE or isinstance(v, set)
+            v for m in plain for name, v in vars(m).items() if name not in OF_EVERY_MODULE or isinstance(v, set)
         )
         self._held = Held(own)
         # Parameters, buffers, modules and hooks; what a module of its own holds has been looked through.
-        tables = [t for m in plain for n, t in vars(m).items() if n in _OF_EVERY_MODULE and isinstance(t, dict)]
+        tables = [t for m in plain for n, t in vars(m).items() if n in OF_EVERY_MODULE and isinstance(t, dict)]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, dict(table)) for table in tables]
         self._params = list(model.parameters())
         self._flags = [(p, p.requires_grad, p.grad, dict(vars(p))) for p in self._params]

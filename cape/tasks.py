@@ -238,7 +238,7 @@ class Loss:
             return losses, (logs.exp() - of_logit) * valid, of_logit
         leaf = outputs.detach().requires_grad_()
         devices = [outputs.device.index] if outputs.is_cuda else []
-        before = draws_of(devices)
+        before = () if self.is_named else draws_of(devices)
         losses = self.per_sample(leaf, targets)
         if not self.is_named and before == draws_of(devices):
             self._check_alone(leaf.detach(), targets, losses.detach())

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from cape.convergence.convert import special
 from cape.convergence.stack import Subject
+from cape.state import OF_EVERY_MODULE
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
-_SETTINGS_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def shape_of(subject: Subject | None) -> object:
@@ -39,7 +39,7 @@ def _settings(module: nn.Module) -> Iterator[object]:
         yield name, None if buffer is None else _form(buffer)
     own = {id(p): name for name, p in module._parameters.items()}
     for name, value in vars(module).items():
-        if name not in _SETTINGS_OF_TORCH:
+        if name not in OF_EVERY_MODULE:
             yield name, _value(value, own)
 
 

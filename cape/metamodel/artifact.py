@@ -122,7 +122,8 @@ class MetaModel:
         }
         files["calibration.json"] = json.dumps(calibration, allow_nan=False).encode()
         files = dict(_packed(name, data) for name, data in files.items())
-        digests = {_marked(name, _digest(data)): _digest(data) for name, data in sorted(files.items())}
+        digests = {name: _digest(data) for name, data in sorted(files.items())}
+        listed = {_marked(name, digest): digest for name, digest in digests.items()}
         card = {
             **self.card,
             "format": FORMAT,
@@ -130,15 +131,15 @@ class MetaModel:
             "families": list(self.families),
             "boosters": sorted(self.boosters),
             "surfaces": sorted(self.surfaces),
-            "files": digests,
+            "files": listed,
         }
         text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False).encode()
         out.mkdir(parents=True, exist_ok=True)
         before = _listed(out)
         for name, data in files.items():
-            _write(out / _marked(name, _digest(data)), data)
+            _write(out / _marked(name, digests[name]), data)
         _write(out / "card.json", text)
-        _remove_stale(out, before, {*digests, "card.json"})
+        _remove_stale(out, before, {*listed, "card.json"})
         return out
 
     @classmethod

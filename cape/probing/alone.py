@@ -68,7 +68,7 @@ class Alone:
         Args:
             ends: outputs of the first and the last sample beside each other. places: of the two that were scanned.
             suspect: something made the samples' rows differ a little: the last digit counts.
-            anyone: samples may have met (see ``operators``), or data chose rows: any may depend on any other.
+            anyone: samples may have met (see ``meeting``), or data chose rows: any may depend on any other.
         """
         size, among = len(out), varying(out)
         doubtful = [place for place, beside in ends.items() if moved(out[place], beside, 0.6, among)]

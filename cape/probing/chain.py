@@ -98,9 +98,9 @@ def chain_of(model: nn.Module, x: object) -> list[nn.Module] | None:
     Anything else are also hooks, layers with a ``forward`` of their own, parameters that two layers share or that are
     of another type than the inputs, dense layers over positions, and autocasting.
     """
-    if type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
+    if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2:
         return None
-    if x.layout is not torch.strided:
+    if x.dtype not in (torch.float32, torch.float64):
         return None
     layers = list(_leaves(model))
     shape = x.shape[1:]
