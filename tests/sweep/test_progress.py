@@ -59,7 +59,8 @@ def test_a_line_on_a_terminal_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> 
     line.add(1, 3, 0, "family0", seconds=1.0)
     line.close()
     shown = terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K\n")
-    assert len(line.line()) > 100 and len(shown) == 39 and shown.startswith("1/90 trials")
+    # Where the line is cut depends on the rate's digits, and a space at the cut is not shown.
+    assert len(line.line()) > 100 and len(shown) in (38, 39) and shown.startswith("1/90 trials")
 
 
 def test_a_family_that_has_not_begun_has_an_estimate() -> None:
