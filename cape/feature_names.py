@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 FLOOR = 1e-6
 """What ratios are cut off at before their logarithm is taken: beyond, they are as good as zero."""
 
@@ -41,3 +44,21 @@ FEATURE_NAMES = (
     *BATCH_FEATURES,
     *END_FEATURES,
 )
+
+# What the same probe says of a model whose head starts at zero after ``LATER_UPDATES`` updates (``convergence.later``):
+# every feature that training moves. The columns beside the others are null for all other models.
+LATER_UPDATES = 2
+LATER_FEATURES = (
+    *("log_g2", "log_tau", "log_l0", "log_first_step", "log_grad_l1", "log_grad_l2", "line_1", "line_4"),
+    *SLOW_FEATURES,
+    *END_FEATURES,
+)
+LATER_COLUMNS = tuple(f"later_{name}" for name in LATER_FEATURES)
+
+
+def head_at_zero(log_hidden_pull: Any) -> Any:
+    """Return whether a model's loss does not depend on what its head sees: a head that starts at zero.
+
+    Takes the feature of a model, or an array of many.
+    """
+    return log_hidden_pull <= math.log(FLOOR) + 1e-9

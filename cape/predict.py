@@ -17,6 +17,7 @@ from torch import nn
 
 from cape.checks import check_batch, running
 from cape.config import check_count, check_epsilon, check_lr
+from cape.convergence.later import with_later
 from cape.errors import CapeError, SpecError
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
@@ -161,9 +162,10 @@ def predict(
     # By the known loss: a factor (a sum in the place of a mean, say) changes features, but not what AdamW does.
     probed = loss if known is None or criterion.is_named else known
     features = probe(model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
+    told = with_later(features, model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
     if family is None:
-        family = known_best(regressor, infer_family(model), features, epsilon)
-    row = row_from_features(features.as_dict(), family, epsilon)
+        family = known_best(regressor, infer_family(model), told, epsilon)
+    row = row_from_features(told, family, epsilon)
     family = row["family"][0]
     log_hat = regressor.predict_log(row)
     steps, centre = (float(in_steps(log_hat, whole)[0]) for whole in (regressor.preset.whole, False))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from cape.metamodel.rows import row_from_features
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
-    from cape.probing import Features
 
 _ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
 _NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
@@ -47,7 +46,7 @@ def _named_attention(name: str) -> bool:
     return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
 
 
-def known_best(regressor: MetaModel, kind: str | None, features: Features, epsilon: float) -> str | None:
+def known_best(regressor: MetaModel, kind: str | None, features: Mapping[str, Any], epsilon: float) -> str | None:
     """Return the family of a kind that a model is taken for, where the meta-regressor has several.
 
     How well one knows it is the width of its interval, times the model's distance where that is beyond its domain. The
@@ -59,7 +58,7 @@ def known_best(regressor: MetaModel, kind: str | None, features: Features, epsil
         return candidates[0] if candidates else kind
     unsure = {}
     for family in candidates:
-        row = row_from_features(features.as_dict(), family, epsilon)
+        row = row_from_features(features, family, epsilon)
         width = regressor.conformal.half_width(row["family"][0], 0.9)[0] * float(regressor.width(row)[0])
         unsure[family] = width * max(1.0, regressor.domain.check(row)[2]) * (_BETTER if family == kind else 1.0)
     return min(candidates, key=unsure.__getitem__)

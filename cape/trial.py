@@ -22,6 +22,7 @@ from cape.convergence import Outcome, Subject, Trajectory
 from cape.convergence.batched import measure_in_lane, measure_singly, plain_step_seconds
 from cape.convergence.convert import Unstackable
 from cape.convergence.engine import lanes_for, same_bits, single_because
+from cape.convergence.later import with_later
 from cape.convergence.stacked_probe import probe_many, probed_together
 from cape.convergence.streams import take_turns
 from cape.drawn import Drawn, draw, prepare
@@ -213,10 +214,9 @@ class _Subjects(Iterator[Subject]):
             known = _probe_together([drawn for drawn, _, _ in built], [subject for _, _, subject in built])
         seconds = (time.perf_counter() - began) / max(1, len(built))
         for i, (drawn, rows, subject) in enumerate(built):
-            features = known[i]
             began = time.perf_counter()
             try:
-                features = features or _probe_alone(drawn, subject)
+                found = _all_features(known[i], drawn, subject)
             except (ModelError, RuntimeError) as error:
                 if self._to_be_raised(error, drawn):
                     self._waiting.extendleft(drawn for drawn, _, _ in reversed(built[i:]))
@@ -225,7 +225,7 @@ class _Subjects(Iterator[Subject]):
                 self.failed.append(_failed(rows, error))
                 continue
             for row in rows:
-                row.update(features.as_dict(), probe_seconds=seconds + time.perf_counter() - began)
+                row.update(found, probe_seconds=seconds + time.perf_counter() - began)
             self._ready.append((rows, subject))
 
     def _to_be_raised(self, error: Exception, drawn: Drawn) -> bool:
@@ -338,8 +338,8 @@ def _described(drawn: Drawn) -> Row:
 
 def probe_trial(
     trial: TrialSpec, device: str | torch.device = "cpu", data_root: str | Path | None = None
-) -> tuple[Features, float]:
-    """Return the features of a trial, the same that ``run_trials`` finds, and the seconds that the probe took.
+) -> tuple[dict[str, float | None], float]:
+    """Return the features of a trial by name, as ``run_trials`` finds them, and the seconds that the probe took.
 
     Raises:
         ModelError, SpecError, DataError: see ``run_trials``.
@@ -349,7 +349,7 @@ def probe_trial(
     start = time.perf_counter()
     together = probed_together(subject.model, subject.batch, TASK_LOSS[drawn.dataset.task])
     (features,) = _probe_together([drawn], [subject]) if together else [None]
-    return features or _probe_alone(drawn, subject), time.perf_counter() - start
+    return _all_features(features, drawn, subject), time.perf_counter() - start
 
 
 def _probe_together(drawn: list[Drawn], subjects: list[Subject]) -> list[Features | None]:
@@ -362,10 +362,12 @@ def _probe_together(drawn: list[Drawn], subjects: list[Subject]) -> list[Feature
         return [None] * len(drawn)
 
 
-def _probe_alone(drawn: Drawn, subject: Subject) -> Features:
+def _all_features(known: Features | None, drawn: Drawn, subject: Subject) -> dict[str, float | None]:
+    """Return a trial's features by name; ``known``: what a probe of several has said of it."""
     dataset = drawn.dataset
     loss, size = TASK_LOSS[dataset.task], dataset.full_train_size
-    return probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
+    features = known or probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
+    return with_later(features, subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,12 +116,36 @@ def measure(
     seed = check_seed(seed)
     if read_every is not None:
         check_count(read_every, "read_every")
-    x, y, _ = check_batch(batch)
-    named = trainable(model)
-    parameters = list(named.values())
-    device = parameters[0].device
+    check_batch(batch)
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
     scan = TrajectoryScan(StoppingRule() if stopping is None else stopping, epsilons)
+    with _training(model, batch, criterion, lr, seed, precision, read_every or 32) as run:
+        seconds, step_seconds = _follow(run, scan, read_every)
+    return trajectory_of(scan, seconds, step_seconds)
+
+
+@contextmanager
+def updated(
+    model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, *, lr: float, updates: int
+) -> Iterator[None]:
+    """Run a block in which a model has made the first updates of ``measure``; then put it back, bit for bit.
+
+    Raises:
+        ModelError: as ``measure``.
+    """
+    check_batch(batch)
+    with _training(model, batch, criterion, lr, 0, "float32", updates) as run:
+        run.train(updates)
+        yield
+
+
+@contextmanager
+def _training(
+    model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, lr: float, seed: int, precision: str, most: int
+) -> Iterator[_Run]:
+    """Run a block that trains a model on a batch, ``most`` updates between two looks; then put it back."""
+    parameters = list(trainable(model).values())
+    device = parameters[0].device
     with (
         preserved(criterion.beside(model), seed, parameters=True) as kept,
         fixed_precision(precision, device),
@@ -129,11 +153,10 @@ def measure(
         torch.enable_grad(),
         handed_over(side_stream(device)),
     ):
-        targets = ordinary_tensor(y).to(device)
-        run = _Run(model, move(x, device), targets, criterion, parameters, lr, precision, read_every or 32)
+        targets = ordinary_tensor(batch[1]).to(device)
+        run = _Run(model, move(batch[0], device), targets, criterion, parameters, lr, precision, most)
         kept.spare(leaves_behind([run.loss]))
-        seconds, step_seconds = _follow(run, scan, read_every)
-    return trajectory_of(scan, seconds, step_seconds)
+        yield run
 
 
 def trajectory_of(scan: TrajectoryScan, seconds: float, step_seconds: float) -> Trajectory:
@@ -233,6 +256,12 @@ class _Run:
             self._back()
             self.loss = self.loss.detach()
         return repeated.run(count)[:, 0]
+
+    def train(self, count: int) -> None:
+        """Make some updates, one at least, of which no loss is wanted."""
+        self.updates(count - 1, None)
+        self._back()
+        self.loss = self.loss.detach()
 
     def made_losses(self) -> NDArray[np.float64]:
         """Return the losses that ``updates`` got to before it broke off."""

@@ -26,6 +26,7 @@ import numpy as np
 
 from cape.config import check_count
 from cape.errors import SpecError, StoreError, first_line
+from cape.family_names import HEAD_AT_ZERO
 from cape.metamodel.domain import Domain
 from cape.metamodel.intervals import Conformal, bounds
 from cape.metamodel.line import POOLED, Line, margins
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     import xgboost as xgb
 
 # Before: 1 no lines, 2 no surfaces, 3 and 4 surfaces of another kernel, 5 no share of its own far away, 6 no slopes,
-# 7 boosters that are not compressed, 8 names without digests.
-FORMAT = 9
+# 7 boosters that are not compressed, 8 names without digests, 9 one look at a head at zero.
+FORMAT = 10
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -148,7 +149,7 @@ class MetaModel:
 
         Raises:
             SpecError: what is no path, or a URI. StoreError: no card, a missing or altered file, a newer format, or
-                surfaces of formats 3 to 6.
+                what must be fitted again: surfaces of formats 3 to 6, heads at zero of 7 to 9.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise SpecError(f"A meta-regressor is a MetaModel or the path of its directory, not {directory!r}.")
@@ -172,6 +173,11 @@ class MetaModel:
                 raise StoreError(f"The meta-regressor in {path} has format {card['format']}; upgrade CAPE to read it.")
             if 3 <= card["format"] <= 6 and card.get("surfaces"):
                 raise StoreError(f"The surfaces in {path} are of an older version; run `cape fit` again.")
+            if card["format"] <= 9 and any(family.endswith(HEAD_AT_ZERO) for family in card["families"]):
+                raise StoreError(
+                    f"The meta-regressor in {path} knows one look at models whose head starts at zero, and two are made"
+                    " now; run `cape fit` again."
+                )
             listed = card["files"].items()
             files = dict(_unpacked(_unmarked(name, digest), _read(path / name, digest)) for name, digest in listed)
             needed = {*map(_file, [*card["boosters"], POOLED]), *map(_surface_file, card.get("surfaces", []))}

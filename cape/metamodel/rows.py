@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,16 @@ import numpy as np
 from cape.dataset_names import split_side
 from cape.errors import DataError
 from cape.family_names import HEAD_AT_ZERO, RELATIVES, relative_of
-from cape.feature_names import BATCH_FEATURES, END_FEATURES, FEATURE_NAMES, FLOOR, SHAPE_FEATURES, SLOW_FEATURES
+from cape.feature_names import (
+    BATCH_FEATURES,
+    END_FEATURES,
+    FEATURE_NAMES,
+    LATER_COLUMNS,
+    LATER_FEATURES,
+    SHAPE_FEATURES,
+    SLOW_FEATURES,
+    head_at_zero,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,8 +89,13 @@ class Rows:
             columns["log_epsilon"] = np.log(columns["epsilon"])
         if "trial_id" not in have:
             columns["trial_id"] = np.array([f"row{i}" for i in range(n)], dtype=object)
-        columns["family"] = _named_by_head(columns["family"], columns["log_hidden_pull"])
+        at_zero = _tell_heads_apart(columns, {c: _floats(table.column(c)) for c in LATER_COLUMNS if c in have})
         reached = np.isfinite(columns["t_star"])
+        if (at_zero & reached & np.isnan(columns["log_l0"])).any():
+            raise DataError(
+                "Some rows are of models whose head starts at zero, and are of a version that looked at these only"
+                " once; `cape store reprobe` looks again."
+            )
         if "converged" in have:
             reached &= np.array([v is True for v in table.column("converged").to_pylist()], dtype=bool)
         columns["converged"] = reached
@@ -231,7 +244,8 @@ def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: 
     for name, value in features.items():
         if name in columns and value is not None:
             columns[name] = np.array([float(value)])
-    columns["family"] = _named_by_head(np.array([family], dtype=object), columns["log_hidden_pull"])
+    columns["family"] = np.array([family], dtype=object)
+    _tell_heads_apart(columns, {name: np.array([features[name]]) for name in LATER_COLUMNS if name in features})
     columns["epsilon"] = np.array([float(epsilon)])
     columns["log_epsilon"] = np.log(columns["epsilon"])
     columns["lr"] = np.exp(columns["log_lr"])
@@ -240,16 +254,20 @@ def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: 
     return Rows(columns)
 
 
-def _named_by_head(families: np.ndarray, hidden_pull: np.ndarray) -> np.ndarray:
-    """Return the families [n], those of ordinary models whose head starts at zero (``HEAD_AT_ZERO``) by that name.
+def _tell_heads_apart(columns: dict[str, np.ndarray], later: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Make ordinary models whose head starts at zero a family by themselves (``HEAD_AT_ZERO``); return which rows [n].
 
-    Of such a model the first gradients see the head alone: its features say other things than another model's.
+    Of such a model the first gradients see the head alone: its features say other things than another model's. They
+    become those of the second look (``later``, by the names of ``LATER_COLUMNS``), NaN where there is none.
     """
-    ordinary = np.array([f in RELATIVES for f in families], dtype=bool)
-    at_zero = ordinary & (hidden_pull <= math.log(FLOOR) + 1e-9)
-    return np.array(
+    families, nothing = columns["family"], np.full(len(columns["family"]), np.nan)
+    at_zero = np.array([f in RELATIVES for f in families], dtype=bool) & head_at_zero(columns["log_hidden_pull"])
+    columns["family"] = np.array(
         [f"{f}{HEAD_AT_ZERO}" if zero else f for f, zero in zip(families, at_zero, strict=True)], dtype=object
     )
+    for name, column in zip(LATER_FEATURES, LATER_COLUMNS, strict=True):
+        columns[name] = np.where(at_zero, later.get(column, nothing), columns[name])
+    return at_zero
 
 
 def family_codes(names: np.ndarray, families: Sequence[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from cape.feature_names import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES, LATER_COLUMNS
 
 SCHEMA_VERSION = 1
 SPEC_FILE = "_spec.json"
@@ -50,6 +50,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("preprocess", pa.string()),
         pa.field("augmentation", pa.string()),  # Augmentation as JSON; null for a plain trial
         *(pa.field(name, pa.float64()) for name in FEATURE_NAMES),
+        *(pa.field(name, pa.float32()) for name in LATER_COLUMNS),  # null but for a model whose head starts at zero
         pa.field("log_epsilon", pa.float64()),
         pa.field("t_star", pa.int32()),  # updates until L_t <= epsilon * L_0; null where censored or failed
         pa.field("converged", pa.bool_()),

@@ -1,9 +1,9 @@
-"""Compute the features of a meta-dataset's trials anew and keep their T*: rows from before a feature existed get it.
+"""Compute the features that a meta-dataset's trials lack and keep their T*: rows from before a feature existed get it.
 
-A trial's seeds, its model and its augmentation are in its rows, so that the probe can be repeated (to rounding: a
-process may add numbers in another order). Files that were probed wait in ``_reprobe.<what was computed>`` until all are
-done; then the next generation of rows is made of them (see ``store/compact.py``). Killed at any moment, the same
-command goes on where it was.
+A trial is probed as a whole; one that lacks nothing stays as it is. Its seeds, its model and its augmentation are in
+its rows, so that the probe can be repeated (to rounding: a process may add numbers in another order). Files that were
+probed wait in ``_reprobe.<what was computed>`` until all are done; then the next generation of rows is made of them
+(see ``store/compact.py``). Killed at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from cape import datasets
 from cape.errors import ModelError, SpecError, StoreError
-from cape.feature_names import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES, LATER_COLUMNS, head_at_zero
 from cape.jsonconfig import stable_hash
 from cape.logs import counted
 from cape.store import reader
@@ -34,8 +34,8 @@ from cape.store.writer import to_parquet
 from cape.sweep.job import load_imports
 from cape.trial import probe_trial, trial_of
 
-_OPTIONAL = ("log_tau_full",)  # which a sweep does not compute
-_COLUMNS = ("model", *FEATURE_NAMES)
+_NEEDED = tuple(f for f in FEATURE_NAMES if f != "log_tau_full")  # which a sweep does not compute
+_ALL = (*FEATURE_NAMES, *LATER_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def reprobe(
     imports: Sequence[str] = (),
     keep_seconds: float = KEEP_S,
 ) -> Reprobe:
-    """Probe, on the CPU, the trials of all files in which a feature is missing.
+    """Probe, on the CPU, all trials of which a feature is missing.
 
     Rows without a model (imported ones) and failed trials stay as they are. No other process may run the sweep of an
     older version meanwhile; what it commits is kept, without the features.
@@ -86,7 +86,7 @@ def reprobe(
     if not reader.list_chunks(location):
         raise StoreError(f"{location} holds no rows to probe.")
     root = datasets.data_root(data_root)
-    aside = f"_reprobe.{stable_hash([FEATURE_NAMES, git_revision()], 12)}"
+    aside = f"_reprobe.{stable_hash([_ALL, git_revision()], 12)}"
     with replacing(location) as base:
         names = [n[len(base) + 1 :] for n in reader.list_chunks(location, base) if _lacks(location, n)]
         done = set(location.list(aside, recursive=True))
@@ -113,17 +113,27 @@ def reprobe(
 
 
 def _lacks(location: Location, name: str) -> bool:
-    """Return whether a file has rows that were probed, but not for every feature."""
+    """Return whether a file has trials that lack a feature."""
     have = pq.read_schema(location.path(name)).names
-    table = pq.read_table(location.path(name), columns=[c for c in _COLUMNS if c in have], partitioning=None)
-    if "model" not in have or "log_p" not in have:
-        return False
-    probed = [m is not None and p is not None for m, p in zip(table["model"].to_pylist(), table["log_p"].to_pylist())]
-    needed = [f for f in FEATURE_NAMES if f not in _OPTIONAL]
-    if any(f not in have for f in needed):
-        return any(probed)
-    columns = [table[f].to_pylist() for f in needed]
-    return any(p and any(c[i] is None for c in columns) for i, p in enumerate(probed))
+    columns = [c for c in ("trial_id", "model", *_ALL) if c in have]
+    return bool(_lacking(pq.read_table(location.path(name), columns=columns, partitioning=None)))
+
+
+def _lacking(table: pa.Table) -> set[str]:
+    """Return the trials that were probed, but not for every feature."""
+
+    def values(name: str) -> list[Any]:
+        return table[name].to_pylist() if name in table.column_names else [None] * len(table)
+
+    needed, later = [values(f) for f in _NEEDED], [values(f) for f in LATER_COLUMNS]
+    found = set()
+    for i, (trial, model, probed, pull) in enumerate(
+        zip(*(values(name) for name in ("trial_id", "model", "log_p", "log_hidden_pull")), strict=True)
+    ):
+        wanted = [*needed, *later] if pull is not None and head_at_zero(pull) else needed
+        if model is not None and probed is not None and any(column[i] is None for column in wanted):
+            found.add(trial)
+    return found
 
 
 def _probe_file(
@@ -134,18 +144,18 @@ def _probe_file(
     torch.set_num_threads(threads)
     table = pq.read_table(location.path(f"{base}/{name}"), partitioning=None)
     _, dataset = reader.partition_of(name)
-    rows = table.to_pylist()
+    rows, lacking = table.to_pylist(), _lacking(table)
     found: dict[str, dict[str, Any] | None] = {}
     for row in rows:
-        if row["trial_id"] not in found and row["model"] is not None and row["log_p"] is not None:
+        if row["trial_id"] in lacking and row["trial_id"] not in found:
             try:
                 features, seconds = probe_trial(trial_of({**row, "dataset": dataset}), "cpu", root)
             except (ModelError, RuntimeError):  # as in a sweep: the trial's fault, not the file's
                 found[row["trial_id"]] = None
             else:
-                found[row["trial_id"]] = {**features.as_dict(), "probe_seconds": seconds}
+                found[row["trial_id"]] = {**features, "probe_seconds": seconds}
         row.update(found.get(row["trial_id"]) or {})
-    fields = {f.name: f for f in (*table.schema, *(ROW_SCHEMA.field(n) for n in FEATURE_NAMES))}
+    fields = {f.name: f for f in (*table.schema, *(ROW_SCHEMA.field(n) for n in _ALL))}
     metadata = {**(table.schema.metadata or {}), b"cape_probe_revision": git_revision().encode()}
     location.write(
         f"{aside}/{name}", to_parquet(pa.Table.from_pylist(rows, schema=pa.schema(fields.values(), metadata=metadata)))

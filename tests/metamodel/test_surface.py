@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cape.errors import SpecError
-from cape.family_names import HEAD_AT_ZERO, relative_of
-from cape.feature_names import FLOOR
 from cape.metamodel.crossfit import assign_datasets, assign_folds, fold_parts, out_of_fold, select
 from cape.metamodel.line import EPSILON_TERM, POOLED, Line, margins
 from cape.metamodel.presets import PRESETS, SHARES, Preset
 from cape.metamodel.regressors import AFT_SCALE, design, log_steps, predict_log, train_boosters
-from cape.metamodel.rows import Rows, row_from_features
+from cape.metamodel.rows import Rows
 from cape.metamodel.surface import FAR, FEWEST_TRIALS, Surface, fit_surfaces, mix, smooth
 from cape.store import reader
 from tests.metamodel.test_gaussian import FEATURES, augment, trials, truth
@@ -249,24 +246,6 @@ def test_a_share_is_a_share() -> None:
     chosen = Preset("x", surface=0.5, shares={"mlp": 0.25})
     assert (chosen.share("mlp"), chosen.share("rnn")) == (0.25, 0.5)
     assert Preset.from_json(chosen.to_json()) == chosen
-
-
-def test_ordinary_models_whose_head_starts_at_zero_are_a_family_beside_the_others() -> None:
-    features = {"log_lr": 0.0, "log_b": 0.0, "log_hidden_pull": math.log(FLOOR)}
-    for family, named in (("dense", "dense, head at zero"), ("mlp", "mlp"), (None, None)):
-        row = row_from_features(features, family, 0.1)
-        assert row["family"].tolist() == [named]
-        assert row_from_features({**features, "log_hidden_pull": -1.0}, family, 0.1)["family"].tolist() == [family]
-    assert (
-        relative_of("dense, head at zero") == "dense" and relative_of("dense") == "mlp" and relative_of("mlp") is None
-    )
-    table = reader.read(Path(__file__).resolve().parents[2] / "benchmarks" / "corpus" / "ordinary")
-    rows = Rows.from_table(table)
-    zero = np.array(['"head":"zero"' in model for model in rows["model"]])
-    assert zero.any() and zero.tolist() == [family.endswith(HEAD_AT_ZERO) for family in rows["family"]]
-    mask, told = rows.told("encoder, head at zero")
-    assert set(told["family"]) == {"encoder", "encoder, head at zero"} and mask.sum() == len(told)
-    assert told.augmented.tolist() == [family == "encoder" for family in told["family"]]
 
 
 def test_a_family_learns_from_its_relative_and_not_the_other_way() -> None:

@@ -14,7 +14,7 @@ import pytest
 from cape import cli
 from cape.config import SweepSpec
 from cape.errors import StoreError
-from cape.feature_names import FEATURE_NAMES
+from cape.feature_names import FEATURE_NAMES, LATER_COLUMNS, head_at_zero
 from cape.store import reader
 from cape.store.compact import compact
 from cape.store.location import Location
@@ -134,3 +134,21 @@ def test_the_command_with_two_processes(
         for name, value in known.items():
             assert got[name] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value)
     assert os.path.isdir(meta / "_rows.0")  # for readers that began with it
+
+
+def test_only_heads_at_zero_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from before the second look get it; the trials beside them in the same file are not probed."""
+    meta, spec = tmp_path / "meta", SPEC.replace(families=("dense",), trials_per_cell=8)
+    run_inline(spec, meta, progress=False)
+    expected = rows_of(meta)
+    zero = {r["trial_id"] for r in expected if head_at_zero(r["log_hidden_pull"])}
+    assert 0 < len(zero) < len({r["trial_id"] for r in expected})
+    for row in expected:
+        assert all((row[column] is not None) == (row["trial_id"] in zero) for column in LATER_COLUMNS)
+    for path in list_files(meta):
+        pq.write_table(pq.read_table(path, partitioning=None).drop_columns(list(LATER_COLUMNS)), path)
+    real, probed = module.probe_trial, []
+    monkeypatch.setattr(module, "probe_trial", lambda *args: probed.append(args[0].seed) or real(*args))
+    assert reprobe(meta).trials == len(zero) == len(probed)
+    assert rows_of(meta) == expected
+    assert reprobe(meta).files == 0
