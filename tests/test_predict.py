@@ -19,11 +19,14 @@ from torch import Tensor, nn
 import cape
 from cape import datasets
 from cape.config import StoppingRule
+from cape.convergence.later import with_later
 from cape.errors import ModelError, SpecError, StoreError
 from cape.family_names import RELATIVES
-from cape.metamodel.artifact import MetaModel
+from cape.feature_names import LATER_COLUMNS, LATER_FEATURES
+from cape.metamodel.artifact import WEIGHTS, MetaModel
 from cape.metamodel.fit import fit_table
 from cape.metamodel.presets import PRESETS
+from cape.metamodel.rows import row_from_features
 from cape.predict import predict, rank
 from cape.recognize import infer_family
 from cape.timing import StepTimer
@@ -356,3 +359,19 @@ def test_the_shipped_model_takes_a_model_for_an_ordinary_one_unless_it_knows_the
     assert [m.family for m in made] == ["dense", "mlp"] and all(m.in_domain for m in made)
     named = predict(plain, batch, lr=1e-3, dataset_size=60_000, family="mlp")
     assert named.family == "mlp" and not named.in_domain
+
+
+def test_a_model_whose_head_starts_at_zero_is_judged_by_its_second_look(batch: tuple[Tensor, Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model[-1].bias)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made = predict(model, batch, lr=1e-3, dataset_size=60_000)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert made.family == "dense, head at zero" and made.in_domain
+    told = with_later(made.features, model, batch, loss="cross_entropy", lr=1e-3, dataset_size=60_000)
+    shipped = MetaModel.load(WEIGHTS)
+    assert made.steps == shipped.predict(row_from_features(told, "dense", 0.1))[0]
+    at_first = {**told, **{column: told[name] for name, column in zip(LATER_FEATURES, LATER_COLUMNS, strict=True)}}
+    assert not shipped.domain.check(row_from_features(at_first, "dense", 0.1))[0]  # type: ignore[union-attr]

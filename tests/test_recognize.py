@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cape.probing import Features
+from cape.feature_names import FEATURE_NAMES
 from cape.recognize import known_best
 
-FEATURES = Features(**{f.name: 0.0 for f in fields(Features)})
+FEATURES = dict.fromkeys(FEATURE_NAMES, 0.0)
 
 
 @dataclass
