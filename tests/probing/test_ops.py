@@ -139,11 +139,12 @@ def test_a_convolution_whose_terms_cancel(size: tuple[int, ...], geometry: ConvG
     kept = ops._direct_where_cancelled(gram.clone(), terms, dtype, lambda some: direct[:, some])
     lost = not any(geometry.padding)  # else windows at the border are unlike the others
     assert torch.equal(kept[0], (direct if lost else gram)[0]) and not torch.equal(gram[0], direct[0])
-    alone = torch.zeros_like(g)
-    total = torch.zeros_like(terms)  # the norms of one position after the other, which has only positive terms
-    for t in range(flat.shape[4] * 2):
-        alone.zero_().flatten(4)[:, :, t % 2, :, t // 2] = flat[:, :, t % 2, :, t // 2]
-        total += conv_reference(x.double(), alone.double(), geometry)
+    # The norms of one position after the other, which has only positive terms: those of a group are a product.
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    window = torch.ones(geometry.groups, 64 // geometry.groups, *geometry.kernel, dtype=torch.float64)
+    how = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    seen = conv(x.double().square().flatten(0, 1), window, None, *how).unflatten(0, (2, 2))
+    total = (g.double().square().unflatten(3, (geometry.groups, -1)).sum(4) * seen).flatten(2).sum(2)
     torch.testing.assert_close(terms, total, rtol=1e-4, atol=0.0)
     # What rounding the inputs costs any form, the direct one also has.
     bound = 3 * (direct / exact - 1).abs().amax() + (1e-5 if dtype == torch.float32 else 1e-10)
