@@ -142,9 +142,11 @@ class Augmentation(JsonConfig):
         gray: images only: the mean of the channels in place of them.
         pooled: images only: the mean of each 2x2 pixels in place of them.
         samples: the size N of the full training set that the probe is told.
+        columns: so many sums of the inputs with normal weights, drawn once and for all, in place of them: as few
+            numbers as a table has; None: the inputs as they are.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("split",)
+    LATER: ClassVar[tuple[str, ...]] = ("split", "columns")
 
     seed: int = 0
     classes: float = 1.0
@@ -156,6 +158,7 @@ class Augmentation(JsonConfig):
     pooled: bool = False
     samples: int | None = None
     split: float = 0.0
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("classes", "random_labels", "zeroed", "split"):
@@ -165,16 +168,19 @@ class Augmentation(JsonConfig):
             raise SpecError(f"An augmentation cannot have noise {self.noise!r} and log_scale {self.log_scale!r}.")
         if self.samples is not None:
             check_count(self.samples, "samples")
+        if self.columns is not None:
+            check_count(self.columns, "columns")
 
     @classmethod
-    def draw(cls, seed: int, finer: bool = False, faint: bool = False) -> Augmentation:
+    def draw(cls, seed: int, finer: bool = False, faint: bool = False, narrow: bool = False) -> Augmentation:
         """Return the augmentation of a seed.
 
         Each change but the last two is made with the chance named, so that trials near the plain ones are common:
         a class subset .7 (where ``finer``: no subset, but classes that are cut up, .7); random labels .35, up to all;
         noise .35, up to the inputs' own deviation; zeroed .4, from nearly none to .98 (log-uniform in what stays);
         gray .25; pooled .25; scale e^(-4..1) and N in 10^3..10^6 (log-uniform) always. Where ``faint``, inputs that
-        hardly tell samples apart, as hashed texts do: zeroed always, and scale e^(-4.5..-2).
+        hardly tell samples apart, as hashed texts do: zeroed always, and scale e^(-4.5..-2). Where ``narrow``, tables:
+        2 to 64 columns, N in 10^2..10^6 (both log-uniform), scale e^(-2..1), and nothing that is done to images.
         """
         classes, labels, noise, zeroed, gray, pooled, scale, samples = uniforms(seed)
 
@@ -189,10 +195,11 @@ class Augmentation(JsonConfig):
             random_labels=round(often(0.35, labels), 4),
             noise=round(often(0.35, noise), 4),
             zeroed=round(1.0 - 0.02 ** (zeroed if faint else often(0.4, zeroed)), 4),
-            log_scale=round(2.5 * scale - 4.5 if faint else 5.0 * scale - 4.0, 4),
-            gray=gray < 0.25,
-            pooled=pooled < 0.25,
-            samples=round(10.0 ** (3.0 + 3.0 * samples)),
+            log_scale=round(2.5 * scale - 4.5 if faint else 3.0 * scale - 2.0 if narrow else 5.0 * scale - 4.0, 4),
+            gray=gray < 0.25 and not narrow,
+            pooled=pooled < 0.25 and not narrow,
+            samples=round(10.0 ** (2.0 + 4.0 * samples if narrow else 3.0 + 3.0 * samples)),
+            columns=round(2.0 * 32.0**gray) if narrow else None,
         )
 
 
@@ -255,11 +262,11 @@ class SweepSpec(JsonConfig):
     rows number that times ``len(epsilons)``. ``trials_by_family`` overrides ``trials_per_cell`` for a family.
 
     Where ``augmented``, every trial draws an ``Augmentation`` of its own, with more classes instead of fewer where
-    ``finer`` and small, mostly empty inputs where ``faint``. ``replicates``: so many trials of a cell, one after the
-    other, share their model and augmentation and differ in their other seeds.
+    ``finer``, small, mostly empty inputs where ``faint`` and few inputs where ``narrow``. ``replicates``: so many
+    trials of a cell, one after the other, share their model and augmentation and differ in their other seeds.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "faint", "replicates")
+    LATER: ClassVar[tuple[str, ...]] = ("augmented", "finer", "faint", "narrow", "replicates")
 
     name: str = "sweep"
     families: tuple[str, ...] = ("mlp", "cnn", "rnn", "transformer")
@@ -277,6 +284,7 @@ class SweepSpec(JsonConfig):
     augmented: bool = False
     finer: bool = False
     faint: bool = False
+    narrow: bool = False
     replicates: int = 1
 
     def __post_init__(self) -> None:
@@ -294,7 +302,7 @@ class SweepSpec(JsonConfig):
             check_count(b, "batch_sizes")
         check_count(self.trials_per_cell, "trials_per_cell")
         check_count(self.replicates, "replicates")
-        for how in ("finer", "faint"):
+        for how in ("finer", "faint", "narrow"):
             if getattr(self, how) and not self.augmented:
                 raise SpecError(f"'{how}' says how trials are augmented; set 'augmented' as well.")
         for family, count in self.trials_by_family.items():

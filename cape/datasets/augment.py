@@ -33,6 +33,8 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     * ``split`` cuts each of them into several, of samples drawn at random once and for all: as many small classes.
     * ``gray`` and ``pooled`` make smaller images, before they are arranged (``image`` is then resized to 3x32x32, as
       it is for any image of another size). Data that are not images, hashed texts and tables, stay as they are.
+    * ``columns`` are sums of the inputs with weights drawn by the augmentation's seed: a table, which has no other
+      layout than ``vector``.
     * ``noise`` is added, in units of the standard deviation of the batch's inputs; then ``zeroed`` of all inputs become
       zero; then all are multiplied by e^``log_scale``.
     * ``random_labels``: a label is drawn from all classes that there are then. Targets that are no classes are
@@ -59,6 +61,7 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     return dataclasses.replace(
         dataset,
         outputs=(len(kept) or dataset.outputs) * parts,
+        layouts=dataset.layouts if augmentation.columns is None else ("vector",),
         full_train_size=augmentation.samples or dataset.full_train_size,
         class_names=tuple(f"{name} {k + 1}" for name in names for k in range(parts)) if parts > 1 else names,
         source=source,
@@ -89,6 +92,12 @@ def _dealt(seed: int, parts: int, count: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, "split")).integers(parts, size=count)
 
 
+def _weights(seed: int, inputs: int, columns: int) -> np.ndarray:
+    """Return float32 [inputs, columns]: a column is as large as the inputs are."""
+    rng = np.random.default_rng(derive_seed(seed, "columns"))
+    return rng.standard_normal((inputs, columns), dtype=np.float32) / np.float32(np.sqrt(inputs))
+
+
 @dataclass(frozen=True, eq=False)
 class _Augmented:
     """The samples of another source that are left, and changed (see :func:`augmented`).
@@ -115,6 +124,8 @@ class _Augmented:
         return [order[starts[c] : ends[c]] for c in self.kept]
 
     def sample_shape(self, layout: str) -> tuple[int, ...]:
+        if self.augmentation.columns is not None:
+            return (self.augmentation.columns,)
         if not isinstance(self.base, Images):
             return self.base.sample_shape(layout)
         channels, height, width = self.base.shape
@@ -131,6 +142,8 @@ class _Augmented:
         else:
             inputs, y = self.base.fetch(rows, layout, preprocess, rng)
             x = inputs.numpy()
+        if changes.columns is not None:
+            x = x @ _weights(changes.seed, x.shape[1], changes.columns)
         if self.kept:
             renumbered = np.zeros(max(self.kept) + 1, dtype=np.int64)
             renumbered[list(self.kept)] = np.arange(len(self.kept))

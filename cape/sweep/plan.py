@@ -192,7 +192,7 @@ class Plan:
         if not spec.augmented:
             return None, shared
         drawn = derive_seed(seed if shared is None else shared, "augmentation")
-        return Augmentation.draw(drawn, spec.finer, spec.faint), shared
+        return Augmentation.draw(drawn, spec.finer, spec.faint, spec.narrow), shared
 
     def trials(self) -> Iterator[TrialSpec]:
         """Yield every trial, in order."""

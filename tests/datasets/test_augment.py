@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cape import datasets
+from cape import datasets, families
 from cape.config import Augmentation, SweepSpec, TrialSpec
 from cape.drawn import built
 from cape.errors import DataError, SpecError
@@ -135,6 +135,46 @@ def test_a_sweep_of_faint_inputs_has_small_ones_and_zeros_everywhere() -> None:
     assert made is not None and x.std() < 0.3 and (x == 0).float().mean() > made.zeroed - 0.05
     with pytest.raises(SpecError, match="'faint' says how trials are augmented"):
         SweepSpec(faint=True)
+
+
+def test_a_table_has_sums_of_the_inputs_for_columns() -> None:
+    digits = datasets.load("digits")
+    table = datasets.augmented(digits, Augmentation(seed=3, columns=5))
+    assert table.layouts == ("vector",) and table.sample_shape("vector") == (5,) and table.outputs == 10
+    (x, y), (inputs, labels) = table.batch(40, 1, "vector"), digits.batch(40, 1, "vector")
+    assert x.shape == (40, 5) and torch.equal(y, labels)
+    assert 0.2 < float(x.std() / inputs.std()) < 3.0
+    more, known = table.batch(40, 2, "vector")[0], digits.batch(40, 2, "vector")[0]
+    both, made = torch.cat([inputs, known]).double(), torch.cat([x, more]).double()
+    assert torch.linalg.matrix_rank(both) < len(both)  # so that not any numbers are sums of these inputs
+    torch.testing.assert_close(both @ torch.linalg.lstsq(both, made, driver="gelsd").solution, made, rtol=0, atol=1e-5)
+    other = datasets.augmented(digits, Augmentation(seed=4, columns=5)).batch(40, 1, "vector")[0]
+    assert not torch.equal(other, x)
+    with pytest.raises(SpecError, match="vector"):
+        families.get("cnn").layout_for(table)
+    with pytest.raises(SpecError, match="columns"):
+        Augmentation(columns=0)
+
+
+def test_a_sweep_of_tables_has_few_columns_and_any_size() -> None:
+    drawn = [Augmentation.draw(seed, narrow=True) for seed in range(500)]
+    usual = [Augmentation.draw(seed) for seed in range(500)]
+    columns = [a.columns or 0 for a in drawn]
+    assert min(columns) == 2 and max(columns) == 64 and 9 <= sorted(columns)[250] <= 14
+    assert all(-2.0 <= a.log_scale <= 1.0 and 100 <= (a.samples or 0) <= 10**6 for a in drawn)
+    assert not any(a.gray or a.pooled for a in drawn)
+    for one, other in zip(drawn, usual, strict=True):  # all else is drawn as ever
+        same = ("seed", "classes", "random_labels", "noise", "zeroed", "split")
+        assert all(getattr(one, k) == getattr(other, k) for k in same)
+        assert "columns" not in other.to_dict() and Augmentation.from_json(one.to_json()) == one
+    spec = SweepSpec(families=("dense",), datasets=("digits",), trials_per_cell=2, augmented=True, narrow=True, seed=5)
+    trials = list(Plan(spec).trials())
+    assert [int(t.trial_id, 16) for t in trials] == Plan(spec).all_ids().tolist()
+    for trial in trials[:3]:
+        assert trial.augmentation is not None
+        assert built(trial).batch[0].shape == (trial.batch_size, trial.augmentation.columns)
+    with pytest.raises(SpecError, match="'narrow' says how trials are augmented"):
+        SweepSpec(narrow=True)
 
 
 def _sorted(x: torch.Tensor) -> torch.Tensor:

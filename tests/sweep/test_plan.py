@@ -201,6 +201,7 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "ordinary_digits": 264,
         "ordinary_fresh": 432,
         "ordinary_replicates": 720,
+        "ordinary_tables": 300,
         "plain": 6228,
         "replicates": 960,
         "sizes": 128,
