@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cape.errors import CapeError, ModelError, first_line
@@ -27,6 +28,15 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
     if any(t.is_meta for t in (*tensors_of(x), y)):
         raise ModelError("The batch is on the device 'meta' and holds no numbers; put it where the model is.")
     return x, y, int(y.shape[0])
+
+
+def check_dense(x: Inputs, batch_size: int) -> None:
+    """Raise ``ModelError`` where samples lie in a tensor that cannot be cut into them."""
+    if any(t.layout is not torch.strided for t in samples_of(x, batch_size)):
+        raise ModelError(
+            "The samples of an input lie in a sparse or a nested tensor, which the probe cannot look into; give a dense"
+            " one (`.to_dense()`, or padded)."
+        )
 
 
 @contextmanager

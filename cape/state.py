@@ -48,7 +48,7 @@ class Kept:
         self._places = [(p, p.data) for p in self._params if _has_a_place(p)]
         buffers = [*model.buffers(), *(t for t in own if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))]
         # What was made in inference mode, or of which numbers share a place, cannot be written into here.
-        buffers = [b for b in buffers if not (is_lazy(b) or b.is_inference() or overlaps(b))]
+        buffers = [b for b in buffers if not (is_lazy(b) or b.is_meta or b.is_inference() or overlaps(b))]
         self._buffers = [(b, b.data if _has_a_place(b) else None, b.detach().clone(), dict(vars(b))) for b in buffers]
         self._versions = [b._version for b in buffers]
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -177,7 +177,7 @@ def is_dense(t: Tensor) -> bool:
 
 
 def _has_a_place(p: Tensor) -> bool:
-    return p.layout is torch.strided and not is_lazy(p)
+    return p.layout is torch.strided and not (is_lazy(p) or p.is_meta or p.is_quantized)
 
 
 @contextmanager

@@ -202,7 +202,8 @@ class _Run:
         most: int,
     ) -> None:
         self.model, self.y, self.criterion = model, y, criterion
-        model.train()  # which may return anything
+        with running(model, "in train mode"):
+            model.train()  # which may return anything
         self._inputs = Untouched(x)
         self.device = parameters[0].device
         self._autocast = precision == "bf16"

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cape.errors import ModelError
 from cape.memory import device_failed
 from cape.probing.layout import moved, varying
-from cape.probing.scan import INTERACTING, Scan
+from cape.probing.scan import Scan, interacting
 from cape.state import Inputs, Kept, call, map_tensors, seed_draws, slice_inputs
 
 
@@ -94,7 +93,7 @@ class Alone:
                 # The last digit counts, where there is reason to look at it and the device repeats it.
                 faint = suspect and moved(here[place], there, 1.05, among)
                 if faint and torch.equal(here[place], self._look(x)[place]) or moved(here[place], there, 0.7, among):
-                    raise ModelError(INTERACTING)
+                    raise interacting(x, size)
         every = torch.arange(size, device=out.device)
         # Half of the samples stay; in the others' places are their neighbours, or one of those that stay. The order
         # remains: a model may want its samples sorted by length.
@@ -103,4 +102,4 @@ class Alone:
         for mine, others in exchanges if anyone else ():
             beside = self._beside(x, torch.where(mine, every, others), size)
             if beside is not None and moved(here[mine], beside[mine], 0.7, among):
-                raise ModelError(INTERACTING)
+                raise interacting(x, size)

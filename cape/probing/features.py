@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from cape.checks import check_batch, running, trainable
+from cape.checks import check_batch, check_dense, running, trainable
 from cape.config import check_count, check_lr
 from cape.errors import ModelError, SpecError
 from cape.memory import kept_memory
@@ -141,7 +141,7 @@ def probe(
         SpecError: a bad lr, dataset size or backend.
     """
     lr, dataset_size = check_lr(lr), check_count(dataset_size, "dataset_size")
-    check_batch(batch)
+    check_dense(batch[0], check_batch(batch)[2])
     with use_backend(backend), kept_memory(batch[1].device):
         line = first_step(model, batch, Loss(loss), lr)  # first: it says what is wrong with model and batch
         norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
@@ -250,8 +250,8 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
     ):
         inputs = Untouched(x)
         y = ordinary_tensor(y)
-        model.train()
         with running(model, "in train mode"):
+            model.train()
             outputs = outputs_now(ends=(ends := Ends(params, len(y), model.buffers())))
         criterion.check(outputs, y)
         draws = any(not torch.equal(g.get_state(), g.manual_seed(0).get_state()) for g in generators)

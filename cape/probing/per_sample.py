@@ -20,7 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from cape.checks import check_batch, running, trainable
+from cape.checks import check_batch, check_dense, running, trainable
 from cape.errors import ModelError
 from cape.memory import kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
@@ -108,6 +108,7 @@ def all_norms(
     wanted = Wanted(Loss(loss), tau, probes, tuple(params.values()))
     with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
         x, y, batch_size = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach(), batch))
+    check_dense(x, batch_size)
     if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
         pair = torch.tensor([0, 0], device=y.device)
         twice = (slice_inputs(x, pair, 1), y[pair])

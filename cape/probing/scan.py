@@ -14,7 +14,7 @@ from cape.errors import ModelError
 from cape.memory import device_failed
 from cape.probing.intercept import Interceptor
 from cape.probing.layout import Verdict, interacts, judge, judge_one, two_samples
-from cape.state import Inputs, Kept, call, seed_draws, slice_inputs
+from cape.state import Inputs, Kept, call, samples_of, seed_draws, slice_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +22,10 @@ INTERACTING = (
     "The model's samples influence each other (changing one sample changes another's output), so there is no"
     " per-sample gradient; a batch norm without running statistics does this: use running statistics or another"
     " normalization."
+)
+_SHARED = (
+    " An input that all samples share may have as many rows as the batch has samples, by chance; then use another batch"
+    " size."
 )
 INTERACTING_BACKWARD = (
     "The model's samples influence each other in its backward pass (one sample's gradient depends on another's), so"
@@ -90,13 +94,18 @@ def scan(
             if batch_size == 2:  # no other sample will tell whether the second one moves the first
                 turned = [look(slice_inputs(p, torch.tensor([1, 0]), 2))[1].flip(0) for p in pair]
             if interacts(*outputs) or (batch_size == 2 and interacts(*turned)):
-                raise ModelError(INTERACTING)
+                raise interacting(x, batch_size)
         found = judge(first[0].sightings, changed.sightings)
         if first[0].mismatch or changed.mismatch:  # derivatives inside the model
             return Scan([], first[1])
         if found:
             return Scan(found, first[1])
     return Scan(None, None) if first is None else Scan([], first[1])
+
+
+def interacting(x: Inputs, batch_size: int) -> ModelError:
+    """Return the error of a model whose samples influence each other; several inputs may not all be samples."""
+    return ModelError(INTERACTING + (_SHARED if len(samples_of(x, batch_size)) > 1 else ""))
 
 
 def _of_two(out: Any) -> bool:
