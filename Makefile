@@ -51,11 +51,13 @@ $(VENV)/s3/.installed: tests/store/moto.lock | $(BIN)/python
 s3: $(VENV)/s3/.installed
 
 # Threads that wait sleep: beside another busy process, threads that spin made float64 convolutions thirty times slower.
+# A file's tests stay in one process, which share what is made once; each process has a Ray of its own.
+TEST_PROCESSES ?= 2
 test endurance: export OMP_WAIT_POLICY ?= passive
 
 test: build s3
 	@$(BIN)/ctest --test-dir $$($(BIN)/python setup.py --quiet build_dir) --output-on-failure --no-tests=error
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 endurance: build
 	@$(BIN)/python -m pytest -m endurance

@@ -204,11 +204,11 @@ def test_numbers_of_numpy_are_numbers(meta_model: MetaModel, batch: tuple[Tensor
         ("mse", torch.arange(16) % 10, "targets of the same shape"),
         (nn.MSELoss(), torch.arange(16) % 10, "'MSELoss' cannot be computed"),
         (nn.BCEWithLogitsLoss(), torch.arange(16) % 10, "'BCEWithLogitsLoss' cannot be computed"),
-        ("cross_entropy", torch.rand(16), "'cross_entropy' cannot be computed"),
+        ("cross_entropy", torch.linspace(0.0, 1.0, 16), "'cross_entropy' cannot be computed"),
         (lambda outputs, targets: 1.0, torch.arange(16) % 10, "returned float; return a tensor"),
         (lambda outputs, targets: outputs.detach().mean(), torch.arange(16) % 10, "does not depend on the outputs"),
     ],
-    ids=str,
+    ids=["shape", "mean of squares", "binary", "fractions for labels", "a number", "detached"],
 )
 def test_a_loss_that_does_not_fit_is_one_clear_error(
     loss: Any, targets: Tensor, says: str, meta_model: MetaModel, batch: tuple[Tensor, Tensor]
