@@ -44,7 +44,7 @@ def test_it_is_the_probe_after_two_updates(dropout: float) -> None:
     model, data = net(dropout=dropout), batch()
     found = looked(model, data)
     trained = deepcopy(model).train()
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     torch.manual_seed(0)
     for _ in range(2):
         optimizer.zero_grad()
