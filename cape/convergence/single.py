@@ -259,10 +259,11 @@ class _Run:
         return repeated.run(count)[:, 0]
 
     def train(self, count: int) -> None:
-        """Make some updates, one at least, of which no loss is wanted."""
+        """Make some updates, one at least, of which no loss is wanted, and keep nothing for more."""
         self.updates(count - 1, None)
         self._back()
         self.loss = self.loss.detach()
+        self._optimizer.state.clear()
 
     def made_losses(self) -> NDArray[np.float64]:
         """Return the losses that ``updates`` got to before it broke off."""
