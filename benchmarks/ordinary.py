@@ -105,8 +105,12 @@ class Vision(nn.Module):
 
 def table(features: int, classes: int, width: int = 32) -> Callable[[], nn.Module]:
     """A network for a table, as tutorials have them."""
-    first = [nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return lambda: nn.Sequential(*first, nn.Linear(width, classes))
+
+    def build() -> nn.Module:
+        first = [nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        return nn.Sequential(*first, nn.Linear(width, classes))
+
+    return build
 
 
 def _recurrent(kind: type[nn.RNNBase], averaged: bool) -> Callable[[], nn.Module]:

@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
 _NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_BETTER = 4.0
+_BETTER = 2.5
 """How many times better than its relative one of the paper's families must know a model that is then taken for its."""
 
 
