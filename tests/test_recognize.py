@@ -44,8 +44,8 @@ class Regressor:
     ("widths", "ratios", "family"),
     [
         ({"mlp": 0.1, "dense": 0.5}, {"mlp": 0.9, "dense": 0.9}, "mlp"),  # known five times better
-        ({"mlp": 0.2, "dense": 0.5}, {"mlp": 0.9, "dense": 0.9}, "dense"),
-        ({"mlp": 0.1, "dense": 0.5}, {"mlp": 1.5, "dense": 0.9}, "dense"),  # but beyond its domain
+        ({"mlp": 0.25, "dense": 0.5}, {"mlp": 0.9, "dense": 0.9}, "dense"),
+        ({"mlp": 0.1, "dense": 0.5}, {"mlp": 2.5, "dense": 0.9}, "dense"),  # but beyond its domain
         ({"mlp": 0.1, "dense": 0.5}, {"mlp": 3.0, "dense": 9.0}, "mlp"),  # which neither knows
         ({"mlp": math.inf, "dense": 0.5}, {"mlp": 0.5, "dense": 9.0}, "dense"),
         ({"mlp": 0.1, "cnn": 0.1}, {"mlp": 5.0, "cnn": 0.1}, "mlp"),
