@@ -7,7 +7,13 @@ CHARACTERS: dict[str, str] = {"imdb_chars": "imdb"}
 
 
 def split_side(name: str) -> tuple[str, int | None]:
-    """Return the dataset and the side that ``NAME@SIDE`` names; the name and None where it names no side."""
+    """Return the dataset and the size that ``NAME@SIZE`` names; the name and None where it names none."""
     base, _, side = name.rpartition("@")
     number = side.isascii() and side.isdecimal() and len(side) < 10
     return (base, int(side)) if base and number else (name, None)
+
+
+def source_of(name: str) -> str:
+    """Return the data that a dataset is made of: one for ``mnist`` and ``mnist@28``, one for texts and characters."""
+    base = split_side(name)[0]
+    return CHARACTERS.get(base, base)

@@ -36,7 +36,7 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     * ``columns`` are sums of the inputs with weights drawn by the augmentation's seed: a table, which has no other
       layout than ``vector``.
     * ``noise`` is added, in units of the standard deviation of the batch's inputs; then ``zeroed`` of all inputs become
-      zero; then all are multiplied by e^``log_scale``.
+      zero; then all are multiplied by e^``log_scale``. Of tokens as many become token 0, and nothing else is done.
     * ``random_labels``: a label is drawn from all classes that there are then. Targets that are no classes are
       exchanged among the samples that were drawn.
 
@@ -46,10 +46,12 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
         at_least: rows that must be left, a batch size.
 
     Raises:
-        SpecError: a sequence, whose tokens can be neither scaled nor made noisy.
+        SpecError: a sequence, whose targets are its inputs; tokens of which sums (``columns``) are asked for.
     """
     if dataset.task == "sequence":
-        raise SpecError(f"'{dataset.name}' is a sequence of tokens; only numeric inputs can be augmented.")
+        raise SpecError(f"'{dataset.name}' is a sequence, whose targets are its inputs; it cannot be augmented.")
+    if dataset.vocabulary and augmentation.columns is not None:
+        raise SpecError(f"'{dataset.name}' is made of tokens, and so has no sums; leave out 'narrow'.")
     labels: np.ndarray = dataset.source.labels  # type: ignore[attr-defined]  # every source but sequences has them
     kept: tuple[int, ...] = ()
     parts = 1
@@ -114,6 +116,10 @@ class _Augmented:
     kept: tuple[int, ...]
     parts: int = 1
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        return getattr(self.base, "vocabulary", ())
+
     def __len__(self) -> int:
         return sum(map(len, self._groups())) if self.kept else len(self.base)
 
@@ -176,7 +182,9 @@ def _smaller(x: np.ndarray, changes: Augmentation) -> np.ndarray:
 
 
 def _changed(x: np.ndarray, changes: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """Return inputs with noise, zeros and another scale, float32, C-contiguous."""
+    """Return inputs with noise, zeros and another scale, float32, C-contiguous; tokens (int64) with zeros alone."""
+    if np.issubdtype(x.dtype, np.integer):
+        return np.where(rng.random(x.shape, dtype=np.float32) < changes.zeroed, 0, x)
     if changes.noise:
         x = x + np.float32(changes.noise * x.std()) * rng.standard_normal(x.shape, dtype=np.float32)
     if changes.zeroed:

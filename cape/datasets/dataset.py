@@ -77,7 +77,7 @@ class Dataset:
         """Return the same data for another task.
 
         Labels become multi-label targets (one-hot, float [B, L]); texts become sequences of characters (tokens
-        [B, 64] with the next character of each as target).
+        [B, 64] with the next character of each as target), those of ``NAME@SIZE`` sequences of words.
 
         Raises:
             SpecError: the data cannot serve that task.
@@ -91,16 +91,16 @@ class Dataset:
             )
         if task == "multilabel":
             return dataclasses.replace(self, task=task)
-        from cape.datasets.text import VOCABULARY  # the text module builds on this one
-
+        source = self.source.as_sequence()  # type: ignore[attr-defined]  # `tasks` has checked that it is there
+        names = source.vocabulary
         return dataclasses.replace(
-            self,
-            task="sequence",
-            outputs=len(VOCABULARY),
-            layouts=("tokens",),
-            class_names=VOCABULARY,
-            source=self.source.as_sequence(),  # type: ignore[attr-defined]  # `tasks` has checked that it is there
+            self, task="sequence", outputs=len(names), layouts=("tokens",), class_names=names, source=source
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, numbered from 0; 0 where samples are not made of any."""
+        return len(getattr(self.source, "vocabulary", ()))
 
     def sample_shape(self, layout: str) -> tuple[int, ...]:
         """Return the shape of one sample in a layout; raises ``SpecError`` where the dataset does not have it."""
@@ -114,9 +114,8 @@ class Dataset:
         Args:
             size: number B of samples.
             seed: a whole number, zero or more.
-            layout: ``vector`` [B, d], ``rows`` [B, T, d], ``image`` [B, 3, 32, 32] (of ``NAME@SIDE``, as many
-                channels as are stored and that side; float32) or ``tokens``
-                [B, T] (int64).
+            layout: ``vector`` [B, d], ``rows`` [B, T, d], ``image`` [B, 3, 32, 32] (of ``NAME@SIZE``, as many
+                channels as are stored and that side; float32) or ``tokens`` [B, T] (int64).
             task: another task than the dataset's own (see :meth:`with_task`).
             preprocess: ``standard``: images normalized per channel; ``reference``: as the authors' generators
                 (the constants they use, and images of the layout ``image``, which they give to CNNs, only scaled

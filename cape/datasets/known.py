@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cape.dataset_names import CHARACTERS, split_side
+from cape.dataset_names import source_of
 from cape.datasets.images import Statistics
 
 
@@ -66,5 +66,5 @@ KNOWN = {
 
 
 def known(name: str) -> Known | None:
-    """Return what is known of the dataset that a name is made of (its characters, its images at another size)."""
-    return KNOWN.get(CHARACTERS.get(base := split_side(name)[0], base))
+    """Return what is known of the dataset that a name is made of (its characters, another size)."""
+    return KNOWN.get(source_of(name))

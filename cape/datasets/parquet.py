@@ -3,7 +3,7 @@
 | columns | dataset |
 |---|---|
 | ``image`` (struct with ``bytes``), ``label`` (whole numbers) | images, classification |
-| ``text``, ``label`` (whole numbers) | hashed texts, classification; sequences by ``with_task("sequence")`` |
+| ``text``, ``label`` (whole numbers) | hashed texts (of ``NAME@SIZE``: words), classification; sequences |
 | numbers and texts, schema metadata ``target`` | standardized features, regression |
 
 Schema metadata read where present: ``full_train_size`` (else the row count), ``num_classes`` and ``label_names`` (else

@@ -69,8 +69,8 @@ def load(name: str | os.PathLike[str], data_root: str | os.PathLike[str] | None 
     """Return a dataset by name, or that of a Parquet file by its path; kept, so that a second call costs nothing.
 
     Args:
-        name: one of :func:`names`, or a path that ends in ``.parquet``. ``NAME@SIDE`` is a dataset of images at
-            another size (``cape.datasets.sized``): ``mnist@28``, ``cifar10@224``.
+        name: one of :func:`names`, or a path that ends in ``.parquet``. ``NAME@SIZE`` is a dataset of images or
+            texts at another size (``cape.datasets.sized``): ``mnist@28``, ``cifar10@224``, ``imdb@64``.
         data_root: see :func:`cape.datasets.data_root`; not used for a path or a bundled dataset.
 
     Raises:

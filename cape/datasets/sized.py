@@ -1,8 +1,9 @@
-"""Datasets of images at another size, as models for larger or smaller images take them: ``NAME@SIDE``.
+"""Datasets at another size: images of another side, texts of so many words or characters, ``NAME@SIZE``.
 
 The paper's convolutional networks and transformers take 3x32x32 whatever the images are; ``mnist@28`` is gray images
 [1, 28, 28] as they are stored, ``cifar10@224`` colour ones [3, 224, 224]. A user's ``FILE.parquet@224`` is
-decoded at that side, where ``FILE.parquet`` is 32x32.
+decoded at that side, where ``FILE.parquet`` is 32x32. ``imdb@64`` is the first 64 words of each text as tokens, where
+``imdb`` is 3,072 hashed features; ``imdb_chars@128`` windows of 128 characters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cape.dataset_names import split_side
 from cape.datasets.images import Images, resized
+from cape.datasets.text import Characters, HashedText
 from cape.errors import SpecError
 
 if TYPE_CHECKING:
@@ -24,21 +27,26 @@ if TYPE_CHECKING:
 LARGEST = 1024
 
 
-def sized(dataset: Dataset, side: int) -> Dataset:
-    """Return a dataset of images as ``image`` [B, C, side, side], with the channels that they are stored with.
+def sized(dataset: Dataset, size: int) -> Dataset:
+    """Return a dataset at another size.
+
+    Images become ``image`` [B, C, size, size], with the channels that they are stored with; texts ``tokens`` [B, size]
+    with the label of each (``cape.datasets.text.Words``); sequences of characters windows of that size.
 
     Raises:
-        SpecError: it is not one of images, it has a side already, or the side is not 1 to 1,024.
+        SpecError: it is none of these, it has a size already, or the size is not 1 to 1,024.
+        DataError: no text is that long, of sequences.
     """
-    if isinstance(dataset.source, _Sized):
-        raise SpecError(f"'{dataset.name}@{side}' names two sides; name one.")
-    if not isinstance(dataset.source, Images):
-        raise SpecError(f"'{dataset.name}' has no images, and so no side of them; name it without '@{side}'.")
-    if not 1 <= side <= LARGEST:
-        raise SpecError(f"The side of '{dataset.name}@{side}' must be 1 to {LARGEST:,} pixels.")
-    return dataclasses.replace(
-        dataset, name=f"{dataset.name}@{side}", layouts=("image",), source=_Sized(dataset.source, side)
-    )
+    name, source = f"{dataset.name}@{size}", dataset.source
+    if split_side(dataset.name)[1] is not None:
+        raise SpecError(f"'{name}' names two sizes; name one.")
+    if not isinstance(source, (Images, HashedText, Characters)):
+        raise SpecError(f"'{dataset.name}' has neither images nor texts, and so no size; name it without '@{size}'.")
+    if not 1 <= size <= LARGEST:
+        raise SpecError(f"The size of '{name}' must be 1 to {LARGEST:,} pixels, words or characters.")
+    if isinstance(source, Images):
+        return dataclasses.replace(dataset, name=name, layouts=("image",), source=_Sized(source, size))
+    return dataclasses.replace(dataset, name=name, layouts=("tokens",), source=source.resized(size))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 from torch import nn
 
 from cape.config import ModelSpec
-from cape.families.makes import ACTIVATIONS, Ordinary, OrdinaryOptions, check_make, draw_make, initialized
-from cape.families.registry import check_options, pick
+from cape.families.lookup import LookupOptions, entry
+from cape.families.makes import ACTIVATIONS, LABELLED, Ordinary, OrdinaryOptions, check_make, draw_make, initialized
+from cape.families.registry import DatasetInfo, check_options, pick
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class DenseOptions(OrdinaryOptions):
     Attributes:
         widths: units of the hidden layers. norm: ``none``, ``batch`` or ``layer``, before the activation.
         activation, init: names of ``ACTIVATIONS`` and ``INITS``. dropout: after each activation.
-        head: starts like the other layers (``init``) or at ``zero``.
+        head: starts like the other layers (``init``) or at ``zero``. lookup: the embedding of a model of tokens.
     """
 
     widths: tuple[int, ...]
@@ -29,6 +30,7 @@ class DenseOptions(OrdinaryOptions):
     init: str
     dropout: float = 0.0
     head: str = "init"
+    lookup: LookupOptions | None = None
 
     def __post_init__(self) -> None:
         check_make("a dense network", self.activation, self.init, self.head, self.dropout)
@@ -36,6 +38,7 @@ class DenseOptions(OrdinaryOptions):
             "a dense network",
             widths=(list(self.widths), len(self.widths) >= 1 and min(self.widths) >= 1),
             norm=(self.norm, self.norm in ("none", "batch", "layer")),
+            lookup=(self.lookup, self.lookup is None or self.lookup.pooled != "none"),
         )
 
     @classmethod
@@ -48,10 +51,22 @@ class DenseOptions(OrdinaryOptions):
             *draw_make(rng),
         )
 
+    def reading(self, rng: np.random.Generator, dataset: DatasetInfo) -> DenseOptions:
+        """Draw an embedding, and whether the layers see the mean of a text's words, their largest, or all.
+
+        All words are of 32 numbers at most: of more, the first layer would be most of what there is to train.
+        """
+        lookup, pooled = LookupOptions.draw(rng, dataset), pick(rng, ("mean", "mean", "max", "flat"))
+        dim = min(lookup.dim, 32) if pooled == "flat" else lookup.dim
+        return self.replace(head="init", lookup=lookup.replace(pooled=pooled, dim=dim))
+
     def model(self, spec: ModelSpec) -> nn.Module:
-        """Return a dense network, [B, d] -> [B, outputs]."""
+        """Return a dense network, [B, d] -> [B, outputs], or of tokens, [B, T] -> [B, outputs]."""
         norms = {"none": None, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
-        layers, units = [], spec.input_shape[0]
+        first, units = entry(self.lookup, spec.layout), spec.input_shape[0]
+        layers: list[nn.Module] = [] if first is None else [first]
+        if self.lookup is not None:
+            units = self.lookup.dim * (units if self.lookup.pooled == "flat" else 1)
         for width in self.widths:
             norm = norms[self.norm]
             layers += [nn.Linear(units, width), *([norm(width)] if norm else []), ACTIVATIONS[self.activation]()]
@@ -64,6 +79,7 @@ class Dense(Ordinary):
     """Dense networks of many makes (``DenseOptions``)."""
 
     name: ClassVar[str] = "dense"
-    layouts: ClassVar[tuple[str, ...]] = ("vector",)
+    layouts: ClassVar[tuple[str, ...]] = ("vector", "tokens")
+    token_tasks: ClassVar[tuple[str, ...]] = LABELLED
     architectures: ClassVar[tuple[str, ...]] = ("dense",)
     drawn: ClassVar[type[OrdinaryOptions]] = DenseOptions

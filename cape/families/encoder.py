@@ -1,4 +1,4 @@
-"""Transformers as people write them: ``nn.TransformerEncoder`` over rows or patches."""
+"""Transformers as people write them: ``nn.TransformerEncoder`` over rows, patches or tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.errors import SpecError
+from cape.families.lookup import Lookup, LookupOptions, entry
 from cape.families.makes import Ordinary, OrdinaryOptions, check_make, initialized
 from cape.families.registry import DatasetInfo, check_options, made_of, pick
 
@@ -20,15 +21,18 @@ PATCHES = (4, 8)
 
 @dataclass(frozen=True)
 class TorchEncoderOptions(OrdinaryOptions):
-    """Options of a transformer made of ``nn.TransformerEncoder``, over rows or over patches of an image.
+    """Options of a transformer made of ``nn.TransformerEncoder``, over rows, patches of an image, or tokens.
 
     Attributes:
         dim, depth, heads, ratio: size of a token, layers, attention heads, hidden units of a layer over ``dim``.
         norm_first, activation (``relu`` or ``gelu``), dropout: of ``nn.TransformerEncoderLayer``.
-        position: ``none``, ``learned`` or ``sinusoidal``. readout: the ``mean`` token, the ``last``, or one of the
-            ``class``.
+        position: ``none``, ``learned`` or ``sinusoidal``. readout: the ``mean`` token, the ``last``, one of the
+            ``class``, or ``each`` (sequences, in which no token sees those after it).
         init, head: as in ``DenseOptions``. patch: side of a patch in pixels, of images.
+        lookup: the embedding of a model of tokens. tied: of sequences: the head's weight is the embedding's.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = (*OrdinaryOptions.LATER, "tied")
 
     dim: int
     depth: int
@@ -42,6 +46,8 @@ class TorchEncoderOptions(OrdinaryOptions):
     dropout: float = 0.0
     patch: int = 4
     head: str = "init"
+    lookup: LookupOptions | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         check_make("an encoder", self.activation, self.init, self.head, self.dropout)
@@ -53,7 +59,9 @@ class TorchEncoderOptions(OrdinaryOptions):
             ratio=(self.ratio, self.ratio >= 1),
             activation=(self.activation, self.activation in ("relu", "gelu")),
             position=(self.position, self.position in ("none", "learned", "sinusoidal")),
-            readout=(self.readout, self.readout in ("mean", "last", "class")),
+            readout=(self.readout, self.readout in ("mean", "last", "class", "each")),
+            lookup=(self.lookup, self.lookup is None or (self.lookup.pooled, self.lookup.dim) == ("none", self.dim)),
+            tied=(self.tied, not self.tied or (self.lookup is not None and self.readout == "each")),
             patch=(self.patch, self.patch >= 1),
         )
 
@@ -79,21 +87,42 @@ class TorchEncoderOptions(OrdinaryOptions):
         made = super().started(rng)
         return made.replace(init=pick(rng, (made.init,) * 5 + ("small",)))
 
+    def reading(self, rng: np.random.Generator, dataset: DatasetInfo) -> TorchEncoderOptions:
+        """Draw an embedding; of sequences, one in three shares it with the head, and then starts small (GPT-2)."""
+        lookup = LookupOptions.draw(rng, dataset, (self.dim,))
+        if dataset.task != "sequence":
+            return self.replace(head="init", lookup=lookup)
+        tied = pick(rng, (False, False, True))
+        lookup = lookup.replace(std=0.02) if tied else lookup
+        return self.replace(head="init", lookup=lookup, readout="each", tied=tied)
+
     def model(self, spec: ModelSpec) -> nn.Module:
         """Return a ``TorchEncoder``."""
-        return initialized(TorchEncoder(spec, self), self.init, self.head)
+        check_options("an encoder", readout=(self.readout, (self.readout == "each") == (spec.task == "sequence")))
+        model = initialized(TorchEncoder(spec, self), self.init, self.head)
+        if self.tied:
+            assert isinstance(model.embed, Lookup) and isinstance(model.head, nn.Linear)
+            model.head.weight = model.embed.table.weight
+        return model
 
 
 class TorchEncoder(nn.Module):
-    """Rows [B, T, d] or images [B, C, H, W] -> [B, outputs], through ``nn.TransformerEncoder``."""
+    """Rows [B, T, d], images [B, C, H, W] or tokens [B, T] -> [B, outputs], through ``nn.TransformerEncoder``.
+
+    Of sequences -> [B, T, outputs].
+    """
 
     def __init__(self, spec: ModelSpec, options: TorchEncoderOptions) -> None:
         super().__init__()
         dim, patch = options.dim, options.patch
-        if spec.layout == "image":
+        first = entry(options.lookup, spec.layout)
+        if first is not None:
+            self.embed: nn.Module = first
+            tokens = spec.input_shape[0]
+        elif spec.layout == "image":
             channels, height, width = spec.input_shape
             check_options("an encoder", patch=(patch, made_of(patch, spec.input_shape)))
-            self.embed: nn.Module = nn.Conv2d(channels, dim, patch, patch)
+            self.embed = nn.Conv2d(channels, dim, patch, patch)
             tokens = (height // patch) * (width // patch)
         else:
             self.embed = nn.Linear(spec.input_shape[1], dim)
@@ -118,6 +147,9 @@ class TorchEncoder(nn.Module):
         norm = nn.LayerNorm(dim) if options.norm_first else None
         self.body = nn.TransformerEncoder(layer, options.depth, norm, enable_nested_tensor=False)
         self.readout = options.readout
+        future = nn.Transformer.generate_square_subsequent_mask(tokens) if self.readout == "each" else None
+        self.mask: Tensor | None
+        self.register_buffer("mask", future, persistent=False)
         self.head = nn.Linear(dim, spec.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +160,8 @@ class TorchEncoder(nn.Module):
             x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
         if self.position is not None:
             x = x + self.position
+        if self.mask is not None:
+            return self.head(self.body(x, mask=self.mask, is_causal=True))
         x = self.body(x)
         return self.head(x.mean(1) if self.readout == "mean" else x[:, 0 if self.readout == "class" else -1])
 
@@ -139,10 +173,10 @@ def _sinusoids(tokens: int, dim: int) -> Tensor:
 
 
 class Encoder(Ordinary):
-    """Transformers made of ``nn.TransformerEncoder``, over rows or patches (``TorchEncoderOptions``)."""
+    """Transformers made of ``nn.TransformerEncoder``, over rows, patches or tokens (``TorchEncoderOptions``)."""
 
     name: ClassVar[str] = "encoder"
-    layouts: ClassVar[tuple[str, ...]] = ("rows", "image")
+    layouts: ClassVar[tuple[str, ...]] = ("rows", "image", "tokens")
     architectures: ClassVar[tuple[str, ...]] = ("encoder",)
     drawn: ClassVar[type[OrdinaryOptions]] = TorchEncoderOptions
 

@@ -3,7 +3,7 @@
 ``dense``, ``convnet``, ``recurrent`` and ``encoder`` are models as people write them, ``backbone`` as they take them
 from torchvision, each family beside one of the paper's (``family_names.RELATIVES``). The paper's are of one make each:
 batch norm in every dense and convolutional block, one initialization, one way to read the output. Here norm,
-initialization, activation, sizes and readout are drawn.
+initialization, activation, sizes and readout are drawn. All but ``backbone`` take tokens as well (``lookup``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from cape.config import ModelSpec
+from cape.config import TASKS, ModelSpec
 from cape.families.registry import DatasetInfo, Family, check_options, pick
 from cape.jsonconfig import JsonConfig
 
@@ -37,6 +37,7 @@ INITS: dict[str, Callable[[Tensor], object] | None] = {
     "small": lambda weight: nn.init.normal_(weight, std=0.02),  # GPT's and BERT's; drawn for transformers alone
 }
 HEADS = ("init", "zero")
+LABELLED = tuple(task for task in TASKS if task != "sequence")
 DROPOUTS = (0.0, 0.0, 0.0, 0.1, 0.2, 0.5)
 
 
@@ -46,7 +47,7 @@ Options = TypeVar("Options", bound="OrdinaryOptions")
 class OrdinaryOptions(JsonConfig, ABC):
     """Options of an ordinary model, which draw themselves and make the model."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("head",)
+    LATER: ClassVar[tuple[str, ...]] = ("head", "lookup")
 
     @classmethod
     @abstractmethod
@@ -59,6 +60,13 @@ class OrdinaryOptions(JsonConfig, ABC):
         After all else: a trial's draws before it are what they were when all heads started like the other layers.
         """
         return self.replace(head=pick(rng, ("init",) * 5 + ("zero",)))
+
+    def reading(self: Options, rng: np.random.Generator, dataset: DatasetInfo) -> Options:
+        """Draw what a model of tokens has beside all else, an embedding (``lookup``); its head starts as other layers.
+
+        Last, as ``started``, and for the same reason.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no tokens.")
 
     @abstractmethod
     def model(self, spec: ModelSpec) -> nn.Module:
@@ -73,8 +81,12 @@ class Ordinary(Family):
     def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
         options = self.drawn.draw(rng)
         spec = self.spec(self.name, dataset, options)  # which raises where the dataset does not fit
-        layout = pick(rng, [layout for layout in self.layouts if layout in dataset.layouts])
+        layout = pick(
+            rng, [name for name in self.layouts if name in dataset.layouts and self._serves(name, dataset.task)]
+        )
         shape, options = tuple(dataset.sample_shape(layout)), options.started(rng)
+        if layout == "tokens":
+            options = options.reading(rng, dataset)
         return spec.replace(layout=layout, input_shape=shape, options=options.to_dict())
 
     def build(self, spec: ModelSpec) -> nn.Module:
@@ -90,7 +102,7 @@ def initialized(model: nn.Module, how: str, head: str) -> nn.Module:
     rule = INITS[how]
     if rule is not None:
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.RNNBase, nn.MultiheadAttention)):
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.RNNBase, nn.MultiheadAttention)):
                 for name, p in module.named_parameters(recurse=False):
                     if p.dim() >= 2:
                         rule(p)

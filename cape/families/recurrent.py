@@ -9,21 +9,23 @@ import numpy as np
 from torch import Tensor, nn
 
 from cape.config import ModelSpec
+from cape.families.lookup import LookupOptions, entry
 from cape.families.makes import DROPOUTS, Ordinary, OrdinaryOptions, check_make, initialized
-from cape.families.registry import check_options, pick
+from cape.families.registry import DatasetInfo, check_options, pick
 
 CELLS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 @dataclass(frozen=True)
 class RecurrentOptions(OrdinaryOptions):
-    """Options of a recurrent network over rows.
+    """Options of a recurrent network over rows or tokens.
 
     Attributes:
         cell: ``lstm``, ``gru`` or ``rnn`` (tanh). layers, hidden, bidirectional: torch's.
-        readout: what the head sees: the ``last`` row's output, the ``mean`` or ``max`` over all rows, or the final
-            ``state`` of each direction.
-        init, head: as in ``DenseOptions``. dropout: between layers and before the head.
+        readout: what the head sees: the ``last`` row's output, the ``mean`` or ``max`` over all rows, the final
+            ``state`` of each direction, or ``each`` row's output (sequences, which one direction alone may read).
+        init, head: as in ``DenseOptions``. dropout: between layers and before the head. lookup: the embedding of a
+            model of tokens.
     """
 
     cell: str
@@ -34,6 +36,7 @@ class RecurrentOptions(OrdinaryOptions):
     init: str
     dropout: float = 0.0
     head: str = "init"
+    lookup: LookupOptions | None = None
 
     def __post_init__(self) -> None:
         check_make("a recurrent network", "tanh", self.init, self.head, self.dropout)
@@ -42,7 +45,9 @@ class RecurrentOptions(OrdinaryOptions):
             cell=(self.cell, self.cell in CELLS),
             layers=(self.layers, self.layers >= 1),
             hidden=(self.hidden, self.hidden >= 1),
-            readout=(self.readout, self.readout in ("last", "mean", "max", "state")),
+            readout=(self.readout, self.readout in ("last", "mean", "max", "state", "each")),
+            bidirectional=(self.bidirectional, not (self.bidirectional and self.readout == "each")),
+            lookup=(self.lookup, self.lookup is None or self.lookup.pooled == "none"),
         )
 
     @classmethod
@@ -58,18 +63,27 @@ class RecurrentOptions(OrdinaryOptions):
             pick(rng, DROPOUTS),
         )
 
+    def reading(self, rng: np.random.Generator, dataset: DatasetInfo) -> RecurrentOptions:
+        """Draw an embedding; of sequences the head reads each output, and nothing looks back."""
+        made = self.replace(head="init", lookup=LookupOptions.draw(rng, dataset))
+        return made.replace(bidirectional=False, readout="each") if dataset.task == "sequence" else made
+
     def model(self, spec: ModelSpec) -> nn.Module:
         """Return a ``RecurrentReader``."""
+        check_options(
+            "a recurrent network", readout=(self.readout, (self.readout == "each") == (spec.task == "sequence"))
+        )
         return initialized(RecurrentReader(spec, self), self.init, self.head)
 
 
 class RecurrentReader(nn.Module):
-    """A recurrent network over rows, [B, T, d] -> [B, outputs]."""
+    """Rows [B, T, d] or tokens [B, T] -> [B, outputs], or [B, T, outputs] of sequences, through a recurrent network."""
 
     def __init__(self, spec: ModelSpec, options: RecurrentOptions) -> None:
         super().__init__()
+        self.lookup = entry(options.lookup, spec.layout)
         self.rnn = CELLS[options.cell](
-            spec.input_shape[1],  # type: ignore[arg-type]  # torch's base class names its mode first
+            options.lookup.dim if options.lookup else spec.input_shape[1],  # type: ignore[arg-type]  # torch's base class names its mode first
             options.hidden,
             options.layers,
             batch_first=True,
@@ -81,21 +95,23 @@ class RecurrentReader(nn.Module):
         self.head = nn.Linear(self.directions * options.hidden, spec.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs, state = self.rnn(x)
+        outputs, state = self.rnn(x if self.lookup is None else self.lookup(x))
         if self.readout == "state":
             final = state[0] if isinstance(state, tuple) else state
             seen = final[-self.directions :].transpose(0, 1).flatten(1)
         elif self.readout == "last":
             seen = outputs[:, -1]
+        elif self.readout == "each":
+            seen = outputs
         else:
             seen = outputs.mean(1) if self.readout == "mean" else outputs.amax(1)
         return self.head(self.dropout(seen))
 
 
 class Recurrent(Ordinary):
-    """Recurrent networks over rows, of many makes (``RecurrentOptions``)."""
+    """Recurrent networks over rows or tokens, of many makes (``RecurrentOptions``)."""
 
     name: ClassVar[str] = "recurrent"
-    layouts: ClassVar[tuple[str, ...]] = ("rows",)
+    layouts: ClassVar[tuple[str, ...]] = ("rows", "tokens")
     architectures: ClassVar[tuple[str, ...]] = ("recurrent",)
     drawn: ClassVar[type[OrdinaryOptions]] = RecurrentOptions

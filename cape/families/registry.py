@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from torch import nn
 
-from cape.config import ModelSpec
+from cape.config import TASKS, ModelSpec
 from cape.errors import SpecError, did_you_mean
 from cape.family_names import check_family_name
 from cape.jsonconfig import JsonConfig
@@ -35,6 +35,8 @@ class DatasetInfo(Protocol):
     def layouts(self) -> tuple[str, ...]: ...
     @property
     def gray(self) -> bool: ...
+    @property
+    def vocabulary(self) -> int: ...
     def sample_shape(self, layout: str) -> tuple[int, ...]: ...
 
 
@@ -47,11 +49,13 @@ class Family(ABC):
         name: the name in specs, plans and rows.
         layouts: the layouts that its models take, the preferred one first.
         architectures: the names that ``sample`` can put into a spec.
+        token_tasks: the tasks for which its models take tokens, where ``tokens`` is among the layouts.
     """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
+    token_tasks: ClassVar[tuple[str, ...]] = TASKS
 
     def layout_for(self, dataset: DatasetInfo) -> str:
         """Return the layout in which models of this family take a dataset.
@@ -60,12 +64,16 @@ class Family(ABC):
             SpecError: the dataset has no layout that the family takes.
         """
         for layout in self.layouts:
-            if layout in dataset.layouts and (layout == "tokens") == (dataset.task == "sequence"):
+            if layout in dataset.layouts and self._serves(layout, dataset.task):
                 return layout
         raise SpecError(
             f"The family '{self.name}' takes {' or '.join(self.layouts)}, but the dataset '{dataset.name}'"
             f" (task {dataset.task}) offers {', '.join(dataset.layouts)}; choose another family or dataset."
         )
+
+    def _serves(self, layout: str, task: str) -> bool:
+        """Whether models of a layout are made for a task: sequences are tokens, tokens what ``token_tasks`` says."""
+        return task in self.token_tasks if layout == "tokens" else task != "sequence"
 
     def preprocess_for(self, preprocess: str) -> str:
         """Return the dataset's ``preprocess`` that serves a trial's ``preprocess`` in this family."""
@@ -116,8 +124,8 @@ class Family(ABC):
             )
         if spec.layout not in self.layouts:
             raise SpecError(f"Models of '{self.name}' take {' or '.join(self.layouts)}, not '{spec.layout}'.")
-        if (spec.layout == "tokens") != (spec.task == "sequence"):
-            raise SpecError(f"Layout 'tokens' and task 'sequence' go together, not '{spec.layout}' and '{spec.task}'.")
+        if not self._serves(spec.layout, spec.task):
+            raise SpecError(f"Models of '{self.name}' for the layout '{spec.layout}' have no task '{spec.task}'.")
         dims = {"vector": 1, "rows": 2, "image": 3, "tokens": 1}[spec.layout]
         if len(spec.input_shape) != dims or min(spec.input_shape) < 1:
             raise SpecError(f"Layout '{spec.layout}' has an input shape of {dims} sizes, not {list(spec.input_shape)}.")

@@ -70,6 +70,7 @@ class RNN(Family):
     name: ClassVar[str] = "rnn"
     layouts: ClassVar[tuple[str, ...]] = ("rows", "tokens")
     architectures: ClassVar[tuple[str, ...]] = ("lstm", "gru")
+    token_tasks: ClassVar[tuple[str, ...]] = ("sequence",)
 
     def sample(self, rng: np.random.Generator, dataset: DatasetInfo, *, reference: bool = False) -> ModelSpec:
         architecture = pick(rng, self.architectures)

@@ -257,6 +257,7 @@ class Transformer(Family):
     name: ClassVar[str] = "transformer"
     layouts: ClassVar[tuple[str, ...]] = ("image", "tokens")
     architectures: ClassVar[tuple[str, ...]] = ("vit", "cct", "pit", "causal")
+    token_tasks: ClassVar[tuple[str, ...]] = ("sequence",)
 
     def preprocess_for(self, preprocess: str) -> str:
         """The authors normalize a transformer's images, but not those of a CNN."""

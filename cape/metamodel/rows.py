@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cape.dataset_names import split_side
+from cape.dataset_names import source_of
 from cape.errors import DataError
 from cape.family_names import HEAD_AT_ZERO, RELATIVES, relative_of
 from cape.feature_names import (
@@ -177,8 +177,8 @@ class Rows:
 
     @property
     def sources(self) -> np.ndarray:
-        """Str [n]: the data that each row's dataset is made of, the same for ``mnist`` and ``mnist@28``."""
-        return np.array([split_side(str(name))[0] for name in self["dataset"]], dtype=str)
+        """Str [n]: the data that each row's dataset is made of (``dataset_names.source_of``)."""
+        return np.array([source_of(str(name)) for name in self["dataset"]], dtype=str)
 
     def target(self, censored: str) -> np.ndarray:
         """Return T* in steps, [n]; NaN where the row is not to be fitted on.
