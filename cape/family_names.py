@@ -18,6 +18,16 @@ RELATIVES: dict[str, str] = {
 
 
 HEAD_AT_ZERO = ", head at zero"
+TOKENS, LANGUAGE = ", tokens", ", language"
+"""What is added to the family of an ordinary model that reads tokens, and of one that tells each position's token."""
+APART = (HEAD_AT_ZERO, TOKENS, LANGUAGE)
+
+
+def as_read(family: str, tokens: bool, task: str | None) -> str:
+    """Return what the family of a model is called: ordinary models of tokens are families by themselves."""
+    if not tokens or family not in RELATIVES:
+        return family
+    return family + (LANGUAGE if task == "sequence" else TOKENS)
 
 
 def check_family_name(name: Any) -> str:
@@ -30,11 +40,17 @@ def check_family_name(name: Any) -> str:
 def relative_of(family: str) -> str | None:
     """Return the family beside a family of ordinary models; None where there is none.
 
-    Ordinary models whose head starts at zero are a family by themselves, beside the others of their kind.
+    Ordinary models whose head starts at zero, that read tokens or that tell them are families by themselves, beside
+    the others of their kind.
     """
-    return family.removesuffix(HEAD_AT_ZERO) if family.endswith(HEAD_AT_ZERO) else RELATIVES.get(family)
+    return next((family.removesuffix(end) for end in APART if family.endswith(end)), RELATIVES.get(family))
 
 
-def related(kind: str) -> tuple[str, ...]:
-    """Return the families that a model of a kind (what its layers say: one of the paper's families) may be of."""
-    return (kind, *(family for family, relative in RELATIVES.items() if relative == kind))
+def related(kind: str, read: str = "") -> tuple[str, ...]:
+    """Return the families that a model of a kind (what its layers say: one of the paper's families) may be of.
+
+    Args:
+        read: ``TOKENS`` or ``LANGUAGE`` of a model of these, which then is of none that reads anything else.
+    """
+    ordinary = [family for family, relative in RELATIVES.items() if relative == kind]
+    return tuple(family + read for family in ordinary) if read else (kind, *ordinary)

@@ -24,7 +24,7 @@ from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.regressors import in_steps
 from cape.metamodel.rows import row_from_features
 from cape.probing import Features, probe
-from cape.recognize import check_family, infer_family, known_best
+from cape.recognize import check_family, infer_family, known_best, read_by
 from cape.state import call, map_tensors, ordinary_tensor, preserved
 from cape.surroundings import undisturbed
 from cape.tasks import TASK_LOSS, Loss, LossLike
@@ -163,8 +163,11 @@ def predict(
     probed = loss if known is None or criterion.is_named else known
     features = probe(model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
     told = with_later(features, model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
+    read = read_by(*batch)
     if family is None:
-        family = known_best(regressor, infer_family(model), told, epsilon)
+        family = known_best(regressor, infer_family(model), told, epsilon, read)
+    elif f"{family}{read}" in regressor.families:
+        family = f"{family}{read}"
     row = row_from_features(told, family, epsilon)
     family = row["family"][0]
     log_hat = regressor.predict_log(row)

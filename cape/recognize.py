@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cape.errors import SpecError, did_you_mean
-from cape.family_names import related
+from cape.family_names import LANGUAGE, TOKENS, related
 from cape.metamodel.rows import row_from_features
+from cape.state import tensors_of
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
@@ -46,14 +48,32 @@ def _named_attention(name: str) -> bool:
     return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
 
 
-def known_best(regressor: MetaModel, kind: str | None, features: Mapping[str, Any], epsilon: float) -> str | None:
+def read_by(x: Any, y: Any) -> str:
+    """Return ``TOKENS`` where a batch's first input is whole numbers [B, T], ``LANGUAGE`` where targets are; or ''."""
+    first = next(iter(tensors_of(x)), None)
+    if first is None or first.dim() != 2 or not _whole(first):
+        return ""
+    targets = next(iter(tensors_of(y)), None)
+    return LANGUAGE if targets is not None and targets.dim() == 2 and _whole(targets) else TOKENS
+
+
+def _whole(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def known_best(
+    regressor: MetaModel, kind: str | None, features: Mapping[str, Any], epsilon: float, read: str = ""
+) -> str | None:
     """Return the family of a kind that a model is taken for, where the meta-regressor has several.
 
+    A model of tokens is taken for one of those families (``read``, see ``read_by``) where the meta-regressor has any.
     How well one knows it is the width of its interval, times the model's distance where that is beyond its domain. The
     paper's families are of one make each, which features do not always tell from others: only where such a family knows
     a model ``_BETTER`` times better than the ordinary models beside it is it taken for one.
     """
-    candidates = [family for family in related(kind) if family in regressor.families] if kind else []
+    of_kind = [related(kind, end) for end in dict.fromkeys((read, ""))] if kind else []
+    known = ([family for family in families if family in regressor.families] for families in of_kind)
+    candidates = next(filter(None, known), [])
     if len(candidates) < 2 or regressor.domain is None:
         return candidates[0] if candidates else kind
     unsure = {}

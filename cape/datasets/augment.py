@@ -55,7 +55,7 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     labels: np.ndarray = dataset.source.labels  # type: ignore[attr-defined]  # every source but sequences has them
     kept: tuple[int, ...] = ()
     parts = 1
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and dataset.outputs > 2:
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and dataset.outputs > 1:
         kept = _classes(dataset, augmentation, at_least)
         parts = max(1, round((_FINEST / dataset.outputs) ** augmentation.split))
     source = _Augmented(dataset.source, augmentation, dataset.outputs, kept, parts)

@@ -66,8 +66,10 @@ class Family(ABC):
         for layout in self.layouts:
             if layout in dataset.layouts and self._serves(layout, dataset.task):
                 return layout
+        only = "" if self.token_tasks == TASKS else f" ({', '.join(self.token_tasks)})"
+        takes = [f"tokens{only}" if layout == "tokens" else layout for layout in self.layouts]
         raise SpecError(
-            f"The family '{self.name}' takes {' or '.join(self.layouts)}, but the dataset '{dataset.name}'"
+            f"The family '{self.name}' takes {' or '.join(takes)}, but the dataset '{dataset.name}'"
             f" (task {dataset.task}) offers {', '.join(dataset.layouts)}; choose another family or dataset."
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cape.dataset_names import source_of
 from cape.errors import DataError
-from cape.family_names import HEAD_AT_ZERO, RELATIVES, relative_of
+from cape.family_names import HEAD_AT_ZERO, RELATIVES, as_read, relative_of
 from cape.feature_names import (
     BATCH_FEATURES,
     END_FEATURES,
@@ -89,6 +89,7 @@ class Rows:
             columns["log_epsilon"] = np.log(columns["epsilon"])
         if "trial_id" not in have:
             columns["trial_id"] = np.array([f"row{i}" for i in range(n)], dtype=object)
+        columns["family"] = _families(columns)
         at_zero = _tell_heads_apart(columns, {c: _floats(table.column(c)) for c in LATER_COLUMNS if c in have})
         reached = np.isfinite(columns["t_star"])
         if (at_zero & reached & np.isnan(columns["log_l0"])).any():
@@ -252,6 +253,13 @@ def row_from_features(features: Mapping[str, Any], family: str | None, epsilon: 
     columns["batch_size"] = np.exp(columns["log_b"])
     columns["converged"] = np.zeros(1, dtype=bool)
     return Rows(columns)
+
+
+def _families(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return what the family of each row is called, [n], by what its model reads (``family_names.as_read``)."""
+    described = zip(columns["family"], columns["model"], columns["task"], strict=True)
+    # The canonical JSON of a ModelSpec: reading each would take longer than all else here.
+    return np.array([as_read(f, m is not None and '"layout":"tokens"' in m, t) for f, m, t in described], dtype=object)
 
 
 def _tell_heads_apart(columns: dict[str, np.ndarray], later: Mapping[str, np.ndarray]) -> np.ndarray:

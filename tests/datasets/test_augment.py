@@ -231,8 +231,21 @@ def test_texts_have_no_colour_and_no_size(data_root: Path) -> None:
         known, labels = imdb.batch(8, 5, layout)
         torch.testing.assert_close(x, known * math.e)
         assert torch.equal(y, labels)
-    with pytest.raises(SpecError, match="tokens"):
+    with pytest.raises(SpecError, match="whose targets are its inputs"):
         datasets.augmented(imdb.with_task("sequence"), Augmentation())
+
+
+def test_of_words_some_are_left_out_and_texts_are_cut_into_more_classes(data_root: Path) -> None:
+    words = datasets.load("imdb@40", data_root)
+    changed = datasets.augmented(words, Augmentation(split=1.0, zeroed=0.5, noise=1.0, log_scale=-1.0))
+    assert changed.outputs == 200 and changed.vocabulary == words.vocabulary and changed.layouts == ("tokens",)
+    x, y = changed.batch(64, 3, "tokens")
+    known, labels = words.batch(64, 3, "tokens")
+    assert x.dtype == torch.int64 and torch.equal(y // 100, labels) and len(set(y.tolist())) > 40
+    left = x != 0
+    assert torch.equal(x[left], known[left]) and 0.4 < float(left.float().mean() / (known != 0).float().mean()) < 0.6
+    with pytest.raises(SpecError, match="has no sums"):
+        datasets.augmented(words, Augmentation(columns=4))
 
 
 def test_a_trial_trains_on_it_and_its_rows_say_so() -> None:

@@ -1,4 +1,4 @@
-"""Images at another size: ``NAME@SIDE``."""
+"""Images and texts at another size: ``NAME@SIZE``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from PIL import Image
 
 from cape import datasets
 from cape.config import Augmentation
-from cape.dataset_names import split_side
+from cape.dataset_names import source_of, split_side
 from cape.datasets.known import known
 from cape.errors import DataError, SpecError
 from tests.datasets.test_parquet_files import pictures, write
@@ -24,6 +25,7 @@ def test_names() -> None:
     assert split_side("mnist@28") == ("mnist", 28) and split_side("a@b@7") == ("a@b", 7)
     for name in ("mnist", "mnist@", "@28", "mnist@x", "mnist@-1", "mnist@²", "mnist@" + "9" * 5000, "a@2/b.parquet"):
         assert split_side(name) == (name, None)
+    assert [source_of(n) for n in ("mnist@28", "imdb@64", "imdb_chars@9", "own")] == ["mnist", "imdb", "imdb", "own"]
     gray = known("mnist@28")
     assert gray is not None and gray.gray and known("imdb_chars") == known("imdb") and known("other@28") is None
 
@@ -79,15 +81,62 @@ def test_it_is_a_dataset_like_any_other(data_root: Path, tmp_path: Path) -> None
     assert torch.equal(datasets.load(f"{file}@9").batch(2, 0, "image")[1], dataset.batch(2, 0, "image")[1])
 
 
-def test_what_has_no_size_is_refused(data_root: Path) -> None:
-    with pytest.raises(SpecError, match="'imdb' has no images"):
-        datasets.load("imdb@32", data_root)
-    with pytest.raises(SpecError, match="'mnist@28@14' names two sides"):
-        datasets.load("mnist@28@14", data_root)
-    for side in (0, 1025):
-        with pytest.raises(SpecError, match="1 to 1,024 pixels"):
-            datasets.load(f"mnist@{side}", data_root)
+def test_what_has_no_size_is_refused(data_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="'california_housing' has neither images nor texts"):
+        datasets.load("california_housing@32", data_root)
+    for name in ("mnist", "imdb", "imdb_chars"):
+        with pytest.raises(SpecError, match=f"'{name}@28@14' names two sizes"):
+            datasets.load(f"{name}@28@14", data_root)
+        for size in (0, 1025):
+            with pytest.raises(SpecError, match="1 to 1,024 pixels"):
+                datasets.load(f"{name}@{size}", data_root)
+    with pytest.raises(DataError, match="No text of .* is longer than 5 words"):
+        datasets.load(f"{texts(tmp_path, 'five words and no more', 'few')}@5").with_task("sequence")
     with pytest.raises(SpecError, match="comes as image, not as 'vector'"):
         datasets.load("mnist@28", data_root).batch(1, 0, "vector")
     with pytest.raises(DataError, match="no data file"):
         datasets.load("nowhere.parquet@28")
+
+
+def texts(folder: Path, *lines: str) -> Path:
+    table = pa.table({"text": list(lines), "label": pa.array(range(len(lines)), pa.int64())})
+    return write(folder, table, "texts.parquet")
+
+
+def test_the_first_words_of_a_text(tmp_path: Path) -> None:
+    path = texts(tmp_path, "It's good, GOOD good it's!", "bad: a bad\nidea", "")
+    dataset = datasets.load(f"{path}@4")
+    assert (dataset.task, dataset.layouts, dataset.outputs) == ("classification", ("tokens",), 3)
+    words = ("<padding>", "<other>", "good", "bad", "it's", "a", "idea")  # by how often, then by the alphabet
+    assert dataset.source.vocabulary == words and dataset.vocabulary == 7
+    x, y = dataset.batch(3, 0, "tokens")
+    rows = x[y.argsort()]
+    assert rows.dtype == torch.int64 and rows.tolist() == [[4, 2, 2, 2], [3, 5, 3, 6], [0, 0, 0, 0]]
+    following = dataset.with_task("sequence")
+    assert following.outputs == 7 and following.class_names == words and len(following) == 1
+    x, y = following.batch(1, 0, "tokens")
+    assert (x.tolist(), y.tolist()) == ([[4, 2, 2, 2]], [[2, 2, 2, 4]])
+
+
+def test_rare_words_are_one_token(data_root: Path) -> None:
+    dataset = datasets.load("imdb@64", data_root)
+    assert dataset.vocabulary == len(set(dataset.source.vocabulary)) == 10_000
+    again = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 200_000
+    (x, y), (same, labels) = dataset.batch(32, 1, "tokens"), again.batch(32, 1, "tokens")
+    assert torch.equal(x, same) and torch.equal(y, labels) and x.shape == (32, 64)
+    assert 0.01 < float((x == 1).float().mean()) < 0.2 and int(x.max()) < 10_000
+    assert torch.equal(y, datasets.load("imdb", data_root).batch(32, 1, "vector")[1])
+    for layout in ("vector", "rows", "image"):
+        with pytest.raises(SpecError, match="comes as tokens"):
+            dataset.batch(1, 0, layout)
+
+
+@pytest.mark.parametrize(("name", "task"), [("imdb_chars@100", None), ("imdb@20", "sequence")])
+def test_the_next_token_is_the_target(name: str, task: str | None, data_root: Path) -> None:
+    dataset = datasets.load(name, data_root)
+    dataset = dataset.with_task(task) if task else dataset
+    x, y = dataset.batch(16, 2, "tokens")
+    assert x.shape == y.shape == (16, int(name.split("@")[1])) and torch.equal(x[:, 1:], y[:, :-1])
+    assert int(torch.maximum(x.max(), y.max())) < dataset.outputs == dataset.vocabulary
+    assert dataset.full_train_size == 25_000 and not torch.equal(x, dataset.batch(16, 3, "tokens")[0])

@@ -27,6 +27,7 @@ class Info:
     outputs: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     gray: bool = False
+    vocabulary: int = 0
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -40,8 +41,9 @@ COLOUR = Info("colour", "classification", 10, (("vector", (3072,)), ("rows", (32
 GRAY = Info("gray", "classification", 10, (("vector", (784,)), ("rows", (28, 28)), ("image", (3, 32, 32))), True)
 LABELS = Info("labels", "multilabel", 7, COLOUR.shapes)
 TABLE = Info("table", "regression", 1, (("vector", (13,)), ("rows", (13, 1))))
-TOKENS = Info("tokens", "sequence", 97, (("tokens", (24,)),))
-INFOS = (COLOUR, GRAY, LABELS, TABLE, TOKENS)
+TOKENS = Info("tokens", "sequence", 97, (("tokens", (24,)),), vocabulary=97)
+WORDS = Info("words", "classification", 3, (("tokens", (24,)),), vocabulary=50)
+INFOS = (COLOUR, GRAY, LABELS, TABLE, TOKENS, WORDS)
 
 
 def draws(family: str, info: Info, count: int, reference: bool = False) -> list[ModelSpec]:
@@ -91,8 +93,9 @@ def built(spec: ModelSpec, seed: int = 0) -> nn.Module:
 
 def batch(spec: ModelSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if spec.layout == "tokens":
-        tokens = torch.randint(spec.outputs, (size, spec.input_shape[0] + 1))
-        return tokens[:, :-1], tokens[:, 1:]
+        count = spec.outputs if spec.task == "sequence" else 50
+        tokens = torch.randint(count, (size, spec.input_shape[0] + 1))
+        return tokens[:, :-1], tokens[:, 1:] if spec.task == "sequence" else torch.randint(spec.outputs, (size,))
     x = torch.randn(size, *spec.input_shape)
     if spec.task == "regression":
         return x, torch.randn(size)
@@ -126,6 +129,7 @@ def test_every_architecture_is_drawn() -> None:
         ("mlp", "vector"), ("cnn", "image"), ("rnn", "rows"), ("rnn", "tokens"),
         ("transformer", "image"), ("transformer", "tokens"), ("dense", "vector"), ("convnet", "image"),
         ("recurrent", "rows"), ("encoder", "rows"), ("encoder", "image"), ("backbone", "image"),
+        *((name, "tokens") for name in ("dense", "convnet", "recurrent", "encoder")),
     }  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def test_shape_determinism_round_trip_and_step(spec: ModelSpec) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     for _ in range(2):  # the first moves the head alone where it starts at zero
         outputs = model.train()(x)
-        assert outputs.shape[1:] == ((spec.input_shape[0],) if spec.layout == "tokens" else ()) + (spec.outputs,)
+        assert outputs.shape[1:] == ((spec.input_shape[0],) if spec.task == "sequence" else ()) + (spec.outputs,)
         value = loss.mean(outputs, y)
         optimizer.zero_grad()
         value.backward()
@@ -171,9 +175,9 @@ def test_samples_do_not_interact_in_eval_mode(spec: ModelSpec) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["lstm", "gru", "causal"])
+@pytest.mark.parametrize("architecture", ["lstm", "gru", "causal", "recurrent", "encoder"])
 def test_sequence_models_do_not_see_the_future(architecture: str) -> None:
-    spec = next(s for s in SPECS if s.architecture == architecture and s.layout == "tokens")
+    spec = next(s for s in SPECS if s.architecture == architecture and s.task == "sequence")
     model = built(spec).eval()
     x, _ = batch(spec, 2)
     changed = x.clone()
@@ -295,6 +299,8 @@ def test_wrong_names_and_options_are_refused() -> None:
         families.get("cnn").layout_for(TABLE)
     with pytest.raises(SpecError, match="'mlp' takes vector"):
         families.get("mlp").layout_for(TOKENS)
+    with pytest.raises(SpecError, match=r"takes rows or tokens \(sequence\), but the dataset 'words'"):
+        families.get("rnn").layout_for(WORDS)
     good = SPECS[0]
     for changes, message in [
         ({"options": {**good.options, "widht": 3}}, "Did you mean 'width'"),
@@ -303,7 +309,7 @@ def test_wrong_names_and_options_are_refused() -> None:
         ({"architecture": "mpl"}, "Did you mean 'mlp'"),
         ({"layout": "rows"}, "take vector, not 'rows'"),
         ({"input_shape": (2, 3)}, "input shape of 1 sizes"),
-        ({"task": "sequence"}, "go together"),
+        ({"task": "sequence"}, "have no task 'sequence'"),
     ]:
         with pytest.raises(SpecError, match=message):
             families.build(good.replace(**changes))

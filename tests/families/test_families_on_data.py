@@ -25,6 +25,8 @@ PAIRS = [
     ("cnn", "imdb", None), ("cnn", "digits", None),
     ("rnn", "imdb", None), ("rnn", "imdb_chars", None), ("rnn", "diabetes", None), ("rnn", "svhn", None),
     ("transformer", "imdb", None), ("transformer", "imdb_chars", None), ("transformer", "cifar100", None),
+    *((name, "imdb@48", None) for name in ("dense", "convnet", "recurrent", "encoder")),
+    ("recurrent", "imdb@24", "sequence"), ("encoder", "imdb_chars@24", None),
 ]  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from cape import datasets, families
 from cape.config import ModelSpec, SweepSpec
 from cape.errors import SpecError
 from cape.families import backbone, makes, recurrent
-from cape.family_names import RELATIVES, related
+from cape.family_names import LANGUAGE, RELATIVES, related
 from cape.probing.per_sample import per_sample_norms
 from cape.probing.reference import per_sample_norms_reference
 from cape.sweep.plan import Plan
 from cape.tasks import TASK_LOSS, Loss
 from cape.trial import run_trials
-from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, batch, built, parameters
+from tests.families.test_families import COLOUR, GRAY, LABELS, TABLE, TOKENS, WORDS, batch, built, parameters
 
 NAMES = tuple(name for name in RELATIVES if name != "backbone")  # whose nets are large; `tests/probing` has them
 SEVERAL = [(name, seed) for name in NAMES for seed in range(6)]
@@ -52,9 +52,36 @@ def test_every_make_is_drawn() -> None:
     assert max(parameters(s) for name in NAMES for s in {t.to_json(): t for t in made[name]}.values()) < 4_000_000
 
 
+def test_every_make_of_a_model_of_tokens_is_drawn() -> None:
+    made = {name: [drawn(name, seed, WORDS) for seed in range(200)] for name in NAMES}
+    for specs in made.values():
+        assert {s.layout for s in specs} == {"tokens"} and {s.options.get("head", "init") for s in specs} == {"init"}
+        lookups = [s.options["lookup"] for s in specs]
+        assert {lookup["vocabulary"] for lookup in lookups} == {5, 25, 50, 100, 200}
+        assert {lookup["std"] for lookup in lookups} == {1.0, 0.1, 0.02}
+    assert {s.options["lookup"]["pooled"] for s in made["dense"]} == {"mean", "max", "flat"}
+    assert {tuple(s.options.get("widths", ())) for s in made["convnet"]} == {(), (3, 4, 5)}
+    following = {name: [drawn(name, seed, TOKENS) for seed in range(100)] for name in ("recurrent", "encoder")}
+    assert {s.options["readout"] for specs in following.values() for s in specs} == {"each"}
+    assert {s.options["lookup"]["vocabulary"] for specs in following.values() for s in specs} == {97}
+    tied = [s for s in following["encoder"] if s.options.get("tied")]
+    assert 0.2 < len(tied) / 100 < 0.5 and all(s.options["lookup"]["std"] == 0.02 for s in tied)
+    model = built(tied[0])
+    assert model.head.weight is model.embed.table.weight
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_tokens_beyond_a_vocabulary_are_read_as_the_unknown_one() -> None:
+    spec = next(s for s in (drawn("dense", i, WORDS) for i in range(99)) if s.options["lookup"]["vocabulary"] == 25)
+    model, (x, _) = built(spec).eval(), batch(spec, 4)
+    with torch.no_grad():
+        assert int(x.max()) >= 25 and torch.equal(model(x), model(x.where(x < 25, 1)))
+        assert not torch.equal(model(x), model(x.where(x < 25, 2)))
+
+
 @pytest.mark.parametrize(("name", "seed"), SEVERAL)
 def test_it_builds_again_trains_and_is_probed_exactly(name: str, seed: int) -> None:
-    info = (GRAY, COLOUR, LABELS)[seed % 3]
+    info = (GRAY, COLOUR, LABELS, WORDS, WORDS, TOKENS if name in ("recurrent", "encoder") else WORDS)[seed]
     spec = min((drawn(name, s, info) for s in range(4 * seed, 4 * seed + 4)), key=parameters)
     assert ModelSpec.from_json(spec.to_json()) == spec
     model, again = built(spec), built(spec)
@@ -119,15 +146,24 @@ def test_readouts_see_what_they_say() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    for name in ("dense", "recurrent", "encoder"):
+    for name in ("dense", "convnet"):
         with pytest.raises(SpecError):
             drawn(name, 0, TOKENS)
     with pytest.raises(SpecError):
         drawn("convnet", 0, TABLE)
     assert drawn("encoder", 0, TABLE).layout == "rows"
     spec = drawn("encoder", 0, TABLE)
-    with pytest.raises(SpecError, match="take rows or image, not 'tokens'"):
-        families.build(spec.replace(layout="tokens"))
+    with pytest.raises(SpecError, match="take rows or image or tokens, not 'vector'"):
+        families.build(spec.replace(layout="vector"))
+    with pytest.raises(SpecError, match="'lookup'"):
+        families.build(spec.replace(layout="tokens", input_shape=(13,)))
+    for name, option, value in (
+        ("recurrent", "readout", "last"), ("encoder", "readout", "mean"), ("recurrent", "bidirectional", True),
+        ("encoder", "lookup", {"vocabulary": 97, "dim": 4}), ("recurrent", "lookup", {"vocabulary": 1, "dim": 4}),
+    ):  # fmt: skip
+        spec = next(s for s in (drawn(name, i, TOKENS) for i in range(9)) if not s.options.get("tied"))
+        with pytest.raises(SpecError, match="'vocabulary'" if value == {"vocabulary": 1, "dim": 4} else f"'{option}'"):
+            families.build(spec.replace(options={**spec.options, option: value}))
     for name, option, value in (
         ("dense", "norm", "group"), ("convnet", "pool", "min"), ("recurrent", "readout", "first"),
         ("encoder", "heads", 5), ("dense", "init", "zeros"), ("convnet", "kernel", 4),
@@ -143,6 +179,7 @@ def test_each_stands_beside_one_of_the_papers_families() -> None:
         related("mlp") == ("mlp", "dense")
         and related("cnn") == ("cnn", "convnet", "backbone")
         and related("linear") == ("linear",)
+        and related("rnn", LANGUAGE) == ("recurrent, language",)
     )
     assert set(RELATIVES.values()) == {"mlp", "cnn", "rnn", "transformer"}
 

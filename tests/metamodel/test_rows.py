@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cape.errors import DataError
-from cape.family_names import HEAD_AT_ZERO, relative_of
+from cape.family_names import HEAD_AT_ZERO, LANGUAGE, TOKENS, as_read, relative_of
 from cape.feature_names import FEATURE_NAMES, FLOOR, LATER_COLUMNS, LATER_FEATURES
 from cape.metamodel.rows import Rows, row_from_features
 from cape.store import reader
@@ -34,6 +34,21 @@ def test_ordinary_models_whose_head_starts_at_zero_are_a_family_beside_the_other
     mask, told = rows.told("encoder, head at zero")
     assert set(told["family"]) == {"encoder", "encoder, head at zero"} and mask.sum() == len(told)
     assert told.augmented.tolist() == [family == "encoder" for family in told["family"]]
+
+
+def test_ordinary_models_of_tokens_are_families_beside_the_others() -> None:
+    table = reader.read(CORPUS / "ordinary_tables").slice(0, 80)
+    said = [m.replace('"layout":"vector"', '"layout":"tokens"') for m in table.column("model").to_pylist()]
+    said[::2] = table.column("model").to_pylist()[::2]
+    models = table.set_column(table.column_names.index("model"), "model", pa.array(said))
+    plain = Rows.from_table(table)["family"]
+    for task, ending in (("classification", TOKENS), ("sequence", LANGUAGE)):
+        tasks = models.set_column(table.column_names.index("task"), "task", pa.array([task] * len(table)))
+        found = Rows.from_table(tasks)["family"]
+        for family, model, now in zip(plain, said, found, strict=True):
+            is_read = '"layout":"tokens"' in model
+            assert now == (family.removesuffix(HEAD_AT_ZERO) + ending if is_read else family)
+    assert relative_of("dense, tokens") == "dense" and as_read("rnn", True, "sequence") == "rnn"
 
 
 def test_a_head_at_zero_has_the_features_of_its_second_look() -> None:
