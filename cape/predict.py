@@ -19,6 +19,7 @@ from cape.checks import check_batch, running
 from cape.config import check_count, check_epsilon, check_lr
 from cape.convergence.later import with_later
 from cape.errors import CapeError, SpecError
+from cape.family_names import HEAD_AT_ZERO
 from cape.metamodel.artifact import MetaModel, resolve
 from cape.metamodel.intervals import Conformal, bounds, check_level
 from cape.metamodel.regressors import in_steps
@@ -162,8 +163,9 @@ def predict(
     # By the known loss: a factor (a sum in the place of a mean, say) changes features, but not what AdamW does.
     probed = loss if known is None or criterion.is_named else known
     features = probe(model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
-    told = with_later(features, model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
-    read = read_by(*batch)
+    told, read = features.as_dict(), read_by(*batch)
+    if any(name.endswith(HEAD_AT_ZERO) for name in regressor.families):
+        told = with_later(features, model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
     if family is None:
         family = known_best(regressor, infer_family(model), told, epsilon, read)
     elif f"{family}{read}" in regressor.families:

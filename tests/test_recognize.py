@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from cape.family_names import LANGUAGE, TOKENS
 from cape.feature_names import FEATURE_NAMES
-from cape.recognize import known_best
+from cape.recognize import known_best, read_by
 
 FEATURES = dict.fromkeys(FEATURE_NAMES, 0.0)
 
@@ -61,3 +63,22 @@ def test_without_a_choice_it_is_the_kind() -> None:
     assert known_best(regressor, "linear", FEATURES, 0.1) == "linear"
     assert known_best(Regressor({"dense": 0.5}, {}), "mlp", FEATURES, 0.1) == "dense"  # type: ignore[arg-type]
     assert known_best(regressor, None, FEATURES, 0.1) is None
+
+
+def test_a_model_of_tokens_is_taken_for_one_where_any_are_known() -> None:
+    widths = {"mlp": 0.01, "dense": 0.1, "dense, tokens": 0.5}
+    regressor: Any = Regressor(widths, dict.fromkeys(widths, 0.1))
+    assert known_best(regressor, "mlp", FEATURES, 0.1, TOKENS) == "dense, tokens"
+    assert known_best(regressor, "mlp", FEATURES, 0.1, LANGUAGE) == "mlp"  # it knows none that tell tokens
+    assert known_best(regressor, "mlp", FEATURES, 0.1) == "mlp"
+    assert known_best(regressor, None, FEATURES, 0.1, TOKENS) is None
+
+
+def test_what_is_read_is_what_the_batch_says() -> None:
+    tokens, labels, values = torch.zeros(4, 7, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 7)
+    assert read_by(tokens, labels) == read_by(tokens.int(), labels) == read_by(tokens, values) == TOKENS
+    assert read_by((tokens, labels), labels) == read_by({"input_ids": tokens, "mask": values}, labels) == TOKENS
+    assert read_by(tokens, tokens) == LANGUAGE
+    image = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    for x in (values, image, labels, values > 0, (values, tokens)):
+        assert read_by(x, labels) == ""

@@ -108,10 +108,13 @@ def _files_of(store: Path) -> list[str]:
 
 
 def check_report_dir(out: str | os.PathLike[str]) -> Path:
-    """Return the report directory, or raise ``StoreError`` where it is a file or holds something else."""
+    """Return the report directory, or raise ``StoreError`` where it cannot be made or holds something else."""
     directory = local_path(out, "A report")
-    if directory.exists() and not directory.is_dir():
-        raise StoreError(f"{directory} is a file; name a directory to write the report to.")
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise StoreError(f"{nearest} is a file; name a directory to write the report to.")
+    if not os.access(nearest, os.W_OK):
+        raise StoreError(f"Nothing can be written to {nearest}; name another place for the report.")
     if directory.exists() and any(directory.iterdir()) and not (directory / "predictions.parquet").exists():
         raise StoreError(f"{directory} holds something other than a report; name an empty or new directory.")
     return directory

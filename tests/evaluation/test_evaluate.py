@@ -226,6 +226,8 @@ def test_bad_requests_fail_before_any_fit(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
         evaluate(table, out=tmp_path / "file")
+    with pytest.raises(StoreError, match="is a file"):
+        evaluate(table, out=tmp_path / "file" / "report")
     few = table.slice(0, 10)
     with pytest.raises(StoreError, match="no meta-regressor in"):
         report(few, tmp_path / "report.html", tmp_path / "absent")
@@ -234,6 +236,8 @@ def test_bad_requests_fail_before_any_fit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "access", lambda folder, mode: False)
     with pytest.raises(StoreError, match="Nothing can be written to"):
         report(few, tmp_path / "report.html")
+    with pytest.raises(StoreError, match="Nothing can be written to"):
+        evaluate(table, out=tmp_path / "new" / "report")
 
 
 def test_table_text_and_csv() -> None:
