@@ -187,7 +187,7 @@ def _data_option(sub: argparse.ArgumentParser, *names: str) -> None:
 def _model_arguments(sub: argparse.ArgumentParser, several: bool = False) -> None:
     where = "a callable that returns an nn.Module, e.g. torchvision.models:resnet18"
     sub.add_argument("model", metavar="module.path:callable", nargs="+" if several else None, help=where)
-    sub.add_argument("--data", required=True, metavar="FILE.parquet|DATASET[@SIDE]", help="where the batch comes from")
+    sub.add_argument("--data", required=True, metavar="FILE.parquet|DATASET[@SIZE]", help="where the batch comes from")
     _data_option(sub)
     sub.add_argument(
         "--kwargs", default="{}", metavar="JSON", help='arguments of the callable, e.g. {"num_classes": 10}'

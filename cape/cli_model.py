@@ -149,7 +149,7 @@ def load_model(path: str, kwargs: str, seed: int, setting: Setting) -> nn.Module
             raise ModelError(
                 f"{path} cannot run on {setting.layout} inputs of shape {tuple(x.shape)}"
                 f" ({type(error).__name__}: {first_line(error)}); try --layout, --kwargs or, for images of another"
-                " size, --data NAME@SIDE."
+                " size and for words, --data NAME@SIZE."
             ) from error
     model.train()
     if isinstance(outputs, torch.Tensor) and not bool(torch.isfinite(outputs).all()):

@@ -20,7 +20,10 @@ MOST_CLASSES = 1_000_000  # more are ids, not classes, and a head for them would
 
 
 class Source(Protocol):
-    """Where the samples of a dataset come from. Pickles cheaply: caches and what a file holds stay behind."""
+    """Where the samples of a dataset come from. Pickles cheaply: caches and what a file holds stay behind.
+
+    One of tokens has a ``vocabulary`` as well, a sequence of what each token is called.
+    """
 
     def __len__(self) -> int: ...
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from cape.errors import SpecError
 from cape.families.registry import DatasetInfo, check_options, pick
 from cape.jsonconfig import JsonConfig
 
@@ -46,7 +47,15 @@ class LookupOptions(JsonConfig):
 
         Of labelled texts a tenth of the rows to four times as many as there are tokens: people keep the words that
         they find frequent, or a tokenizer's whole vocabulary.
+
+        Raises:
+            SpecError: the dataset does not say how many tokens there are.
         """
+        if dataset.vocabulary <= OTHER:
+            raise SpecError(
+                f"The dataset '{dataset.name}' does not say what its tokens are; give its source a `vocabulary`, a"
+                " sequence of their names."
+            )
         shares = (1.0,) if dataset.task == "sequence" else (0.1, 0.5, 1.0, 1.0, 2.0, 4.0)
         vocabulary = round(pick(rng, shares) * dataset.vocabulary)
         return cls(vocabulary, pick(rng, dims), pick(rng, (1.0, 1.0, 1.0, 0.1, 0.02)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecError):
         drawn("convnet", 0, TABLE)
     assert drawn("encoder", 0, TABLE).layout == "rows"
+    with pytest.raises(SpecError, match="does not say what its tokens are"):
+        drawn("dense", 0, replace(WORDS, vocabulary=0))
     spec = drawn("encoder", 0, TABLE)
     with pytest.raises(SpecError, match="take rows or image or tokens, not 'vector'"):
         families.build(spec.replace(layout="vector"))
