@@ -235,7 +235,7 @@ MODELS: dict[str, tuple[str, str, int, Callable[[], nn.Module]]] = {
     "MLP, irises": ("iris", "vector", 32, table(4, 3)),
     **{
         f"{kind} of {words} words": (f"imdb@{words}", "tokens", 32, _classifier(kind))
-        for words in (64, 200)
+        for words in (64, 128)
         for kind in ("bag", "convolutions", "LSTM", "both ways", "encoder")
     },
     "LSTM, next character": ("imdb_chars", "tokens", 16, lambda: Next(97)),

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cape.config import Augmentation, ModelSpec, TrialSpec
@@ -363,11 +364,16 @@ def _probe_together(drawn: list[Drawn], subjects: list[Subject]) -> list[Feature
 
 
 def _all_features(known: Features | None, drawn: Drawn, subject: Subject) -> dict[str, float | None]:
-    """Return a trial's features by name; ``known``: what a probe of several has said of it."""
+    """Return a trial's features by name; ``known``: what a probe of several has said of it.
+
+    They are rounded to float32, the precision of the passes that they come from: the digits beyond are noise, and a
+    sixth of a meta-dataset's size.
+    """
     dataset = drawn.dataset
     loss, size = TASK_LOSS[dataset.task], dataset.full_train_size
     features = known or probe(subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
-    return with_later(features, subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
+    found = with_later(features, subject.model, subject.batch, loss=loss, lr=subject.lr, dataset_size=size)
+    return {name: value if value is None else float(np.float32(value)) for name, value in found.items()}
 
 
 def _truth(trajectory: Trajectory, epsilon: float) -> Row:

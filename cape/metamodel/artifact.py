@@ -1,7 +1,7 @@
-"""The fitted meta-regressor as an object and as a directory: XGBoost UBJ (gzip), JSON, and nothing pickled.
+"""The fitted meta-regressor as an object and as a directory: XGBoost UBJ and JSON (gzip), and nothing pickled.
 
 ``card.json`` is for people: preset, features, data fingerprint, out-of-fold metrics, ranges, versions.
-``calibration.json`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
+``calibration.json.gz`` holds the lines under the trees, the conformal scores and the domain statistics. Boosters are
 ``model.ubj.gz`` (pooled), ``model-FAMILY.ubj.gz`` and ``reach.ubj.gz`` (a sixth of their size), surfaces
 ``surface-FAMILY.npz``; the card lists each file with its digest. Eight digits of it are in the file's name
 (``model.1a2b3c4d.ubj.gz``), so that a model that is saved over another one replaces nothing but the card, at once.
@@ -279,7 +279,7 @@ def _check_card(card: Any) -> None:
 
 _MARK = r"(\.[0-9a-f]{8})?"
 _OWN = re.compile(
-    rf"\.?(model.*\.ubj(\.gz)?|surface-.*\.npz|reach{_MARK}\.ubj(\.gz)?|calibration{_MARK}\.json|card\.json)(\.\d+)?"
+    rf"\.?(model.*\.ubj(\.gz)?|surface-.*\.npz|reach{_MARK}\.ubj(\.gz)?|calibration{_MARK}\.json(\.gz)?|card\.json)(\.\d+)?"
 )
 _ABANDONED_AFTER_S = 3600.0
 """A file that no card names is another save's, which goes on, or was killed if the file is older than this."""
@@ -294,8 +294,8 @@ def _surface_file(family: str) -> str:
 
 
 def _packed(name: str, data: bytes) -> tuple[str, bytes]:
-    """Return a file's name and content on disk: boosters are compressed, without a date."""
-    return (f"{name}.gz", gzip.compress(data, mtime=0)) if name.endswith(".ubj") else (name, data)
+    """Return a file's name and content on disk: all but surfaces, which are already, is compressed, without a date."""
+    return (name, data) if name.endswith(".npz") else (f"{name}.gz", gzip.compress(data, mtime=0))
 
 
 def _unpacked(name: str, data: bytes) -> tuple[str, bytes]:
@@ -309,7 +309,7 @@ def _digest(data: bytes) -> str:
 
 def _marked(name: str, digest: str) -> str:
     """Return a file's name with the digest's first digits in it, before what says its kind."""
-    kind = next(kind for kind in (".ubj.gz", ".npz", ".json") if name.endswith(kind))
+    kind = next(kind for kind in (".ubj.gz", ".json.gz", ".npz") if name.endswith(kind))
     return f"{name.removesuffix(kind)}.{digest[:8]}{kind}"
 
 

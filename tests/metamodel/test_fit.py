@@ -180,7 +180,7 @@ def test_damaged_or_foreign_directories_are_refused(model: MetaModel, tmp_path: 
     with pytest.raises(StoreError, match="cape fit"):
         MetaModel.load(tmp_path / "none")
     whole = model.save(tmp_path / "m")
-    for pattern in ("model.*.ubj.gz", "calibration.*.json", "card.json"):
+    for pattern in ("model.*.ubj.gz", "calibration.*.json.gz", "card.json"):
         (name,) = (file.name for file in whole.glob(pattern))
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(whole, broken)
@@ -248,7 +248,7 @@ def test_a_directory_of_before_its_boosters_were_compressed_or_its_names_had_dig
 def test_what_a_killed_fit_left_is_written_over(model: MetaModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m")
     (whole / "card.json").unlink()
-    half, another = whole / ".model.01234567.ubj.gz.4711", whole / "calibration.01234567.json"
+    half, another = whole / ".model.01234567.ubj.gz.4711", whole / "calibration.01234567.json.gz"
     for file in (half, another):
         file.write_bytes(b"half")
     os.utime(half, (0, 0))
