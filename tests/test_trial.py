@@ -54,6 +54,7 @@ def test_the_rows_of_a_trial_say_what_the_probe_and_the_trajectory_say() -> None
     for row in rows:
         assert set(row) <= set(ROW_SCHEMA.names)
         assert features_of(row) == pytest.approx(features_of(features), rel=1e-6)
+        assert all(value == np.float32(value) for value in features_of(row).values())
         assert row["t_star"] == truth.t_star[row["epsilon"]] > 0
         assert row["converged"] and row["stop_reason"] is None and "error" not in row
         assert row["log_epsilon"] == math.log(row["epsilon"])
