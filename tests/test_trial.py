@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pyarrow as pa
+import numpy as np
 import pytest
 import torch
 
