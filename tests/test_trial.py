@@ -7,8 +7,8 @@ import logging
 import math
 from pathlib import Path
 
-import pyarrow as pa
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
