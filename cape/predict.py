@@ -156,14 +156,14 @@ def predict(
     dataset_size = check_count(dataset_size, "dataset_size")
     regressor = resolve(meta_model)
     check_family(family, regressor.families)
-    _, _, batch_size = check_batch(batch)
+    x, y, batch_size = check_batch(batch)
     criterion = loss if isinstance(loss, Loss) else Loss(loss)
     seen = _seen_losses(regressor)
     known = _known_as(criterion, seen, model, batch)
     # By the known loss: a factor (a sum in the place of a mean, say) changes features, but not what AdamW does.
     probed = loss if known is None or criterion.is_named else known
     features = probe(model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
-    told, read = features.as_dict(), read_by(*batch)
+    told, read = features.as_dict(), read_by(x, y)
     if any(name.endswith(HEAD_AT_ZERO) for name in regressor.families):
         told = with_later(features, model, batch, loss=probed, lr=lr, dataset_size=dataset_size)
     if family is None:

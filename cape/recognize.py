@@ -17,6 +17,7 @@ from cape.state import tensors_of
 
 if TYPE_CHECKING:
     from cape.metamodel.artifact import MetaModel
+    from cape.state import Inputs
 
 _ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
 _NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
@@ -48,13 +49,12 @@ def _named_attention(name: str) -> bool:
     return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
 
 
-def read_by(x: Any, y: Any) -> str:
+def read_by(x: Inputs, y: Tensor) -> str:
     """Return ``TOKENS`` where a batch's first input is whole numbers [B, T], ``LANGUAGE`` where targets are; or ''."""
     first = next(iter(tensors_of(x)), None)
     if first is None or first.dim() != 2 or not _whole(first):
         return ""
-    targets = next(iter(tensors_of(y)), None)
-    return LANGUAGE if targets is not None and targets.dim() == 2 and _whole(targets) else TOKENS
+    return LANGUAGE if y.dim() == 2 and _whole(y) else TOKENS
 
 
 def _whole(values: Tensor) -> bool:

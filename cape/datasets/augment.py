@@ -50,7 +50,7 @@ def augmented(dataset: Dataset, augmentation: Augmentation, at_least: int = 1) -
     """
     if dataset.task == "sequence":
         raise SpecError(f"'{dataset.name}' is a sequence, whose targets are its inputs; it cannot be augmented.")
-    if dataset.vocabulary and augmentation.columns is not None:
+    if augmentation.columns is not None and dataset.vocabulary:
         raise SpecError(f"'{dataset.name}' is made of tokens, and so has no sums; leave out 'narrow'.")
     labels: np.ndarray = dataset.source.labels  # type: ignore[attr-defined]  # every source but sequences has them
     kept: tuple[int, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ class Words:
         return torch.from_numpy(tokens), torch.from_numpy(self.labels[index])
 
 
-class _Windows:
+class _Windows(ABC):
     """A window of so many tokens at a random place of each text, and the next token of each as target.
 
     Texts of no more tokens than that are left out.
@@ -155,9 +156,9 @@ class _Windows:
     def sample_shape(self, layout: str) -> tuple[int, ...]:
         return (self.context,)
 
+    @abstractmethod
     def read(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Return a window of one token more than the context, int64."""
-        raise NotImplementedError
 
     def fetch(self, index: np.ndarray, layout: str, preprocess: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         windows = np.stack([self.read(row, rng) for row in self.rows[index].tolist()])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cape
 from cape.errors import StoreError
 from cape.evaluation.figures import figures, importance, png
-from cape.evaluation.run import Evaluation, evaluate
+from cape.evaluation.run import Evaluation, check_writable, evaluate
 from cape.evaluation.table import Table, show
 from cape.metamodel.artifact import resolve
 from cape.metamodel.fit import fit_table
@@ -80,8 +80,7 @@ def report(
     if path.is_dir():
         raise StoreError(f"{path} is a directory; name the HTML file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of fitting, as what follows
-    if not os.access(path.parent, os.W_OK):
-        raise StoreError(f"Nothing can be written to {path.parent}; name another place for the report.")
+    check_writable(path.parent)
     if model is not None:
         model = resolve(model)
     rows = read_rows(meta_dir)

@@ -107,14 +107,19 @@ def _files_of(store: Path) -> list[str]:
     return json.loads(noted.get(FILES.encode(), b"[]"))
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ``StoreError`` where a report cannot be written to a folder: before minutes of fitting, not after."""
+    if not os.access(folder, os.W_OK):
+        raise StoreError(f"Nothing can be written to {folder}; name another place for the report.")
+
+
 def check_report_dir(out: str | os.PathLike[str]) -> Path:
     """Return the report directory, or raise ``StoreError`` where it cannot be made or holds something else."""
     directory = local_path(out, "A report")
     nearest = next(path for path in (directory, *directory.parents) if path.exists())
     if not nearest.is_dir():
         raise StoreError(f"{nearest} is a file; name a directory to write the report to.")
-    if not os.access(nearest, os.W_OK):
-        raise StoreError(f"Nothing can be written to {nearest}; name another place for the report.")
+    check_writable(nearest)
     if directory.exists() and any(directory.iterdir()) and not (directory / "predictions.parquet").exists():
         raise StoreError(f"{directory} holds something other than a report; name an empty or new directory.")
     return directory

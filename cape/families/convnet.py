@@ -18,6 +18,7 @@ from cape.families.makes import (
     LABELLED,
     Ordinary,
     OrdinaryOptions,
+    TokenOptions,
     check_make,
     draw_make,
     initialized,
@@ -26,7 +27,7 @@ from cape.families.registry import DatasetInfo, check_options, pick
 
 
 @dataclass(frozen=True)
-class ConvNetOptions(OrdinaryOptions):
+class ConvNetOptions(TokenOptions):
     """Options of a plain convolutional network.
 
     Attributes:
@@ -39,7 +40,7 @@ class ConvNetOptions(OrdinaryOptions):
             the last block, in the place of blocks (Kim 2014); the layers after them see each channel's largest value.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = (*OrdinaryOptions.LATER, "widths")
+    LATER: ClassVar[tuple[str, ...]] = (*TokenOptions.LATER, "widths")
 
     channels: tuple[int, ...]
     kernel: int

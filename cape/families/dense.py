@@ -10,12 +10,21 @@ from torch import nn
 
 from cape.config import ModelSpec
 from cape.families.lookup import LookupOptions, entry
-from cape.families.makes import ACTIVATIONS, LABELLED, Ordinary, OrdinaryOptions, check_make, draw_make, initialized
+from cape.families.makes import (
+    ACTIVATIONS,
+    LABELLED,
+    Ordinary,
+    OrdinaryOptions,
+    TokenOptions,
+    check_make,
+    draw_make,
+    initialized,
+)
 from cape.families.registry import DatasetInfo, check_options, pick
 
 
 @dataclass(frozen=True)
-class DenseOptions(OrdinaryOptions):
+class DenseOptions(TokenOptions):
     """Options of a dense network.
 
     Attributes:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from cape.config import ModelSpec
 from cape.errors import SpecError
 from cape.families.lookup import Lookup, LookupOptions, entry
-from cape.families.makes import Ordinary, OrdinaryOptions, check_make, initialized
+from cape.families.makes import Ordinary, OrdinaryOptions, TokenOptions, check_make, initialized
 from cape.families.registry import DatasetInfo, check_options, made_of, pick
 
 PATCHES = (4, 8)
 
 
 @dataclass(frozen=True)
-class TorchEncoderOptions(OrdinaryOptions):
+class TorchEncoderOptions(TokenOptions):
     """Options of a transformer made of ``nn.TransformerEncoder``, over rows, patches of an image, or tokens.
 
     Attributes:
@@ -32,7 +32,7 @@ class TorchEncoderOptions(OrdinaryOptions):
         lookup: the embedding of a model of tokens. tied: of sequences: the head's weight is the embedding's.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = (*OrdinaryOptions.LATER, "tied")
+    LATER: ClassVar[tuple[str, ...]] = (*TokenOptions.LATER, "tied")
 
     dim: int
     depth: int

@@ -47,7 +47,7 @@ Options = TypeVar("Options", bound="OrdinaryOptions")
 class OrdinaryOptions(JsonConfig, ABC):
     """Options of an ordinary model, which draw themselves and make the model."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("head", "lookup")
+    LATER: ClassVar[tuple[str, ...]] = ("head",)
 
     @classmethod
     @abstractmethod
@@ -61,16 +61,22 @@ class OrdinaryOptions(JsonConfig, ABC):
         """
         return self.replace(head=pick(rng, ("init",) * 5 + ("zero",)))
 
-    def reading(self: Options, rng: np.random.Generator, dataset: DatasetInfo) -> Options:
+    @abstractmethod
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """Return the model of a spec that has these options."""
+
+
+class TokenOptions(OrdinaryOptions):
+    """Options of an ordinary model that may take tokens."""
+
+    LATER: ClassVar[tuple[str, ...]] = (*OrdinaryOptions.LATER, "lookup")
+
+    @abstractmethod
+    def reading(self, rng: np.random.Generator, dataset: DatasetInfo) -> TokenOptions:
         """Draw what a model of tokens has beside all else, an embedding (``lookup``); its head starts as other layers.
 
         Last, as ``started``, and for the same reason.
         """
-        raise NotImplementedError(f"{type(self).__name__} takes no tokens.")
-
-    @abstractmethod
-    def model(self, spec: ModelSpec) -> nn.Module:
-        """Return the model of a spec that has these options."""
 
 
 class Ordinary(Family):
@@ -86,6 +92,7 @@ class Ordinary(Family):
         )
         shape, options = tuple(dataset.sample_shape(layout)), options.started(rng)
         if layout == "tokens":
+            assert isinstance(options, TokenOptions)
             options = options.reading(rng, dataset)
         return spec.replace(layout=layout, input_shape=shape, options=options.to_dict())
 

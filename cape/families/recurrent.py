@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from cape.config import ModelSpec
 from cape.families.lookup import LookupOptions, entry
-from cape.families.makes import DROPOUTS, Ordinary, OrdinaryOptions, check_make, initialized
+from cape.families.makes import DROPOUTS, Ordinary, OrdinaryOptions, TokenOptions, check_make, initialized
 from cape.families.registry import DatasetInfo, check_options, pick
 
 CELLS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 @dataclass(frozen=True)
-class RecurrentOptions(OrdinaryOptions):
+class RecurrentOptions(TokenOptions):
     """Options of a recurrent network over rows or tokens.
 
     Attributes:
