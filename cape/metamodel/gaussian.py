@@ -41,6 +41,30 @@ class Size:
 
 
 @dataclass(frozen=True)
+class _Told:
+    """What the rows of each trial say of its value, float64 [n] each.
+
+    Attributes:
+        count: rows. crossed: of these, values that are no lower bounds. known: their sum. mean: their mean (0 where
+            there are none). variance: of the error of that mean.
+    """
+
+    count: np.ndarray
+    crossed: np.ndarray
+    known: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, trial: np.ndarray, values: np.ndarray, variance: np.ndarray, bound: np.ndarray) -> _Told:
+        """Sum up values of rows, each with the variance of its error, by the number of their trial."""
+        count, crossed = np.bincount(trial).astype(np.float64), np.bincount(trial, ~bound)
+        known = np.bincount(trial, np.where(bound, 0.0, values))
+        some = np.maximum(1.0, crossed)
+        return cls(count, crossed, known, known / some, np.bincount(trial, np.where(bound, 0.0, variance)) / some**2)
+
+
+@dataclass(frozen=True)
 class GaussianProcess:
     """value ≈ Σ_c Σ_j weight_cj · kernel(z / length_c, point_j / length_c), z the standardized features.
 
@@ -90,35 +114,26 @@ class GaussianProcess:
                 a normal law, found by expectation maximization (Tanner 1983; accelerated failure time, as the trees).
         """
         bound = np.zeros(len(rows), dtype=bool) if censored is None else censored
-        variance = np.zeros(len(rows)) if variance is None else variance
         # Sorted by trial id, so that nothing depends on the order of the rows.
         first, trial = np.unique(rows["trial_id"].astype(str), return_index=True, return_inverse=True)[1:]
         x, augmented = term_values(rows.take(first), features), rows.augmented[first]
-        told = [j for j in range(x.shape[1]) if np.isfinite(x[:, j]).any() and np.nanstd(x[:, j]) > 1e-9]
-        names, x = tuple(features[j] for j in told), x[:, told]
+        varying = [j for j in range(x.shape[1]) if np.isfinite(x[:, j]).any() and np.nanstd(x[:, j]) > 1e-9]
+        names, x = tuple(features[j] for j in varying), x[:, varying]
         centre, scale = np.nanmean(x, axis=0), np.nanstd(x, axis=0)
         z = np.nan_to_num((x - centre) / scale)
-        count, crossed = np.bincount(trial).astype(np.float64), np.bincount(trial, ~bound)
-        known = np.bincount(trial, np.where(bound, 0.0, values))
-        unsure = np.bincount(trial, np.where(bound, 0.0, variance)) / np.maximum(1.0, crossed) ** 2
-
+        told = _Told.of(trial, values, np.zeros(len(rows)) if variance is None else variance, bound)
         log_batch = rows["log_b"][first]
         usual = float(np.nanmean(log_batch)) if np.isfinite(log_batch).any() else 0.0
-        larger = np.nan_to_num(log_batch - usual)
+        trials = process.Trials(z, told.mean, augmented, told.variance, np.nan_to_num(log_batch - usual))
 
         order = np.random.default_rng(0).permutation(len(first))
-        able = order[crossed[order] > 0]
-        learned = process.average(
-            [
-                process.learn(z[some], known[some] / crossed[some], augmented[some], unsure[some], larger[some])
-                for some in _subsets(able, augmented, size.learned_from)
-            ]
-        )
+        able = order[told.crossed[order] > 0]
+        drawn = _subsets(able, augmented, size.learned_from)
+        learned = process.average([process.learn(trials.take(some)) for some in drawn])
         relative = rows["augmentation"][first] == RELATIVE  # they are many, and the family's own say more of it
         chosen = _first(order[np.argsort(relative[order], kind="stable")], augmented, size.points)
         points = z[chosen].astype(np.float16).astype(np.float64)
         deviating = int(np.sum(~augmented[chosen])) if len(learned.lengths) > 1 else 0
-        weight = np.zeros(len(points) + deviating)
         made = cls(
             features=names,
             centre=centre,
@@ -126,32 +141,48 @@ class GaussianProcess:
             points=points,
             lengths=learned.lengths,
             amplitudes=learned.amplitudes,
-            weight=weight,
+            weight=np.zeros(len(points) + deviating),
             noise=learned.noise,
             extra=learned.extra,
             fall=learned.fall,
             log_batch=usual,
         )
+        return replace(made, weight=made._weights(trials, able, told, trial[bound], values[bound], sigma))
 
-        precision = 1.0 / (made._noise_variance(larger) + learned.extra**2 * augmented + unsure)
-        basis = made._basis()
-        gram, right = made._normal(basis, z[able], augmented[able], precision[able], known[able] / crossed[able])
+    def _weights(
+        self,
+        trials: process.Trials,
+        able: np.ndarray,
+        told: _Told,
+        watched: np.ndarray,
+        least: np.ndarray,
+        sigma: float,
+    ) -> np.ndarray:
+        """Return the weights given trials and, of ``watched`` ones, lower bounds ``least``, one for each row cut off.
+
+        Args:
+            able: trials that have a value that is no bound. sigma: see ``fit``.
+        """
+        z, augmented = trials.z, trials.augmented
+        own = self._noise_variance(trials.log_batch) + self.extra**2 * augmented
+        precision = 1.0 / (own + trials.variance)
+        basis = self._basis()
+        gram, right = self._normal(basis, z[able], augmented[able], precision[able], trials.y[able])
         gram += np.eye(len(gram))
         found = np.linalg.solve(gram, right)
-        if bound.any():  # from what the other rows say of these
-            cut = np.unique(trial[bound])
-            silent = cut[crossed[cut] == 0]
-            gram += made._normal(basis, z[silent], augmented[silent], precision[silent], known[silent])[0]
-            k = made._kernels(z[cut], augmented[cut]) @ basis
-            right += k.T @ (precision[cut] * (known / count - known / np.maximum(1, crossed))[cut])
-            solved = np.linalg.solve(gram, np.column_stack([right, k.T * (precision / count)[cut]]))
+        if len(watched):  # from what the other rows say of these
+            cut = np.unique(watched)
+            silent = cut[told.crossed[cut] == 0]
+            gram += self._normal(basis, z[silent], augmented[silent], precision[silent], told.known[silent])[0]
+            k = self._kernels(z[cut], augmented[cut]) @ basis
+            right += k.T @ (precision[cut] * (told.known / told.count - told.mean)[cut])
+            solved = np.linalg.solve(gram, np.column_stack([right, k.T * (precision / told.count)[cut]]))
             start, pull = solved[:, 0], solved[:, 1:]
-            place, least = np.searchsorted(cut, trial[bound]), values[bound]
+            place = np.searchsorted(cut, watched)
             for _ in range(_ROUNDS):
                 expected = _expected_above(least, (k @ found)[place], sigma)
                 found = start + pull @ np.bincount(place, expected, len(cut))
-        weight = basis @ found
-        return replace(made, weight=weight)
+        return basis @ found
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return the value of plain trials, float64 [n]."""

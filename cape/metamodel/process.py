@@ -39,13 +39,34 @@ samples (1/2)."""
 
 
 @dataclass(frozen=True)
+class Trials:
+    """What a process is told of trials.
+
+    Attributes:
+        z: standardized features, float64 [n, k]. y: values, float64 [n]. augmented: bool [n].
+        variance: what is known of each value's error, beside the noises, float64 [n].
+        log_batch: log B around some mean, float64 [n].
+    """
+
+    z: np.ndarray
+    y: np.ndarray
+    augmented: np.ndarray
+    variance: np.ndarray
+    log_batch: np.ndarray
+
+    def take(self, some: np.ndarray | slice) -> Trials:
+        """Return the trials of an index."""
+        return Trials(self.z[some], self.y[some], self.augmented[some], self.variance[some], self.log_batch[some])
+
+
+@dataclass(frozen=True)
 class Learned:
     """Hyperparameters of a process; the standard deviations are of its values.
 
     Attributes:
         lengths: length scales of the common function and, where some trials are augmented, of the deviation, float64
             [1 or 2, k]. amplitudes: standard deviations of these functions, [1 or 2].
-        noise: standard deviation of a trial around them, where its log B is 0 (see ``learn``). fall: power of 1/B by
+        noise: standard deviation of a trial around them, where its log B is 0 (see ``Trials``). fall: power of 1/B by
             which it falls. extra: standard deviation beside it, of an augmented trial; 0 where none is.
     """
 
@@ -75,49 +96,64 @@ def matern(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _matern(squares, *_distance_and_decay(squares))
 
 
-def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndarray, log_batch: np.ndarray) -> Learned:
-    """Learn from standardized features ``z`` [n, k] and values ``y`` [n] of mean about zero.
-
-    Args:
-        augmented: bool [n]. variance: what is known of each value's error, beside the noises, [n].
-        log_batch: log B around some mean, [n].
+def learn(trials: Trials) -> Learned:
+    """Learn from trials whose values have a mean of about zero.
 
     Work: at most some 100 times n³ + 2kn² floating-point operations, twice the second part where some are augmented.
     """
     from scipy.optimize import minimize
 
-    k = z.shape[1]
-    parts = 2 if augmented.any() else 1
-    usual = 0.5 * np.log(2.0 * max(1, k))
-    levels = np.log([AMPLITUDE, DEVIATION][:parts] + [NOISE, EXTRA][:parts])
-    medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels, [FALL]])
-    scales = np.append(np.ones(len(medians) - 1), _FALL_SCALE)
-    falls = _FALLS if np.ptp(log_batch) > 0 else (0.0, 0.0)  # trials of one batch size say nothing of others
-    medians[-1] = np.clip(FALL, *falls)
-    bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts), falls]
+    posterior = _Posterior(trials)
+    theta = posterior.medians
+    for some in (trials.take(slice(None, None, COARSE)), trials):
+        theta = minimize(
+            posterior.loss,
+            theta,
+            args=(some,),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=posterior.bounds,
+            options={"maxiter": ITERATIONS, "ftol": _ENOUGH},
+        ).x
+    lengths, amplitudes, noises, fall = posterior.split(theta)
+    return Learned(lengths, amplitudes, float(noises[0]), float(noises[1]) if len(noises) == 2 else 0.0, fall)
 
-    def split(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+
+class _Posterior:
+    """The density of hyperparameters θ given trials: logarithms of ``Learned``'s, and the power by which noise falls.
+
+    θ is [parts·k lengths, parts amplitudes, parts noises, 1]; ``parts`` is 2 where some trials are augmented, else 1.
+
+    Args:
+        trials: all of those that are learned from.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        k = trials.z.shape[1]
+        self.shape = (parts, _) = (2 if trials.augmented.any() else 1, k)
+        usual = 0.5 * np.log(2.0 * max(1, k))
+        levels = np.log([AMPLITUDE, DEVIATION][:parts] + [NOISE, EXTRA][:parts])
+        self.medians = np.concatenate([np.full(k, usual), np.full((parts - 1) * k, usual - 0.5), levels, [FALL]])
+        self.scales = np.append(np.ones(len(self.medians) - 1), _FALL_SCALE)
+        falls = _FALLS if np.ptp(trials.log_batch) > 0 else (0.0, 0.0)  # those of one batch size say nothing of others
+        self.medians[-1] = np.clip(FALL, *falls)
+        self.bounds = [*[_LOG_LENGTHS] * (parts * k), *[_LOG_LEVELS] * (2 * parts), falls]
+
+    def split(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Return lengths [parts, k], amplitudes [parts], noises [parts] and the power by which the first falls."""
-        values = np.exp(theta[:-1])
-        return values[: parts * k].reshape(parts, k), *np.split(values[parts * k :], 2), float(theta[-1])
+        values, lengths = np.exp(theta[:-1]), int(np.prod(self.shape))
+        return values[:lengths].reshape(self.shape), *np.split(values[lengths:], 2), float(theta[-1])
 
-    def loss(
-        theta: np.ndarray,
-        z: np.ndarray,
-        y: np.ndarray,
-        augmented: np.ndarray,
-        variance: np.ndarray,
-        log_batch: np.ndarray,
-    ) -> tuple[float, np.ndarray]:
+    def loss(self, theta: np.ndarray, trials: Trials) -> tuple[float, np.ndarray]:
         """Return -log p(y | θ) - log p(θ), less constants, and its gradient."""
-        lengths, amplitudes, noises, fall = split(theta)
-        count = len(z)
+        lengths, amplitudes, noises, fall = self.split(theta)
+        count, augmented = len(trials.y), trials.augmented
         who = [np.arange(count), np.flatnonzero(~augmented)]  # the trials that each function counts in
-        noisy = np.stack([np.exp(-2.0 * fall * log_batch), augmented.astype(np.float64)])[:parts]
+        noisy = np.stack([np.exp(-2.0 * fall * trials.log_batch), augmented.astype(np.float64)])[: len(noises)]
         total = np.zeros((count, count))
         functions = []
-        for index, length, amplitude in zip(who[:parts], lengths, amplitudes, strict=True):
-            x = z[index] / length
+        for index, length, amplitude in zip(who[: len(lengths)], lengths, amplitudes, strict=True):
+            x = trials.z[index] / length
             squares = _squares(x, x)
             distance, decay = _distance_and_decay(squares)
             covariance = _matern(squares, distance, decay)
@@ -125,10 +161,10 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
             total[np.ix_(index, index)] += covariance
             functions.append((index, x, covariance, amplitude**2 * _slope(distance, decay)))
         variances = noises[:, None] ** 2 * noisy
-        total.flat[:: count + 1] += variances.sum(axis=0) + variance + _JITTER
-        fitted, inverse, half_log_determinant = _solve(total, y)
-        far = (theta - medians) / scales
-        value = 0.5 * float(y @ fitted) + half_log_determinant + 0.5 * float(far @ far)
+        total.flat[:: count + 1] += variances.sum(axis=0) + trials.variance + _JITTER
+        fitted, inverse, half_log_determinant = _solve(total, trials.y)
+        far = (theta - self.medians) / self.scales
+        value = 0.5 * float(trials.y @ fitted) + half_log_determinant + 0.5 * float(far @ far)
         pull = np.outer(fitted, fitted) - inverse  # the gradient by θ is -½ tr(pull · dK/dθ)
         by_length, by_amplitude = [], []
         for index, x, covariance, slope in functions:
@@ -137,23 +173,9 @@ def learn(z: np.ndarray, y: np.ndarray, augmented: np.ndarray, variance: np.ndar
             slope *= mine
             by_length.append((x * (slope @ x)).sum(axis=0) - slope.sum(axis=1) @ x**2)
         by_noise = -variances * np.diag(pull)
-        by_fall = -by_noise[0] @ log_batch
+        by_fall = -by_noise[0] @ trials.log_batch
         gradient = np.concatenate([*by_length, by_amplitude, by_noise.sum(axis=1), [by_fall]])
-        return value, gradient + far / scales
-
-    theta = medians
-    for some in (slice(None, None, COARSE), slice(None)):
-        theta = minimize(
-            loss,
-            theta,
-            args=(z[some], y[some], augmented[some], variance[some], log_batch[some]),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": ITERATIONS, "ftol": _ENOUGH},
-        ).x
-    lengths, amplitudes, noises, fall = split(theta)
-    return Learned(lengths, amplitudes, float(noises[0]), float(noises[1]) if parts == 2 else 0.0, fall)
+        return value, gradient + far / self.scales
 
 
 def average(learned: Sequence[Learned]) -> Learned:

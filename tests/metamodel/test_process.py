@@ -12,7 +12,7 @@ import pytest
 import scipy.optimize
 from scipy.special import gamma, kv
 
-from cape.metamodel.process import Learned, average, learn, matern
+from cape.metamodel.process import Learned, Trials, average, learn, matern
 
 
 def test_the_kernel_is_materns_of_five_halves() -> None:
@@ -37,13 +37,8 @@ def test_the_gradient_is_exact(augmented: float, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(scipy.optimize, "minimize", spy)
     z = rng.normal(size=(30, 3))
-    learn(
-        z,
-        np.sin(z[:, 0]) + 0.1 * rng.normal(size=30),
-        rng.random(30) < augmented,
-        0.1 * rng.random(30),
-        rng.normal(size=30),
-    )
+    y, some = np.sin(z[:, 0]) + 0.1 * rng.normal(size=30), rng.random(30) < augmented
+    learn(Trials(z, y, some, 0.1 * rng.random(30), rng.normal(size=30)))
     theta = seen["start"] + 0.3 * rng.normal(size=len(seen["start"]))
     step = 1e-5 * np.eye(len(theta))
     slopes = [(seen["loss"](theta + e)[0] - seen["loss"](theta - e)[0]) / 2e-5 for e in step]
@@ -54,7 +49,7 @@ def test_it_learns_what_matters_and_the_noise() -> None:
     rng = np.random.default_rng(1)
     z = rng.normal(size=(300, 3))
     y = np.sin(2.0 * z[:, 0]) + 0.1 * rng.normal(size=300)
-    learned = learn(z, y, np.zeros(300, dtype=bool), np.zeros(300), np.zeros(300))
+    learned = learn(Trials(z, y, np.zeros(300, dtype=bool), np.zeros(300), np.zeros(300)))
     lengths = learned.lengths[0]
     assert lengths[0] < 2.0 and min(lengths[1:]) > 5.0 * lengths[0]
     assert learned.noise == pytest.approx(0.1, rel=0.2)
@@ -62,7 +57,7 @@ def test_it_learns_what_matters_and_the_noise() -> None:
 
 
 def test_trials_of_a_single_configuration_leave_the_lengths_as_they_were() -> None:
-    learned = learn(np.zeros((10, 2)), np.zeros(10), np.zeros(10, dtype=bool), *np.zeros((2, 10)))
+    learned = learn(Trials(np.zeros((10, 2)), np.zeros(10), np.zeros(10, dtype=bool), *np.zeros((2, 10))))
     np.testing.assert_allclose(learned.lengths, 2.0, rtol=1e-6)  # √(2k)
 
 
@@ -70,8 +65,8 @@ def test_what_is_known_of_an_error_is_not_learned_as_noise() -> None:
     rng = np.random.default_rng(2)
     z, plain = rng.normal(size=(300, 2)), np.zeros(300, dtype=bool)
     y = np.sin(2.0 * z[:, 0]) + 0.5 * rng.normal(size=300)
-    assert learn(z, y, plain, *np.zeros((2, 300))).noise == pytest.approx(0.5, rel=0.2)
-    assert learn(z, y, plain, np.full(300, 0.25), np.zeros(300)).noise < 0.15
+    assert learn(Trials(z, y, plain, *np.zeros((2, 300)))).noise == pytest.approx(0.5, rel=0.2)
+    assert learn(Trials(z, y, plain, np.full(300, 0.25), np.zeros(300))).noise < 0.15
 
 
 @pytest.mark.parametrize("fall", [0.0, 0.5])
@@ -79,7 +74,7 @@ def test_it_learns_how_the_noise_falls_as_the_batch_grows(fall: float) -> None:
     rng = np.random.default_rng(3)
     z, log_batch = rng.normal(size=(400, 2)), rng.choice(np.log([0.5, 1.0, 2.0]), size=400)
     y = np.sin(2.0 * z[:, 0]) + 0.2 * np.exp(-fall * log_batch) * rng.normal(size=400)
-    learned = learn(z, y, np.zeros(400, dtype=bool), np.zeros(400), log_batch)
+    learned = learn(Trials(z, y, np.zeros(400, dtype=bool), np.zeros(400), log_batch))
     assert learned.fall == pytest.approx(fall, abs=0.1)
     assert learned.noise == pytest.approx(0.2, rel=0.15)
 
@@ -96,11 +91,12 @@ def test_what_several_draws_say_is_their_geometric_mean() -> None:
 def test_one_thread_holds_for_libraries_that_were_not_loaded_yet() -> None:
     """A process's first fit must round as its second: scipy brings a pool of its own."""
     code = """
-from cape.metamodel.process import one_thread, learn
+from cape.metamodel.process import Trials, learn, one_thread
 import numpy as np
 from threadpoolctl import threadpool_info
 with one_thread():
-    learn(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30.0) % 3, np.zeros(30, bool), *np.zeros((2, 30)))
+    z = np.random.default_rng(0).normal(size=(30, 2))
+    learn(Trials(z, np.arange(30.0) % 3, np.zeros(30, bool), *np.zeros((2, 30))))
     pools = [p for p in threadpool_info() if p["user_api"] == "blas"]
 print(len(pools), *{p["num_threads"] for p in pools}, max(p["num_threads"] for p in threadpool_info()))
 """
