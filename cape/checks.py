@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cape.errors import CapeError, ModelError, first_line
 from cape.memory import device_failed
-from cape.state import Inputs, overlaps, samples_of, tensors_of
+from cape.samples import Samples
+from cape.state import Inputs, overlaps, tensors_of
 
 
 def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
@@ -23,16 +24,19 @@ def check_batch(batch: Any) -> tuple[Inputs, Tensor, int]:
         raise ModelError("The targets of a batch must be a tensor whose first dimension is the batch.")
     if y.shape[0] == 0:
         raise ModelError("The batch is empty; at least one sample is needed.")
-    if not samples_of(x, len(y)):
-        raise ModelError(f"No input is a tensor of {y.shape[0]} samples, as the targets are.")
+    if not Samples.of(x, len(y)).tensors():
+        raise ModelError(
+            f"No input is a tensor of {y.shape[0]} samples, as the targets are; inputs and targets have the batch as"
+            " their first dimension."
+        )
     if any(t.is_meta for t in (*tensors_of(x), y)):
         raise ModelError("The batch is on the device 'meta' and holds no numbers; put it where the model is.")
     return x, y, int(y.shape[0])
 
 
-def check_dense(x: Inputs, batch_size: int) -> None:
+def check_dense(samples: Samples) -> None:
     """Raise ``ModelError`` where samples lie in a tensor that cannot be cut into them."""
-    if any(t.layout is not torch.strided for t in samples_of(x, batch_size)):
+    if any(t.layout is not torch.strided for t in samples.tensors()):
         raise ModelError(
             "The samples of an input lie in a sparse or a nested tensor, which the probe cannot look into; give a dense"
             " one (`.to_dense()`, or padded)."

@@ -357,16 +357,6 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
-def samples_of(x: Inputs, batch_size: int) -> list[Tensor]:
-    """Return every tensor of the inputs whose first dimension is the batch, in order."""
-    return [t for t in tensors_of(x) if t.dim() and len(t) == batch_size]
-
-
 def ordinary_tensor(t: Tensor) -> Tensor:
     """Return a tensor of no graph that a graph may hold: of one made in inference mode, which must be off, a copy."""
     return t.clone() if t.is_inference() else t.detach()
-
-
-def slice_inputs(x: Inputs, index: slice | Tensor, batch_size: int) -> Inputs:
-    """Return the samples ``index`` of the inputs: every tensor whose first dimension is the batch is cut."""
-    return map_tensors(lambda t: t[index] if t.dim() and len(t) == batch_size else t, x)

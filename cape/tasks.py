@@ -154,19 +154,28 @@ class Loss:
             rows = [self._of(outputs[i : i + 1], targets[i : i + 1]) for i in range(outputs.shape[0])]
             return torch.stack(rows)
 
-    def _check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
+    def check_alone(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
         """Raise ``ModelError`` where some sample's loss is another in a batch of one.
 
-        torch's own losses are known not to do that. A scalar's samples were computed alone already: it must lie among
-        them, as a mean does, however weighted, or be their sum.
+        torch's own losses are known not to do that, and what a loss that draws random numbers does is not. A scalar's
+        samples were computed alone already: it must lie among them, as a mean does, however weighted, or be their sum,
+        and pull at each sample's outputs as that sample alone does.
+
+        Args:
+            outputs: [B, ...], without a graph. losses: of each sample alone, [B].
         """
-        if type(self._function).__module__ == "torch.nn.modules.loss":
+        if self.is_named or type(self._function).__module__ == "torch.nn.modules.loss":
             return
+        devices = [outputs.device.index] if outputs.is_cuda else []
+        before = draws_of(devices)
         whole = self._of(outputs, targets)
+        if before != draws_of(devices):
+            return
         if whole.dim() == 0:
             off = torch.finfo(losses.dtype).eps ** 0.4 * losses.abs().amax()
             among = losses.amin() - off <= whole <= losses.amax() + off
-            if not (among or torch.isclose(whole, losses.sum(), rtol=1e-3)):
+            mean = among or torch.isclose(whole, losses.sum(), rtol=1e-3)
+            if not mean or not self._pulls_alike(outputs, targets):
                 raise ModelError(
                     f"The loss '{self.name}' of the batch is no mean and no sum of its samples' losses alone, so that"
                     " no sample has a loss of its own; return each sample's loss, or their mean."
@@ -192,6 +201,18 @@ class Loss:
                 f"The loss '{self.name}' gives a sample another number in a batch than alone, so that it has no"
                 " loss of its own; return each sample's loss, unweighted by the others, or their mean."
             )
+
+    def _pulls_alike(self, outputs: Tensor, targets: Tensor) -> bool:
+        """Whether a scalar pulls at each sample's outputs in the direction in which that sample's loss alone does."""
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            (whole,) = torch.autograd.grad(self._of(leaf, targets), leaf)
+            (alone,) = torch.autograd.grad(self.per_sample(leaf, targets).sum(), leaf)
+        whole, alone = (g.reshape(len(g), -1) for g in (whole, alone))
+        share = (whole * alone.conj()).sum(1) / alone.abs().square().sum(1).clamp(min=torch.finfo(alone.dtype).tiny)
+        rest = whole - share[:, None] * alone
+        limit = torch.finfo(outputs.dtype).eps ** 0.4 * whole.abs().amax()
+        return bool((rest.abs() <= limit).all())
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the scalar that training minimizes: the callable's own mean, or the mean over samples."""
@@ -237,11 +258,8 @@ class Loss:
             losses = -(logs.gather(1, index) * valid).squeeze(1)
             return losses, (logs.exp() - of_logit) * valid, of_logit
         leaf = outputs.detach().requires_grad_()
-        devices = [outputs.device.index] if outputs.is_cuda else []
-        before = () if self.is_named else draws_of(devices)
         losses = self.per_sample(leaf, targets)
-        if not self.is_named and before == draws_of(devices):
-            self._check_alone(leaf.detach(), targets, losses.detach())
+        self.check_alone(leaf.detach(), targets, losses.detach())
         (of_loss,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
         (of_logit,) = torch.autograd.grad(self.target_logit(leaf, targets).sum(), leaf)
         return losses, of_loss, of_logit

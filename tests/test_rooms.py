@@ -20,6 +20,7 @@ ROOMS = (
         "held",
         "surroundings",
         "state",
+        "samples",
         "checks",
         "native",
         "randoms",

@@ -95,11 +95,12 @@ def true_logit_gram(model: nn.Module, batch: Any, loss: LossLike = "cross_entrop
     import torch
 
     from cape.checks import check_batch, trainable
-    from cape.state import call, preserved, slice_inputs
+    from cape.samples import Samples
+    from cape.state import call, preserved
     from cape.tasks import Loss
 
     inputs, targets, size = check_batch(batch)
-    criterion = Loss(loss)
+    criterion, samples = Loss(loss), Samples.of(inputs, size)
     with preserved(model), torch.enable_grad():
         model.eval()
         parameters = list(trainable(model).values())
@@ -114,7 +115,7 @@ def true_logit_gram(model: nn.Module, batch: Any, loss: LossLike = "cross_entrop
         rows = []
         for i in range(size):
             # Two copies of a sample: see probing/reference.py. A pass over the whole batch would cost B times as much.
-            pair = call(model, slice_inputs(inputs, torch.tensor([i, i]), size))[:1]
+            pair = call(model, samples.take(torch.tensor([i, i])).inputs)[:1]
             one = criterion.target_logit(pair, targets[i : i + 1])[0]
             grads = torch.autograd.grad(one, parameters, allow_unused=True)
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]

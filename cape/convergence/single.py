@@ -31,7 +31,7 @@ from cape.state import (
     ordinary_tensor,
     preserved,
 )
-from cape.surroundings import fixed_precision, undisturbed
+from cape.surroundings import fixed_precision
 from cape.tasks import DETACHED, Loss, LossLike
 
 WEIGHT_DECAY = 1e-4
@@ -74,7 +74,6 @@ class Trajectory:
         return bool((np.isfinite(self.losses) & (self.losses <= check_epsilon(epsilon) * self.l0)).any())
 
 
-@undisturbed()
 def measure(
     model: nn.Module,
     batch: tuple[Inputs, Tensor],
@@ -147,8 +146,8 @@ def _training(
     parameters = list(trainable(model).values())
     device = parameters[0].device
     with (
+        fixed_precision(precision, device),  # first: no other thread's block changes what is kept
         preserved(criterion.beside(model), seed, parameters=True) as kept,
-        fixed_precision(precision, device),
         torch.inference_mode(False),
         torch.enable_grad(),
         handed_over(side_stream(device)),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cape.memory import device_failed
 from cape.probing.layout import moved, varying
 from cape.probing.scan import Scan, interacting
-from cape.state import Inputs, Kept, call, map_tensors, seed_draws, slice_inputs
+from cape.samples import Samples
+from cape.state import Inputs, Kept, call, map_tensors, seed_draws
 
 
 class Alone:
@@ -38,29 +39,35 @@ class Alone:
         # With a graph: the model may take derivatives of its own.
         return call(self.model, map_tensors(Tensor.clone, x)).detach()
 
-    def _beside(self, x: Inputs, samples: Tensor, size: int) -> Tensor | None:
-        """Return the outputs of these samples as one batch; ``None`` where the model does not run on such a batch."""
+    def _beside(self, samples: Samples, chosen: Tensor) -> Tensor | None:
+        """Return the outputs of some samples as one batch; ``None`` where the model does not run on such a batch."""
         try:
-            out = self._look(slice_inputs(x, samples, size))
+            out = self._look(samples.take(chosen).inputs)
         except Exception as error:  # whatever a model raises on other samples, it has accepted the batch
             if device_failed(error):
                 raise
             return None
-        return out if out.dim() > 0 and len(out) == len(samples) else None
+        return out if out.dim() > 0 and len(out) == len(chosen) else None
 
-    def ends(self, x: Inputs, size: int) -> dict[int, Tensor]:
+    def ends(self, samples: Samples) -> dict[int, Tensor]:
         """Return the outputs of the first and the last sample beside each other; none where two cannot be run."""
-        if size <= 2 or self.seen.outputs is None:
+        if len(samples) <= 2 or self.seen.outputs is None:
             return {}
-        pair = [size - 1, 0]
-        out = self._beside(x, torch.tensor(pair), size)
+        pair = [len(samples) - 1, 0]
+        out = self._beside(samples, torch.tensor(pair))
         if out is None:  # sorted by length, say
             pair.reverse()
-            out = self._beside(x, torch.tensor(pair), size)
+            out = self._beside(samples, torch.tensor(pair))
         return {} if out is None else dict(zip(pair, out, strict=True))
 
     def check(
-        self, x: Inputs, out: Tensor, ends: dict[int, Tensor], places: dict[int, int], suspect: bool, anyone: bool
+        self,
+        samples: Samples,
+        out: Tensor,
+        ends: dict[int, Tensor],
+        places: dict[int, int],
+        suspect: bool,
+        anyone: bool,
     ) -> None:
         """Raise where a sample's output depends on which samples it is in one batch with.
 
@@ -78,6 +85,7 @@ class Alone:
             if suspect or not alike:  # else the same as beside one other sample
                 doubtful.append(place)
         anyone |= size == 2  # then nobody else has been beside each of them
+        x = samples.inputs
         here = self._look(x) if doubtful or anyone else out
         for place in dict.fromkeys(doubtful):
             for other in dict.fromkeys(((place + 1) % size, (place + size // 2) % size, (place - 1) % size)):
@@ -86,20 +94,20 @@ class Alone:
                 others = torch.full((size,), other, device=out.device)  # not another order of the same
                 others[other] = place - 1 if (place - 1) % size != other else (place + 1) % size
                 others[place] = place
-                beside = self._beside(x, others, size)
+                beside = self._beside(samples, others)
                 if beside is None:
                     continue
                 there = beside[place]
                 # The last digit counts, where there is reason to look at it and the device repeats it.
                 faint = suspect and moved(here[place], there, 1.05, among)
                 if faint and torch.equal(here[place], self._look(x)[place]) or moved(here[place], there, 0.7, among):
-                    raise interacting(x, size)
+                    raise interacting(samples)
         every = torch.arange(size, device=out.device)
         # Half of the samples stay; in the others' places are their neighbours, or one of those that stay. The order
         # remains: a model may want its samples sorted by length.
         exchanges = [(every % 2 == 0, every - 1), (every % 2 == 1, (every + 1).clamp(max=size - 1 - size % 2))]
         exchanges += [(every < size // 2, every * 0 + size // 2 - 1), (every >= size // 2, every * 0 + size // 2)]
         for mine, others in exchanges if anyone else ():
-            beside = self._beside(x, torch.where(mine, every, others), size)
+            beside = self._beside(samples, torch.where(mine, every, others))
             if beside is not None and moved(here[mine], beside[mine], 0.7, among):
-                raise interacting(x, size)
+                raise interacting(samples)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from cape.probing import operators
 from cape.probing.operators import is_marked, mark_data, tensors_in, watched_backward, watched_grad, written_by
 from cape.probing.separation import hardness
-from cape.probing.signals import log_ratio
+from cape.probing.signals import as_real, log_ratio
 from cape.probing.uses import wide
 from cape.state import map_tensors
 
@@ -181,9 +181,11 @@ def end_signals(
         l0: mean loss.
         entry, entry_gradient: where the model has an entry, and the loss depends on it.
     """
-    values = by_sample(hidden.detach(), len(targets))
+    hidden = as_real(hidden.detach())
+    hidden_gradient = None if hidden_gradient is None else as_real(hidden_gradient)
+    values = by_sample(hidden, len(targets))
     assert values is not None
-    size = math.sqrt(wide(hidden.detach()).square().sum(dtype=torch.float64).item() / max(1, hidden.numel()))
+    size = math.sqrt(wide(hidden).square().sum(dtype=torch.float64).item() / max(1, hidden.numel()))
     entry_pull, late_share = 0.0, 0.0
     if entry is not None and entry_gradient is not None:
         each = by_sample(entry_gradient, len(targets))

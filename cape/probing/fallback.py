@@ -15,40 +15,41 @@ from cape.errors import ModelError
 from cape.memory import device_failed
 from cape.probing import ops
 from cape.probing.taps import gradients_kept, leaves_behind
-from cape.state import Inputs, call, map_tensors, slice_inputs
+from cape.samples import Samples
+from cape.state import call, map_tensors
 
 
 def fallback_norms(
     model: nn.Module,
-    x: Inputs,
+    samples: Samples,
     cotangents: Sequence[Tensor],
     parameters: Mapping[str, nn.Parameter],
-    batch_size: int,
     rewind: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Return Σ over ``parameters`` of ‖∂⟨v_kb, f(x_b)⟩/∂θ‖² for each cotangent k and sample b, [K, B] float64.
 
     ``rewind`` is called before each forward pass: it puts back what the model's earlier ones changed.
     """
-    if batch_size > 1:
+    count = len(samples)
+    if count > 1:
         rewind()
         try:
-            norms = _vmapped(model, x, cotangents, parameters, batch_size)
+            norms = _vmapped(model, samples, cotangents, parameters)
         except Exception as error:  # no batching rule, control flow on data: the loop says what is wrong, if anything
             if isinstance(error, torch.AcceleratorError):  # full memory is no reason: the loop takes less of it
                 raise
-            return _looped(model, x, cotangents, parameters, range(batch_size), batch_size, rewind)
+            return _looped(model, samples, cotangents, parameters, range(count), rewind)
         # torch.func sees no hooks, and of some batching rules only the first sample is right: the last one must agree.
-        check = _looped(model, x, cotangents, parameters, range(batch_size - 1, batch_size), batch_size, rewind)
+        check = _looped(model, samples, cotangents, parameters, range(count - 1, count), rewind)
         far = (norms[:, -1:] - check).abs() > torch.finfo(cotangents[0].dtype).eps ** 0.4 * check
         if not bool(far.any()):
             return norms
-    return _looped(model, x, cotangents, parameters, range(batch_size), batch_size, rewind)
+    return _looped(model, samples, cotangents, parameters, range(count), rewind)
 
 
 def drawn_norms(
     model: nn.Module,
-    x: Inputs,
+    samples: Samples,
     cotangents: Sequence[Tensor],
     parameters: Mapping[str, nn.Parameter],
     outputs: Tensor,
@@ -63,50 +64,67 @@ def drawn_norms(
     Raises:
         ModelError: the pass gives others.
     """
-    out = call(model, map_tensors(Tensor.clone, x))
-    scale = outputs.abs().amax().nan_to_num(0.0, 0.0, 0.0)
-    if bool(((out.detach() - outputs).abs() > torch.finfo(out.dtype).eps ** 0.7 * scale).any()):
+    norms = norms_together(model, samples, cotangents, parameters, range(len(samples)), outputs)
+    if norms is None:
         raise ModelError(
             "The model draws random numbers in eval mode, others in every pass whatever the seed, so that its gradients"
             " cannot be told; let it draw from torch's global generator."
         )
+    return norms
+
+
+def norms_together(
+    model: nn.Module,
+    samples: Samples,
+    cotangents: Sequence[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    chosen: Sequence[int],
+    outputs: Tensor,
+) -> Tensor | None:
+    """Return the norms of some samples, [K, chosen] float64, in the graph of one pass over all, whatever they share.
+
+    ``None`` where the pass gives other ``outputs`` than these.
+    """
+    out = call(model, map_tensors(Tensor.clone, samples.inputs))
+    scale = outputs.abs().amax().nan_to_num(0.0, 0.0, 0.0)
+    if bool(((out.detach() - outputs).abs() > torch.finfo(out.dtype).eps ** 0.7 * scale).any()):
+        return None
     params = list(parameters.values())
-    result = torch.zeros(len(cotangents), len(out), dtype=torch.float64, device=out.device)
+    result = torch.zeros(len(cotangents), len(chosen), dtype=torch.float64, device=out.device)
     if not out.requires_grad:
         return result
     model.zero_grad(set_to_none=True)
     with gradients_kept(leaves_behind([out])):
         for k, v in enumerate(cotangents):
-            for b in range(len(out)):
-                last = (k, b) == (len(cotangents) - 1, len(out) - 1)
+            for i, b in enumerate(chosen):
+                last = (k, i) == (len(cotangents) - 1, len(chosen) - 1)
                 only = torch.zeros_like(v)
                 only[b] = v[b]
-                result[k, b] = _pulled(model, out, only, params, retain_graph=not last)
+                result[k, i] = _pulled(model, out, only, params, retain_graph=not last)
     return result
 
 
 def _looped(
     model: nn.Module,
-    x: Inputs,
+    samples: Samples,
     cotangents: Sequence[Tensor],
     parameters: Mapping[str, nn.Parameter],
-    samples: range,
-    batch_size: int,
+    chosen: range,
     rewind: Callable[[], None],
 ) -> Tensor:
     params = list(parameters.values())
-    result = torch.zeros(len(cotangents), len(samples), dtype=torch.float64, device=cotangents[0].device)
+    result = torch.zeros(len(cotangents), len(chosen), dtype=torch.float64, device=cotangents[0].device)
     model.zero_grad(set_to_none=True)
-    for i, b in enumerate(samples):
+    for i, b in enumerate(chosen):
         rewind()
         # Two copies: torch's batch-norm backward mis-reads transposed gradients of a batch of one (see reference.py).
         try:
-            out = call(model, slice_inputs(x, torch.tensor([b, b]), batch_size))
+            out = call(model, samples.take(torch.tensor([b, b])).inputs)
         except (RuntimeError, IndexError, ValueError, AssertionError) as error:
-            if device_failed(error) or batch_size <= 2:
+            if device_failed(error) or len(samples) <= 2:
                 raise
             raise ModelError(
-                f"The model runs on {batch_size} samples but not on two ({error}), so that no sample can be looked at"
+                f"The model runs on {len(samples)} samples but not on two ({error}), so that no sample can be looked at"
                 " alone."
             ) from error
         if not out.requires_grad:
@@ -140,20 +158,18 @@ def _square(gradient: Tensor) -> Tensor:
 
 
 def _vmapped(
-    model: nn.Module, x: Inputs, cotangents: Sequence[Tensor], parameters: Mapping[str, nn.Parameter], batch_size: int
+    model: nn.Module, samples: Samples, cotangents: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> Tensor:
     held = {n: p.detach() for n, p in parameters.items()}
     rest = {n: p.detach() for n, p in model.named_parameters() if n not in held}
     buffers = dict(model.named_buffers())
 
-    def batched(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch_size
-
+    x, own = samples.inputs, {id(t) for t in samples.tensors()}
     keyword = isinstance(x, Mapping)
     names = list(x) if isinstance(x, Mapping) else []
     values = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, (tuple, list)) else [x]
+    dims = [0 if id(v) in own else None for v in values]
     values = map_tensors(Tensor.clone, values)  # the model may write into them
-    dims = [0 if batched(v) else None for v in values]
 
     def of_one(vs: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
         one = [v.unsqueeze(0) if d == 0 else v for v, d in zip(inputs, dims, strict=True)]
@@ -171,7 +187,7 @@ def _vmapped(
         return torch.stack(norms), out
 
     chunk = max(1, 4 * ops.MATERIALIZE_ELEMENTS // max(1, sum(p.numel() for p in held.values())))
-    run = torch.func.vmap(of_one, in_dims=(0, *dims), out_dims=(1, 0), chunk_size=min(chunk, batch_size))
+    run = torch.func.vmap(of_one, in_dims=(0, *dims), out_dims=(1, 0), chunk_size=min(chunk, len(samples)))
     norms, out = run(tuple(cotangents), *values)
     if out.requires_grad:
         raise ValueError("the model holds parameters elsewhere, which torch.func does not see")

@@ -18,8 +18,9 @@ from cape.probing.operators import mark_data
 from cape.probing.ops import size_sums, use_backend
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
-from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
+from cape.probing.signals import LayerSignals, as_real, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
+from cape.samples import Samples
 from cape.state import (
     Inputs,
     Untouched,
@@ -27,7 +28,6 @@ from cape.state import (
     eagerly,
     ordinary_tensor,
     preserved,
-    samples_of,
     seed_draws,
 )
 from cape.surroundings import undisturbed
@@ -141,7 +141,8 @@ def probe(
         SpecError: a bad lr, dataset size or backend.
     """
     lr, dataset_size = check_lr(lr), check_count(dataset_size, "dataset_size")
-    check_dense(batch[0], check_batch(batch)[2])
+    x, _, count = check_batch(batch)
+    check_dense(Samples.of(x, count))
     with use_backend(backend), kept_memory(batch[1].device):
         line = first_step(model, batch, Loss(loss), lr)  # first: it says what is wrong with model and batch
         norms = all_norms(model, batch, loss=loss, tau=tau, backend=backend)
@@ -154,7 +155,7 @@ def features_of(
     """Return the features of a model whose norms and first step are known."""
     parameters, count = trainable(model).values(), len(batch[1])
     apart = separation(*batch)
-    inputs = sum(t.numel() // count for t in samples_of(batch[0], count))
+    inputs = sum(t.numel() // count for t in Samples.of(batch[0], count).tensors())
     return Features(
         log_p=math.log(sum(p.numel() for p in parameters)),
         log_g2=_log_mean(norms.g2),
@@ -272,9 +273,9 @@ def first_step(model: nn.Module, batch: tuple[Inputs, Tensor], criterion: Loss, 
         graph = ends.differentiates
         del ends
         moving = [(p.detach(), g) for p, g in zip(params, grads, strict=True) if g is not None]
-        flat = [_real(g).flatten(-2) if g.is_complex() else g for _, g in moving]
-        gradient = gradient_signals([_real(p) for p, _ in moving], flat, lr)
-        directions = [(_real(p), _real(g).sign()) for p, g in moving]
+        flat = [as_real(g).flatten(-2) if g.is_complex() else g for _, g in moving]
+        gradient = gradient_signals([as_real(p) for p, _ in moving], flat, lr)
+        directions = [(as_real(p), as_real(g).sign()) for p, g in moving]
         del grads, moving, flat
         after, moved, done = [], [], 0
         with torch.set_grad_enabled(graph):
@@ -318,11 +319,6 @@ def step_of(
     own = own_decrease(leaf, residual, moved[-1], l0)
     size = leaf.numel() // len(leaf)
     return FirstStep(l0, *gradient[:2], output_spread(leaf), gradient[2], ends, tuple(after), spreads, own, size, noise)
-
-
-def _real(t: Tensor) -> Tensor:
-    """Return a view of complex numbers as AdamW sees them: each as two real ones."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _log(value: float) -> float:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from cape.probing import operators
 from cape.probing.cotangents import physical
 from cape.probing.layout import Glimpse, Layout, Sighting, Verdict, digits, first_rows, same_rows
-from cape.probing.meeting import may_meet, turn
+from cape.probing.meeting import may_meet, meets, turn
 from cape.probing.operators import core_of_copies, is_marked, mark_data, opened, tensors_in, written_by
 from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
 from cape.probing.uses import Use
@@ -169,6 +169,7 @@ class Interceptor(TorchFunctionMode):
             or (func in operators.INDEXING and any(map(self._may_permute, tensors_in(args[1:]))))
         ):
             self.steered = True
+        self.met = self.met or (data and meets(func, args, kwargs))
         if not any(map(self.of_parameters, found)):
             pulled = PULLED.get(func) if data and self.direct else None
             result = NotImplemented

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cape.state import Inputs, map_tensors, tensors_of
+from cape.samples import Samples
+from cape.state import tensors_of
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,23 @@ def middle_samples(batch_size: int) -> tuple[int, int]:
     return (0, batch_size - 1) if batch_size < 3 else (batch_size // 3, 2 * batch_size // 3)
 
 
-def two_samples(x: Inputs, batch_size: int, kinds: str = "fib") -> tuple[Inputs, Inputs] | None:
+def two_samples(samples: Samples, kinds: str = "fib") -> tuple[Samples, Samples] | None:
     """Return a batch of two samples and the same batch with the first sample changed (``None``: nothing could change).
 
     Floating-point inputs become another sample plus noise; integers move within the range that the batch uses, so
     that token ids, lengths and masks stay valid; booleans become the other sample's.
 
     Args:
-        x: the inputs of the whole batch.
-        batch_size: number of samples in it.
+        samples: the whole batch.
         kinds: which inputs may change: ``f``loats, ``i``ntegers, ``b``ooleans.
     """
     changed_any = False
     generator = torch.Generator().manual_seed(0)
-    first, last = middle_samples(batch_size)
-    others = any(t.dtype != torch.bool for t in tensors_of(x))
+    first, last = middle_samples(len(samples))
+    others = any(t.dtype != torch.bool for t in tensors_of(samples.inputs))
 
     def change(value: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal changed_any
-        if value.dim() == 0 or value.shape[0] != batch_size:
-            return value, value
         base = value.detach()[first : last + 1 : last - first].clone()
         other = base.clone()
         if value.is_floating_point() or value.is_complex():
@@ -112,11 +110,12 @@ def two_samples(x: Inputs, batch_size: int, kinds: str = "fib") -> tuple[Inputs,
             changed_any = True
         return base, other
 
-    pairs = [change(t) for t in tensors_of(x)]
+    pairs = [change(t) for t in samples.tensors()]
     if not changed_any:
         return None
     bases, turned = iter([p[0] for p in pairs]), iter([p[1] for p in pairs])
-    return map_tensors(lambda t: next(bases), x), map_tensors(lambda t: next(turned), x)
+    base, other = samples.map(lambda t: next(bases)), samples.map(lambda t: next(turned))
+    return Samples(base, 2, samples.own), Samples(other, 2, samples.own)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -225,7 +224,8 @@ def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     for a, b in zip(first, second, strict=True):
         layout = observe(a.data, b.data)
         rows = None if layout is None else first_rows(a.data, layout, (0, 1))
-        verdicts.append(Verdict(a.key, layout, rows, layout is None and not torch.equal(a.data, b.data)))
+        puzzling = layout is None and not a.data.is_nested and not torch.equal(a.data, b.data)
+        verdicts.append(Verdict(a.key, layout, rows, puzzling))
     return verdicts
 
 

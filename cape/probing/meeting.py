@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cape.probing.operators import is_marked, tensors_in
@@ -41,6 +42,11 @@ _TRANSPOSING = _functions(
 ) | {getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH")}  # fmt: skip
 _PRODUCTS = _functions("matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__")
 _ADDED = _functions("addmm", "baddbmm", "addbmm", "addmv")
+
+
+def meets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether samples do meet in a call, with parameters or without: a batch norm over the batch's own statistics."""
+    return func is F.batch_norm and bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
 def is_turned(t: Tensor) -> bool:

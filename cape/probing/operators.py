@@ -176,8 +176,9 @@ def core_of_copies(
         same = index.dim() > 0 and len(index) == batch_size and bool((index == index[:1]).all())
         return func(index[:1], *args[1:], **kwargs) if same else None
     if func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and args and isinstance(args[0], Tensor):
-        rows = core(args[0])  # a recurrence's first state, the same for every sample
-        if rows is args[0] and rows.dim() > 1 and len(rows) == batch_size and bool((rows == rows[:1]).all()):
+        rows = core(args[0])
+        constant = rows is args[0] and not rows.requires_grad  # a recurrence's first state, the same for every sample
+        if constant and rows.dim() > 1 and len(rows) == batch_size and bool((rows == rows[:1]).all()):
             rows = rows[:1]
         return func(rows, *args[1:], **kwargs) if rows is not args[0] and rows.dim() == args[0].dim() else None
     if not args or not isinstance(args[0], Tensor) or kwargs:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,19 +23,28 @@ from torch import Tensor, nn
 
 from cape.checks import check_batch, check_dense, running, trainable
 from cape.errors import ModelError
-from cape.memory import kept_memory
+from cape.memory import device_failed, kept_memory
 from cape.probing import handlers, ops, products, pulled, raw, recurrent
 from cape.probing.alone import Alone
 from cape.probing.assemble import group_norms, plan, written_since
 from cape.probing.chain import chain_norms, chain_of
 from cape.probing.cotangents import hidden
-from cape.probing.fallback import drawn_norms, fallback_norms
+from cape.probing.fallback import drawn_norms, fallback_norms, norms_together
 from cape.probing.intercept import Interceptor, Recorded
 from cape.probing.layout import middle_samples
 from cape.probing.operators import watched_backward, watched_grad
-from cape.probing.scan import INTERACTING_BACKWARD, Scan, automatic_chunk, pieces_of, scan
+from cape.probing.scan import (
+    INTERACTING_BACKWARD,
+    InteractingError,
+    Scan,
+    automatic_chunk,
+    interacting,
+    pieces_of,
+    scan,
+)
 from cape.probing.taps import gradients_kept, has_own_backward, leaves_behind, takes_turns
 from cape.probing.wanted import Norms, Wanted
+from cape.samples import Samples
 from cape.state import (
     Inputs,
     Kept,
@@ -44,7 +54,6 @@ from cape.state import (
     map_tensors,
     ordinary_tensor,
     preserved,
-    slice_inputs,
 )
 from cape.surroundings import undisturbed
 from cape.tasks import Loss, LossLike
@@ -108,12 +117,8 @@ def all_norms(
     wanted = Wanted(Loss(loss), tau, probes, tuple(params.values()))
     with torch.inference_mode(False):  # a caller's inference mode, or its tensors, could not be differentiated
         x, y, batch_size = check_batch(map_tensors(lambda t: ordinary_tensor(t).detach(), batch))
-    check_dense(x, batch_size)
-    if batch_size == 1:  # run two copies: see reference.py for what torch does to a batch of one
-        pair = torch.tensor([0, 0], device=y.device)
-        twice = (slice_inputs(x, pair, 1), y[pair])
-        norms = all_norms(model, twice, loss=loss, tau=tau, probes=probes, backend=backend)
-        return norms.first(1)
+    samples = Samples.of(x, batch_size)
+    check_dense(samples)
     chain = chain_of(model, x)
     if chain is not None and isinstance(x, Tensor):
         criterion = wanted.criterion
@@ -129,25 +134,64 @@ def all_norms(
         eagerly(),
         kept_memory(y.device),
     ):
-        look = partial(scan, model, x, batch_size, list(params.values()), kept)
-
-        def run(seen: Scan) -> list[Norms]:
-            engine = _Engine(model, params, seen, kept)
-            step = micro_batch or automatic_chunk(seen.verdicts, y.device, batch_size)
-            parts = []
-            for piece in pieces_of(batch_size, step):
-                inside = [s if piece.start <= s < piece.stop else None for s in middle_samples(batch_size)]
-                places = {k: s - piece.start for k, s in enumerate(inside) if s is not None}
-                of_piece = wanted.of_piece(piece, batch_size)
-                parts.append(engine.run(slice_inputs(x, piece, batch_size), y[piece], of_piece, places))
-            return parts
-
+        if batch_size > 1:
+            return _followed(model, params, samples, y, wanted, kept, micro_batch)
+        pair = torch.tensor([0, 0], device=y.device)  # see reference.py for what torch does to a batch of one
         try:
-            parts = run(look(once=True))
-        except _UnsettledError as error:
-            _log.debug("one scan was not enough: %s", error)
-            parts = run(look())
-    return Norms.joined(parts)
+            return _followed(model, params, samples.take(pair), y[pair], replace(wanted, copies=True), kept).first(1)
+        except Exception as error:
+            if isinstance(error, InteractingError) or device_failed(error):
+                raise
+            _log.debug("two copies of the one sample cannot be run: %s", error)
+            return _of_one(model, params, samples, y, wanted, kept)
+
+
+def _followed(
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    samples: Samples,
+    y: Tensor,
+    wanted: Wanted,
+    kept: Kept,
+    micro_batch: int | None = None,
+) -> Norms:
+    """Return the norms of two samples or more, every use of a parameter followed."""
+    count = len(samples)
+    look = partial(scan, model, samples, list(params.values()), kept)
+
+    def run(seen: Scan) -> Norms:
+        engine = _Engine(model, params, seen, kept)
+        step = micro_batch or automatic_chunk(seen.verdicts, y.device, count)
+        parts = []
+        for piece in pieces_of(count, step):
+            inside = [s if piece.start <= s < piece.stop else None for s in middle_samples(count)]
+            places = {k: s - piece.start for k, s in enumerate(inside) if s is not None}
+            parts.append(engine.run(samples.take(piece), y[piece], wanted.of_piece(piece, count), places))
+        norms = Norms.joined(parts)
+        if len(parts) > 1:  # each has seen what couples the samples of one piece
+            wanted.criterion.check_alone(torch.cat(engine.outputs), y, norms.losses)
+        return norms
+
+    try:
+        return run(look(once=True))
+    except _UnsettledError as error:
+        _log.debug("one scan was not enough: %s", error)
+        return run(look())
+
+
+def _of_one(
+    model: nn.Module, params: dict[str, nn.Parameter], samples: Samples, y: Tensor, wanted: Wanted, kept: Kept
+) -> Norms:
+    """Return the norms of the one sample of a batch, of a model that takes no more: by ordinary backward passes."""
+    alone = Alone(model, kept, Scan(None, None))
+    alone.begin()
+    out = call(model, map_tensors(Tensor.clone, samples.inputs))
+    losses, portions = wanted.cotangents(out, y)
+    rows = []
+    for v in portions:
+        alone.begin()
+        rows.append(drawn_norms(model, samples, list(v), params, out.detach()))
+    return wanted.norms(losses, torch.cat(rows), tuple(params))
 
 
 def _pull_together(mode: Interceptor, out: Tensor, v: Tensor, retain_graph: bool) -> None:
@@ -184,35 +228,37 @@ class _Engine:
         self.names = {id(p): n for n, p in params.items()}
         self.verdicts = seen.verdicts or []
         self.together = True
+        self.outputs: list[Tensor] = []  # of the pieces, in order
 
-    def run(self, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
+    def run(self, samples: Samples, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
         """Return the norms of a piece of the batch; ``places`` says where the scan's two samples are in it."""
         if self.together:
             try:
-                return self._run(x, y, wanted, places)
+                return self._run(samples, y, wanted, places)
             except (ModelError, _UnsettledError):
                 raise
             except (RuntimeError, ValueError, TypeError) as error:  # no batching rule, or a derivative of a derivative
                 _log.debug("no backward pass with all cotangents at once (%s); they take turns", error)
                 self.together = False
-        return self._run(x, y, wanted, places)
+        return self._run(samples, y, wanted, places)
 
-    def _run(self, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
+    def _run(self, samples: Samples, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
         size = int(y.shape[0])
         mode = Interceptor(list(self.params.values()), size, self.verdicts, self.kept.before_write, places)
         mode.direct = self.together
         try:
-            return self._norms_of(mode, x, y, wanted, places)
+            return self._norms_of(mode, samples, y, wanted, places)
         finally:
             mode.release()
 
-    def _norms_of(self, mode: Interceptor, x: Inputs, y: Tensor, wanted: Wanted, places: dict[int, int]) -> Norms:
-        size = len(y)
-        ends = self.alone.ends(x, size)  # first: the model may write into what the recorded pass has kept
+    def _norms_of(
+        self, mode: Interceptor, samples: Samples, y: Tensor, wanted: Wanted, places: dict[int, int]
+    ) -> Norms:
+        ends = self.alone.ends(samples)  # first: the model may write into what the recorded pass has kept
         self.alone.begin()
         before = self.kept.draws()
         with mode:
-            out = call(self.model, mode.inputs(x))
+            out = call(self.model, mode.inputs(samples.inputs))
         drew = before != self.kept.draws()
         moving = mode.out_of_order()
         if self.seen.once and (moving or mode.mismatch or mode.unsettled or not self._same_outputs(out)):
@@ -221,17 +267,31 @@ class _Engine:
         # Where data orders the samples, a sample's place in a product changes, and with it the last digit.
         puzzling = not mode.steered and (moving or any(v.puzzling for v in self.verdicts))
         mode.mismatch = mode.mismatch or moving
-        total, leaked = self._backward(mode, out, cotangents, size)
+        total, leaked = self._backward(mode, out, cotangents, len(samples))
         # Last: further passes may write into buffers that the recorded one has kept.
-        self.alone.check(x, out.detach(), ends, places, puzzling, mode.met or mode.steered)
+        together = mode.met or mode.steered
+        self.alone.check(samples, out.detach(), ends, places, puzzling, together)
         missing = {n: p for n, p in self.params.items() if id(p) in leaked}
         if missing and drew:  # another pass would draw other numbers for a sample: these are of this very one
             self.alone.begin()
-            total += torch.cat([drawn_norms(self.model, x, list(v), missing, out.detach()) for v in cotangents])
+            total += torch.cat([drawn_norms(self.model, samples, list(v), missing, out.detach()) for v in cotangents])
         elif missing:
             rewind = self.kept.rewind
-            total += torch.cat([fallback_norms(self.model, x, list(v), missing, size, rewind) for v in cotangents])
+            total += torch.cat([fallback_norms(self.model, samples, list(v), missing, rewind) for v in cotangents])
+        if together and not drew and not self._same_together(samples, cotangents[0], total, out.detach()):
+            raise interacting(samples)
+        self.outputs.append(out.detach())
         return wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
+
+    def _same_together(self, samples: Samples, cotangents: Tensor, total: Tensor, out: Tensor) -> bool:
+        """Whether a sample's gradient through the whole batch is its own: a gate of zero hides others from outputs."""
+        middle = len(samples) // 2
+        self.alone.begin()
+        whole = norms_together(self.model, samples, list(cotangents), self.params, [middle], out)
+        if whole is None:
+            return True
+        own, limit = total[: len(cotangents), middle], torch.finfo(out.dtype).eps ** 0.4
+        return bool(((whole[:, 0] - own).abs() <= limit * torch.maximum(whole[:, 0], own)).all())
 
     def _same_outputs(self, out: Any) -> bool:
         """Whether the model gives each sample the outputs that it gave each of two."""

@@ -165,7 +165,8 @@ def _contract(mode: Interceptor, x: Tensor, w: Tensor, letters: tuple[str, str, 
     if any(len(set(s)) != len(s) for s in letters) or len(xs) != x.dim() or len(ws) != w.dim():
         return NotImplemented
     with mode:  # reduce W, in watched steps, to one that meets every number of x once
-        w = mode.core(w)
+        once = mode.core(w)
+        w = once.expand([m if c in xs else n for c, m, n in zip(ws, once.shape, w.shape, strict=True)])
         if summed := [i for i, c in enumerate(ws) if c not in xs + ys]:
             w, ws = w.sum(summed), "".join(c for c in ws if c in xs + ys)
         sizes = dict(zip(xs, x.shape, strict=True))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cape.checks import check_batch, trainable
-from cape.state import Inputs, call, map_tensors, slice_inputs, without_fast_path
+from cape.samples import Samples
+from cape.state import Inputs, call, map_tensors, without_fast_path
 from cape.tasks import Loss, LossLike
 
 
@@ -47,10 +48,11 @@ def per_sample_norms_reference(
     criterion = Loss(loss)
     params = list(trainable(clone).values())
     x, y = map_tensors(_to_double, (x, y))
+    samples = Samples.of(x, batch_size)
     g2, traces = [], []
     for b in range(batch_size):
         with without_fast_path():
-            out = call(clone, slice_inputs(x, torch.tensor([b, b]), batch_size))[:1]
+            out = call(clone, samples.take(torch.tensor([b, b])).inputs)[:1]
         yb = y[b : b + 1]
         g2.append(_sq(criterion.per_sample(out, yb)[0], params))
         if tau == "full":

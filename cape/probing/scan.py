@@ -14,7 +14,8 @@ from cape.errors import ModelError
 from cape.memory import device_failed
 from cape.probing.intercept import Interceptor
 from cape.probing.layout import Verdict, interacts, judge, judge_one, two_samples
-from cape.state import Inputs, Kept, call, samples_of, seed_draws, slice_inputs
+from cape.samples import Samples
+from cape.state import Kept, call, seed_draws
 
 _log = logging.getLogger(__name__)
 
@@ -53,32 +54,30 @@ class Scan:
     once: bool = False
 
 
-def scan(
-    model: nn.Module, x: Inputs, batch_size: int, params: Sequence[nn.Parameter], kept: Kept, *, once: bool = False
-) -> Scan:
+def scan(model: nn.Module, samples: Samples, params: Sequence[nn.Parameter], kept: Kept, *, once: bool = False) -> Scan:
     """Look at two samples of the batch; ``once``: in one pass where that is enough.
 
     Raises:
         ModelError: the samples influence each other.
     """
 
-    def look(inputs: Inputs, rewind: bool = True) -> tuple[Interceptor, Any]:
+    def look(two: Samples, rewind: bool = True) -> tuple[Interceptor, Any]:
         if rewind:
             kept.rewind()
         seed_draws(0, kept.devices)
         mode = Interceptor(params, 2, None, kept.before_write)
         with mode:
-            out = call(model, mode.inputs(inputs))
+            out = call(model, mode.inputs(two.inputs))
         return mode, out.detach() if isinstance(out, Tensor) else out
 
     first = None
     for kinds in ("fib", "f", "i"):  # lengths and masks can decide what happens: then they must stay as they are
-        pair = two_samples(x, batch_size, kinds)
+        pair = two_samples(samples, kinds)
         if pair is None:
             continue
         try:
             first = first or look(pair[0], rewind=not once or kinds != "fib")  # once: nothing has run before
-            if once and batch_size > 2 and not first[0].mismatch and _of_two(first[1]):
+            if once and len(samples) > 2 and not first[0].mismatch and _of_two(first[1]):
                 verdicts = judge_one(first[0].sightings)
                 if verdicts is not None:
                     return Scan(verdicts, first[1], once=True)
@@ -91,10 +90,10 @@ def scan(
             continue
         outputs = [first[1], out]
         if all(_of_two(o) for o in outputs):
-            if batch_size == 2:  # no other sample will tell whether the second one moves the first
-                turned = [look(slice_inputs(p, torch.tensor([1, 0]), 2))[1].flip(0) for p in pair]
-            if interacts(*outputs) or (batch_size == 2 and interacts(*turned)):
-                raise interacting(x, batch_size)
+            if len(samples) == 2:  # no other sample will tell whether the second one moves the first
+                turned = [look(p.take(torch.tensor([1, 0])))[1].flip(0) for p in pair]
+            if interacts(*outputs) or (len(samples) == 2 and interacts(*turned)):
+                raise interacting(samples)
         found = judge(first[0].sightings, changed.sightings)
         if first[0].mismatch or changed.mismatch:  # derivatives inside the model
             return Scan([], first[1])
@@ -103,9 +102,13 @@ def scan(
     return Scan(None, None) if first is None else Scan([], first[1])
 
 
-def interacting(x: Inputs, batch_size: int) -> ModelError:
+class InteractingError(ModelError):
+    """A model's samples influence each other."""
+
+
+def interacting(samples: Samples) -> InteractingError:
     """Return the error of a model whose samples influence each other; several inputs may not all be samples."""
-    return ModelError(INTERACTING + (_SHARED if len(samples_of(x, batch_size)) > 1 else ""))
+    return InteractingError(INTERACTING + (_SHARED if sum(samples.own) > 1 else ""))
 
 
 def _of_two(out: Any) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cape.state import Inputs, samples_of
+from cape.samples import Samples
+from cape.state import Inputs
 
 MOST = 512
 """Samples that are looked at, the first ones: the work grows with their cube."""
@@ -48,7 +49,7 @@ def separation(x: Inputs, y: Tensor) -> Separation:
     A batch of one, or of targets that are all the same, has nothing to tell apart: as of inputs at equal distances.
     """
     count = min(len(y), MOST)
-    apart = torch.stack([_relative(_squares(t[:count])) for t in samples_of(x, len(y))]).mean(0)
+    apart = torch.stack([_relative(_squares(t[:count])) for t in Samples.of(x, len(y)).tensors()]).mean(0)
     differ = _relative(_squares(y[:count]))
     if not differ.any():
         return Separation(0.0, -math.log1p(RIDGE), math.log(_time(np.ones(1), np.ones(1))))

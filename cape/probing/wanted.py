@@ -61,6 +61,7 @@ class Wanted:
         tau: one of ``TAUS``.
         probes: number of sign vectors for ``hutchinson``.
         parameters: that the norms are over. The loss must depend on them by the outputs alone.
+        copies: whether the batch is one sample, two times.
         piece: the samples of a batch of ``size`` that are at hand, all of them where ``None``: the sign vectors are
             drawn for the whole batch, so that they do not depend on how it is cut.
 
@@ -72,6 +73,7 @@ class Wanted:
     tau: str = "true_logit"
     probes: int = 8
     parameters: tuple[Tensor, ...] = ()
+    copies: bool = False
     piece: slice | None = None
     size: int = 0
 
@@ -91,6 +93,9 @@ class Wanted:
         Raises:
             ModelError: outputs and targets cannot belong together, or the loss is not finite.
         """
+        if self.copies and isinstance(out, Tensor) and out.dim() > 0 and len(out) == 2:  # the loss may know one alone
+            losses, portions = replace(self, copies=False, piece=None).cotangents(out[:1], y[:1])
+            return losses.repeat(2), [v.repeat_interleave(2, 1) for v in portions]
         self.criterion.check(out, y)
         leaf = out.detach()
         with torch.enable_grad():

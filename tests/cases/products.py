@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -270,3 +272,44 @@ functional(
     ),
     sequences,
 )  # fmt: skip
+
+# ---- copies of a weight, rows that happen to be the same -------------------------------------------------------------
+
+
+def _copied(name: str, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A product whose outputs are seven times the same, in a model that looks at each of them."""
+    functional(
+        f"copies of a weight in {name}",
+        lambda: {"v": weight(20), "seven": nn.Parameter(torch.randn(7)), "head": _head(7)},
+        lambda m, x: m.head((product(x, m.v) * m.seven).tanh()),
+        vectors,
+    )
+
+
+_copied("einsum", lambda x, v: torch.einsum("bi,oi->bo", x, v.repeat(7, 1)))
+_copied("einsum, summed", lambda x, v: torch.einsum("bi,oi->b", x, v.repeat(7, 1))[:, None].expand(-1, 7))
+_copied("inner", lambda x, v: torch.inner(x, v.expand(7, 20)))
+_copied("bmm", lambda x, v: torch.bmm(x[:, None], v[None, :, None].expand(len(x), 20, 7))[:, 0])
+_copied("tensordot", lambda x, v: torch.tensordot(x, v.repeat(7, 1), ([1], [1])))
+
+for _name, _rows in (
+    ("zeros", lambda m: m.rows),
+    ("an embedding of zeros", lambda m: m.table(torch.arange(5))),
+):
+    functional(
+        f"as many equal rows as samples: {_name}",
+        lambda: {
+            "rows": nn.Parameter(torch.zeros(5, 12)),
+            "table": nn.Embedding.from_pretrained(torch.zeros(5, 12), freeze=False),
+            "body": nn.Linear(12, 12),
+            "head": _head(60),
+        },
+        lambda m, x, rows=_rows: m.head((x[:, :5] + m.body(rows(m))).tanh().flatten(1)),
+        sequences,
+    )
+functional(
+    "as many equal rows as samples: ones",
+    lambda: {"w": weight(3, 12), "head": _head(60)},
+    lambda m, x: m.head((x[:, :5] + x.new_ones(5, 3) @ m.w).tanh().flatten(1)),
+    sequences,
+)

@@ -222,3 +222,25 @@ def test_where_the_batch_is() -> None:
     flat = by_sample(t.reshape(2 * B, 3), B)
     assert flat is not None and flat.shape == (B, 2, 3)
     assert by_sample(torch.zeros(5, 3), B) is None and by_sample(torch.zeros(()), B) is None
+
+
+def test_complex_outputs_say_what_their_real_parts_say() -> None:
+    class Complex(nn.Module):
+        def __init__(self, parts: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight, self.parts = nn.Parameter(torch.randn(5, 4, dtype=torch.complex64)), parts
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = x @ self.weight
+            return torch.view_as_real(out).flatten(1) if self.parts else out
+
+    def square(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().square().sum(1)
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(B, n, dtype=torch.complex64, generator=generator) for n in (5, 4))
+    whole = probe(Complex(False), (x, y), loss=square, lr=1e-3, dataset_size=100)
+    parts = probe(Complex(True), (x, torch.view_as_real(y).flatten(1)), loss=square, lr=1e-3, dataset_size=100)
+    for name in END_FEATURES:
+        assert getattr(whole, name) == pytest.approx(getattr(parts, name), rel=1e-5), name

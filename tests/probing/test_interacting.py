@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cape
 from cape.errors import ModelError
+from cape.probing.reference import per_sample_norms_reference
 
 SIZE = 9
 
@@ -192,7 +193,6 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("value", [0.0, -1e9, torch.finfo(torch.float32).min, -torch.inf])
 def test_large_constants_in_the_outputs_hide_nothing(value: float) -> None:
-    from cape.probing.reference import per_sample_norms_reference
 
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="influence each other"):
@@ -253,7 +253,6 @@ def test_a_module_hook_that_mixes_gradients_is_refused_and_one_that_scales_them_
 
 
 def test_functions_that_keep_samples_apart_are_taken() -> None:
-    from cape.probing.reference import per_sample_norms_reference
 
     torch.manual_seed(0)
     model = Model(_Own.apply).double()
@@ -290,6 +289,69 @@ def test_a_scalar_that_couples_samples_is_refused(power: int) -> None:
         cape.per_sample_norms(
             Model(nn.Identity()), _batch(), loss=lambda o, t: F.cross_entropy(o @ o.T, torch.arange(len(o))) ** power
         )
+
+
+def _dice(o: Tensor, t: Tensor) -> Tensor:
+    hot = F.one_hot(t, o.shape[1])
+    return 1 - (2 * (o.sigmoid() * hot).sum() + 1) / ((o.sigmoid() + hot).sum() + 1)
+
+
+def _neighbours(o: Tensor, t: Tensor) -> Tensor:
+    """InfoNCE: of two samples it is zero, as of one."""
+    z, places = F.normalize(o, dim=1), torch.arange(len(o))
+    return F.cross_entropy(z @ z.T / 0.1 - 1e4 * torch.eye(len(o)), (places + len(o) // 2) % len(o))
+
+
+@pytest.mark.parametrize("pieces", [None, 2, 4])
+@pytest.mark.parametrize("loss", [_dice, _neighbours])
+def test_a_scalar_that_lies_among_the_samples_and_couples_them_is_refused(
+    loss: Callable[[Tensor, Tensor], Tensor], pieces: int | None
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="no mean and no sum"):
+        cape.per_sample_norms(Model(nn.Identity()), _batch(), loss=loss, micro_batch=pieces)
+
+
+class _Gated(nn.Module):
+    """A branch in which samples meet, behind a gate that is closed."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.gate = branch, nn.Parameter(torch.zeros(8))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.gate * self.branch(h)
+
+
+class _Attention(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return (h @ h.T).softmax(1) @ h
+
+
+@pytest.mark.parametrize("size", [2, 5, SIZE])
+@pytest.mark.parametrize(
+    "branch",
+    [
+        nn.BatchNorm1d(8, track_running_stats=False),
+        nn.BatchNorm1d(8, affine=False, track_running_stats=False),
+        _Attention(),
+    ],
+    ids=["batch norm", "batch norm without weights", "attention"],
+)
+def test_samples_that_meet_behind_a_gate_of_zero_are_refused(branch: nn.Module, size: int) -> None:
+    torch.manual_seed(0)
+    x, y = _batch()
+    with pytest.raises(ModelError, match="influence each other"):
+        cape.per_sample_norms(Model(_Gated(branch)), (x[:size], y[:size]))
+
+
+def test_a_gate_of_zero_before_a_branch_of_each_sample_is_taken() -> None:
+    torch.manual_seed(0)
+    model = Model(_Gated(nn.LayerNorm(8))).double()
+    x, y = _batch()
+    batch = (x.double(), y)
+    for a, r in zip(cape.per_sample_norms(model, batch), per_sample_norms_reference(model, batch), strict=True):
+        torch.testing.assert_close(a, r, rtol=1e-10, atol=0.0)
 
 
 @pytest.mark.parametrize(
