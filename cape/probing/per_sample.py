@@ -38,7 +38,6 @@ from cape.probing.scan import (
     InteractingError,
     Scan,
     automatic_chunk,
-    interacting,
     pieces_of,
     scan,
 )
@@ -279,7 +278,7 @@ class _Engine:
             rewind = self.kept.rewind
             total += torch.cat([fallback_norms(self.model, samples, list(v), missing, rewind) for v in cotangents])
         if together and not drew and not self._same_together(samples, cotangents[0], total, out.detach()):
-            raise interacting(samples)
+            raise InteractingError(INTERACTING_BACKWARD)
         self.outputs.append(out.detach())
         return wanted.norms(losses, total, tuple(self.names[p] for p in leaked))
 
@@ -328,7 +327,7 @@ class _Engine:
             if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
                 return total, everything
             if (mode.hooked or has_own_backward(out)) and not self._stays_alone(mode, out, cotangents[0][0]):
-                raise ModelError(INTERACTING_BACKWARD)
+                raise InteractingError(INTERACTING_BACKWARD)
             mode.on_gradient = consume
             # With no leaf but the anchor, it reaches every use; other leaves would gather gradients of their own.
             together = self.together and all(leaf is mode.anchor for leaf in leaves) and not takes_turns(out)

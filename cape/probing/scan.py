@@ -30,8 +30,9 @@ _SHARED = (
 )
 INTERACTING_BACKWARD = (
     "The model's samples influence each other in its backward pass (one sample's gradient depends on another's), so"
-    " there is no per-sample gradient; a hook or a custom function that normalizes gradients over the batch does this:"
-    " take it out, or normalize each sample's alone."
+    " there is no per-sample gradient; a hook or a custom function that normalizes gradients over the batch does this,"
+    " or a normalization over the batch behind a gate that starts at zero: take it out, or normalize each sample"
+    " alone."
 )
 _WEIGHT_KINDS = ("convolution", "grouped convolution", "linear", "product", "contract")
 _CONVOLUTION_CHUNK = 16  # samples of a network of dense convolutions

@@ -80,6 +80,7 @@ MEETING: dict[str, Callable[[Tensor], Tensor]] = {
     "a number of the batch clips some": lambda h: h.clamp(max=torch.quantile(h.detach(), 0.9)),
 }
 MEETING_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "arithmetic that a detached value undoes": lambda h: h - h.mean(0) + h.mean(0).detach(),
     "a custom function": _Normalized.apply,
     "a hook": _hooked,
 }

@@ -197,6 +197,8 @@ def test_the_corpus_is_a_set_of_plans() -> None:
         "fresh": 1512,
         "held_out": 342,
         "language": 120,
+        "language_cells": 96,
+        "language_encoders": 120,
         "language_fresh": 36,
         "ordinary": 3456,
         "ordinary_augmented": 360,
