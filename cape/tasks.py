@@ -166,6 +166,8 @@ class Loss:
         """
         if self.is_named or type(self._function).__module__ == "torch.nn.modules.loss":
             return
+        if not bool(losses.isfinite().all()):
+            return  # which is said elsewhere
         devices = [outputs.device.index] if outputs.is_cuda else []
         before = draws_of(devices)
         whole = self._of(outputs, targets)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from cape.probing import operators
 from cape.probing.cotangents import physical
-from cape.probing.layout import Glimpse, Layout, Sighting, Verdict, digits, first_rows, same_rows
+from cape.probing.layout import Glimpse, Layout, Sighting, Verdict, digits, rows_at_ends, same_rows
 from cape.probing.meeting import may_meet, meets, turn
 from cape.probing.operators import core_of_copies, is_marked, mark_data, opened, tensors_in, written_by
 from cape.probing.taps import Back, Expand, GradSink, Tap, Watched, ignore, parameters_behind
@@ -280,6 +280,7 @@ class Interceptor(TorchFunctionMode):
         live = [w for w in weights if self.of_parameters(w)]
         state, layout = self.verdict(kind, data, live)
         use = make(layout) if state == "record" and layout is not None else None
+        self.met = self.met or (state == "record" and use is None)  # it may go along the batch
         if state == "live" or (state == "record" and use is None):
             self.undo(kind, data, live)
             return run(*weights)
@@ -317,15 +318,16 @@ class Interceptor(TorchFunctionMode):
         if self.mismatch:
             return "live", None
         _, layout, rows, _ = self.verdicts[index]
-        if layout is None or rows is None or not layout.fits(data, self.batch_size):
+        if layout is None or not layout.fits(data, self.batch_size):
             self.unsettled = True
             return "live", None
         self._decisions[key] = self._decisions.get(key, True) or None
         self.recorded.update(*map(self._behind, live))
         with torch._C.DisableTorchFunction():
             if self.places:
-                now = first_rows(data, layout, list(self.places.values()))
-                self._compared.append((now, rows.of(list(self.places)), digits(data.dtype)))
+                now = rows_at_ends(data, layout, list(self.places.values()))
+                then = [seen.of(list(self.places)) for seen in rows]
+                self._compared += [(*pair, digits(data.dtype)) for pair in zip(now, then, strict=True)]
         return "record", layout
 
     def undo(self, kind: str, data: Tensor, live: Sequence[Tensor | None]) -> None:

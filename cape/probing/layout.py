@@ -206,13 +206,14 @@ class Verdict(NamedTuple):
     Attributes:
         key: which call it is.
         layout: of the data (``None``: leave the parameter attached).
-        rows: what is seen of the two samples' rows of the data.
+        rows: what is seen of the two samples' rows of the data: of their first ones and, where each has several, of
+            their last ones.
         puzzling: the data changed, but not as the rows of one sample: samples may have met.
     """
 
     key: tuple[Any, ...]
     layout: Layout | None
-    rows: Glimpse | None
+    rows: list[Glimpse]
     puzzling: bool
 
 
@@ -223,7 +224,7 @@ def judge(first: list[Sighting], second: list[Sighting]) -> list[Verdict]:
     verdicts = []
     for a, b in zip(first, second, strict=True):
         layout = observe(a.data, b.data)
-        rows = None if layout is None else first_rows(a.data, layout, (0, 1))
+        rows = [] if layout is None else rows_at_ends(a.data, layout, (0, 1))
         puzzling = layout is None and not a.data.is_nested and not torch.equal(a.data, b.data)
         verdicts.append(Verdict(a.key, layout, rows, puzzling))
     return verdicts
@@ -239,13 +240,13 @@ def judge_one(sightings: list[Sighting]) -> list[Verdict] | None:
     if not sightings or any(s.data.dim() == 0 or s.data.shape[0] != 2 for s in sightings):
         return None
     layout = Layout(0)
-    rows = [first_rows(s.data, layout, (0, 1)) for s in sightings]
+    rows = [_rows_at(s.data, layout, (0, 1)) for s in sightings]
     sizes = [r.numbers.shape[1] for r in rows]
     both = _side_by_side(rows, sizes)
     apart, scale = _largest(both[:1], both[1:], sizes)
     if not bool((apart > 4 * scale * np.array([digits(s.data.dtype) for s in sightings])).all()):
         return None
-    return [Verdict(s.key, layout, r, False) for s, r in zip(sightings, rows, strict=True)]
+    return [Verdict(s.key, layout, [r], False) for s, r in zip(sightings, rows, strict=True)]
 
 
 _HEAD, _SPREAD = 128, 128  # numbers of a row that are compared: its first ones, and some of all the others
@@ -284,11 +285,18 @@ def _picked(rows: Any) -> Any:
     return join([rows[:, :_HEAD], rows[:, _HEAD::step][:, :_SPREAD]], 1)
 
 
-def first_rows(t: Tensor, layout: Layout, samples: Sequence[int]) -> Glimpse:
-    """Return what is seen of the first rows of one or two samples, as they are now."""
+def rows_at_ends(t: Tensor, layout: Layout, samples: Sequence[int]) -> list[Glimpse]:
+    """Return what is seen of the first rows of one or two samples and, where each has several, of their last ones."""
+    first = _rows_at(t, layout, samples)
+    return [first] if layout.outer * layout.inner == 1 else [first, _rows_at(t, layout, samples, last=True)]
+
+
+def _rows_at(t: Tensor, layout: Layout, samples: Sequence[int], last: bool = False) -> Glimpse:
+    """Return what is seen of the first (last) rows of one or two samples, as they are now."""
     t = t.detach()
-    first, last = samples[0] * layout.inner, samples[-1] * layout.inner
-    picked = slice(first, last + 1, max(1, last - first))
+    start = t.shape[layout.dim] // layout.outer * (layout.outer - 1) + layout.inner - 1 if last else 0
+    first, last_place = (start + s * layout.inner for s in (samples[0], samples[-1]))
+    picked = slice(first, last_place + 1, max(1, last_place - first))
     if layout.dim == 0 and _is_array(t):  # a third of the time of torch's operators, at every use of a parameter
         rows = t.numpy()[picked].reshape(len(samples), -1)
         return Glimpse(torch.from_numpy(_picked(rows).astype(np.float64)), rows.shape[1])

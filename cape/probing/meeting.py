@@ -31,12 +31,24 @@ _REDUCING = (
     *("any", "all", "argmax", "argmin", "nansum", "nanmean", "count_nonzero", "std_mean", "var_mean", "aminmax"),
     *("select", "narrow", "flip"),
 )
+_ALONG = ("softmax", "log_softmax", "softmin")
 _CUTTING = ("split", "chunk", "tensor_split", "quantile", "nanquantile", "kthvalue", "topk", "norm", "roll", "diff")
 _DIMENSION: dict[Any, tuple[int, Any]] = {
     function: taken
-    for names, taken in ((_REDUCING, (1, ())), (("unbind",), (1, 0)), (_CUTTING, (2, 0)))
+    for names, taken in ((_REDUCING, (1, ())), (("unbind",), (1, 0)), (_ALONG, (1, -1)), (_CUTTING, (2, 0)))
     for function in _functions(*names)
+} | {
+    **{getattr(F, name): (1, 0) for name in _ALONG},
+    **{getattr(torch.fft, name): (2, -1) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
+    **{getattr(torch.fft, name): (2, (-2, -1)) for name in ("fft2", "ifft2", "rfft2", "irfft2")},
+    F.normalize: (2, 1),
 }
+# Functions that go along all dimensions but the first two: samples that were moved there meet.
+_SPATIAL = {
+    getattr(F, name)
+    for name in ("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+                 "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate", "unfold", "fold")
+}  # fmt: skip
 _TRANSPOSING = _functions(
     "t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"
 ) | {getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH")}  # fmt: skip
@@ -81,6 +93,7 @@ def may_meet(
     return (
         _loses_samples(found[0], result, batch_size)
         or _parts_samples(args[0] if args else None, _narrowed(func, args, kwargs), batch_size)
+        or (func in _SPATIAL and is_turned(found[0]))
         or _pairs(func, args, found, result, batch_size)
     )
 
@@ -91,6 +104,14 @@ def _narrowed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         picks = isinstance(first, (int, slice)) and not isinstance(first, bool)
         return [0] if picks and first != slice(None) else []
+    if func is F.scaled_dot_product_attention:
+        return [-2]
+    if func is F.layer_norm:
+        shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+        return list(range(-len(shape), 0)) if isinstance(shape, (list, tuple)) else [-1]
+    if func is F.pad:
+        pad = kwargs.get("pad", args[1] if len(args) > 1 else ())
+        return [-1 - i // 2 for i, n in enumerate(pad) if n]
     if func not in _DIMENSION:
         return []
     place, default = _DIMENSION[func]
@@ -123,9 +144,9 @@ def _loses_samples(given: Tensor, result: Any, batch_size: int) -> bool:
 
 
 def _pairs(func: Any, args: Sequence[Any], found: Sequence[Tensor], result: Any, batch_size: int) -> bool:
-    """Whether a call on several tensors may bring samples of one together with those of another."""
+    """Whether a call on several tensors, of which one at least is data, may bring samples together."""
     data = [t for t in found if is_marked(t)]
-    if len(data) < 2 or not isinstance(result, Tensor) or result.dim() == 0:
+    if len(found) < 2 or not isinstance(result, Tensor) or result.dim() == 0:
         return False
     if not all(map(_is_plain, (*data, result))):
         return False
@@ -139,6 +160,8 @@ def _pairs(func: Any, args: Sequence[Any], found: Sequence[Tensor], result: Any,
         b, a = found[:2]
         rows = a.shape[-2] % batch_size == 0 and b.shape[-2] % batch_size == 0
         return rows and math.prod(result.shape[:-2]) % batch_size != 0
+    if len(data) < 2:
+        return False
     # By broadcasting: more dimensions may be the batch's than in any of them, and not all have it first.
     first = all(t.dim() == result.dim() and t.shape[0] == result.shape[0] for t in data)
     return not first and _count(result, batch_size) > max(_count(t, batch_size) for t in data)
@@ -163,7 +186,10 @@ def _as_einsum(a: Tensor, b: Tensor) -> str:
 
 
 def _mixes(equation: str, operands: Sequence[Tensor], batch_size: int) -> bool:
-    """Whether a product sums over samples, or makes a number for each pair of them, for none of them alone."""
+    """Whether a product sums over samples, or makes a number for each pair of them, for none of them alone.
+
+    One of a constant and data sums over them where no dimension that is left may be theirs.
+    """
     given, _, out = equation.partition("->")
     names = given.split(",")
     if not out and "->" not in equation:
@@ -180,8 +206,8 @@ def _mixes(equation: str, operands: Sequence[Tensor], batch_size: int) -> bool:
             rest = t.shape[len(before) : t.dim() - len(after)]
             sizes["..."] = batch_size if any(n % batch_size == 0 for n in rest) else 1
         of_data.append({name for name, size in sizes.items() if size and size % batch_size == 0})
-    if len(of_data) < 2:
-        return False
+    if len(of_data) < 2:  # with a constant: the samples are gone, each of what comes out has some of all
+        return any(mine and not mine.intersection(out) for mine in of_data)
     kept = {name for mine in of_data for name in mine if name in out}
     shared = of_data[0].intersection(*of_data[1:])
     if kept & shared:

@@ -77,6 +77,7 @@ INDEXING = {
     if hasattr(owner, name)
 }  # fmt: skip
 READING = {
+    torch._VF._pack_padded_sequence,  # lengths, which masks may have been, decide which rows there are
     torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
     Tensor.__array__, torch.unique, Tensor.unique,
@@ -180,7 +181,9 @@ def core_of_copies(
         constant = rows is args[0] and not rows.requires_grad  # a recurrence's first state, the same for every sample
         if constant and rows.dim() > 1 and len(rows) == batch_size and bool((rows == rows[:1]).all()):
             rows = rows[:1]
-        return func(rows, *args[1:], **kwargs) if rows is not args[0] and rows.dim() == args[0].dim() else None
+        if rows is args[0] or rows.dim() != args[0].dim() or rows.dim() < 2:
+            return None
+        return func(rows.expand(*rows.shape[:-1], args[0].shape[-1]), *args[1:], **kwargs)
     if not args or not isinstance(args[0], Tensor) or kwargs:
         return None
     p = core(args[0])

@@ -324,7 +324,8 @@ class _Engine:
 
         mode.in_backward = True
         with gradients_kept(leaves):
-            if mode.steered and not self._in_order(mode, out, cotangents[0][0]):
+            # Of two samples, a dimension of two may be another one, whatever the scan's two samples showed.
+            if (mode.steered or size == 2) and not self._in_order(mode, out, cotangents[0][0]):
                 return total, everything
             if (mode.hooked or has_own_backward(out)) and not self._stays_alone(mode, out, cotangents[0][0]):
                 raise InteractingError(INTERACTING_BACKWARD)
@@ -359,14 +360,19 @@ class _Engine:
     def _in_order(cls, mode: Interceptor, out: Tensor, v: Tensor) -> bool:
         """Whether every use met the samples in their own order, where data could have permuted them.
 
-        Scaling each sample's cotangent by a number of its own must scale its rows of every gradient by just that.
+        Scaling each sample's cotangent by a power of two must scale its rows of every gradient by just that, exactly.
         """
-        size = out.shape[0]
-        scale = 1 + torch.arange(size, dtype=torch.float64, device=out.device) / size
+        place = torch.arange(out.shape[0], device=out.device)
+        scale = torch.pow(2.0, (place + place // 5 * 2 + place // 25) % 5).to(torch.float64)  # neighbours have others
         plain = cls._weights(mode, out, v)
         scaled = cls._weights(mode, out, v * scale.to(v.dtype).view(-1, *[1] * (v.dim() - 1)))
         return all(
-            torch.allclose(scaled[k], plain[k] * scale.square(), rtol=0.25 / size, atol=1e-12 * float(plain[k].max()))
+            torch.allclose(
+                scaled[k] / scale.square(),
+                plain[k],
+                rtol=torch.finfo(v.dtype).eps ** 0.5,
+                atol=1e-12 * float(plain[k].max()),
+            )
             for k in plain
         )
 

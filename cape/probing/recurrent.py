@@ -95,6 +95,7 @@ def layers(mode: Interceptor, func: Any, args: Sequence[Any], kwargs: dict[str, 
     verdict, layout = mode.verdict(func.__name__, x, list(weights))
     batch_dim = 0 if batch_first else 1
     if verdict == "live" or (layout is not None and layout.dim != batch_dim):
+        mode.met = mode.met or layout is not None  # the samples are the steps
         mode.undo(func.__name__, x, list(weights))
         return func(x, hx, *args[2:])
     watch = layout.on(1) if verdict == "record" and layout is not None else None
