@@ -236,12 +236,12 @@ class Activation(Layer):
         self._what = what
 
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
-        y = self._what.function(x)
+        y = self._what.of(x)
         self.saved = [y if self._what.of_output else x]
         return y
 
     def backward(self, grad: Tensor, needs_input: bool) -> Tensor | None:
-        return self._what.derivative(grad, self.saved[0])
+        return self._what.back(grad, self.saved[0])
 
 
 class Dropout(Layer):

@@ -18,6 +18,7 @@ from cape.config import StoppingRule
 from cape.convergence.draws import draws_for
 from cape.convergence.layers import Layer, StackedParameter
 from cape.convergence.single import BETAS, WEIGHT_DECAY
+from cape.probing.chain import rounds_apart
 from cape.tasks import IGNORE_INDEX, Loss
 
 
@@ -183,14 +184,9 @@ class Stack(ABC):
         return losses
 
 
-# On a CPU torch goes over so many numbers at once, and rounds the exponentials of those that are left over otherwise.
-_AT_ONCE = 32
-
-
 def stacked_losses(criterion: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each trial, [k], of outputs [k, B, ...] and targets [k, B, ...], for a named loss."""
-    rounded = criterion.name in ("binary_cross_entropy", "bce") and outputs.device.type == "cpu"
-    if rounded and len(outputs) > 1 and outputs[0].numel() % _AT_ONCE:
+    if criterion.name in ("binary_cross_entropy", "bce") and rounds_apart(outputs):
         each = [stacked_losses(criterion, o[None], t[None]) for o, t in zip(outputs, targets, strict=True)]
         return torch.cat(each)
     per_sample = criterion.per_sample(outputs.flatten(0, 1), targets.flatten(0, 1))

@@ -257,6 +257,22 @@ def test_bad_settings_are_the_trials_own_errors_and_bad_arguments_the_callers() 
             list(measure_many([subject(chain())], step_seconds=1e-3, **wrong))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("units", [5, 48, 33])
+@pytest.mark.parametrize("kind", [nn.Sigmoid, nn.SiLU, nn.GELU, nn.Tanh, nn.ReLU])
+def test_units_that_fill_no_whole_registers_are_the_plain_engines_bit_for_bit(
+    kind: type[nn.Module], units: int, rows: int
+) -> None:
+    def made(seed: int) -> Subject:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(7, units), nn.BatchNorm1d(units), kind(), nn.Linear(units, 3))
+        return Subject(model, (torch.randn(rows, 7), torch.arange(rows) % 3), lr=1e-2, stopping=SHORT, seed=seed)
+
+    trials = [made(seed) for seed in range(4)]
+    for outcome, one in zip(together(trials), trials, strict=True):
+        assert losses(outcome).tolist() == losses(alone(one)).tolist()
+
+
 @pytest.mark.parametrize("rows", [2, 5, 7, 32])
 @pytest.mark.parametrize("inputs", [8, 9, 17])
 def test_tiny_layers_are_the_plain_engines_bit_for_bit(inputs: int, rows: int) -> None:
