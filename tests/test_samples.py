@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cape
 from cape.errors import ModelError
@@ -123,6 +124,75 @@ def test_any_loss_of_one_sample_is_its_own() -> None:
     estimate = cape.per_sample_norms(model, (x, y), loss=_dice, tau="hutchinson", probes=400)[1]
     full = cape.per_sample_norms(model, (x, y), loss=_dice, tau="full")[1]
     torch.testing.assert_close(estimate, full, rtol=0.3, atol=0.0)
+
+
+def _packed(m: nn.Module, x: Tensor, mask: Tensor, ordered: bool) -> Tensor:
+    packed = pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=ordered)
+    rows = packed._replace(data=m.body(packed.data).tanh())
+    return m.head(pad_packed_sequence(rows, batch_first=True)[0].sum(1))
+
+
+def _unpadded(m: nn.Module, x: Tensor, mask: Tensor, ordered: bool) -> Tensor:
+    out = x.new_zeros(*mask.shape, 6)
+    out[mask] = m.body(x[mask]).tanh()
+    return m.head(out.sum(1) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("forward", "lengths"),
+    [
+        (_packed, (6, 5, 4, 4, 4, 1)),
+        (_packed, (5, 4, 4, 4, 4, 3)),
+        (_unpadded, (47, 49, 48, 48, 48, 48)),
+        (_unpadded, (3, 5, 4, 4, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_ragged_rows_that_are_as_many_as_rectangular_ones(
+    forward: Any, lengths: tuple[int, ...], ordered: bool
+) -> None:
+    """The two samples that are scanned have equal lengths, and the mean length of the batch."""
+    torch.manual_seed(0)
+    model = Functional(lambda m, x, mask: forward(m, x, mask, ordered), body=nn.Linear(5, 6), head=nn.Linear(6, 4))
+    ends = torch.tensor(lengths)
+    x, mask = torch.randn(len(ends), max(lengths), 5, dtype=torch.float64), torch.arange(max(lengths)) < ends[:, None]
+    _close(model.double(), ((x, mask), torch.arange(len(ends)) % 4))
+
+
+@pytest.mark.parametrize(("batch", "pieces"), [(1, None), (2, None), (8, 2), (8, None)])
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize(
+    "cut", [lambda z, n: (z[:n], z[n:]), lambda z, n: torch.vsplit(z, [n]), lambda z, n: z.split([n, len(z) - n])]
+)
+def test_rows_of_the_model_in_front_of_the_batch(cut: Any, rows: int, batch: int, pieces: int | None) -> None:
+    """A prototype network: in a batch of two, one of these rows and a sample look like two samples' rows."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        known, asked = cut(m.body(torch.cat([m.rows, x])).tanh(), rows)
+        return -(asked[:, None] - known[None]).square().sum(-1)
+
+    torch.manual_seed(0)
+    model = Functional(forward, body=nn.Linear(6, 5), rows=weight(rows, 6)).double()
+    x = torch.randn(batch, 6, dtype=torch.float64)
+    _close(model, (x, torch.arange(batch) % rows), micro_batch=pieces)
+
+
+@pytest.mark.parametrize("pieces", [None, 1, 2, 3])
+def test_two_positions_are_not_the_two_samples_of_a_piece(pieces: int | None) -> None:
+    def windows(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.body(x.transpose(0, 1)).tanh()
+        return m.head(h[0] - 0.3 * h[1])
+
+    def places(m: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+        return m.head((m.body(x) + m.table((mask.cumsum(1) - 1).t()).transpose(0, 1)).tanh().sum(1))
+
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(3, 6), "table": nn.Embedding(2, 6), "head": nn.Linear(6, 4)}
+    steps = torch.randn(9, 3, dtype=torch.float64)
+    x = torch.stack([steps[i : i + 2] for i in range(8)])  # one sample's first row is the last one of another
+    y = torch.arange(8) % 4
+    _close(Functional(windows, **parts).double(), (x, y), micro_batch=pieces)
+    _close(Functional(places, **parts).double(), ((x, torch.ones(8, 2, dtype=torch.long)), y), micro_batch=pieces)
 
 
 @pytest.mark.parametrize("lengths", [(4,), (3, 6), (3, 6, 2, 1)])

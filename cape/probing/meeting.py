@@ -195,6 +195,7 @@ def _mixes(equation: str, operands: Sequence[Tensor], batch_size: int) -> bool:
     if not out and "->" not in equation:
         out = "".join(sorted(c for c in set(given) - {","} if given.count(c) == 1))
     of_data: list[set[str]] = []
+    leads = ""  # what may be the batch in the first place of data
     for letters, t in zip(names, operands, strict=False):
         if not is_marked(t):
             continue
@@ -206,8 +207,9 @@ def _mixes(equation: str, operands: Sequence[Tensor], batch_size: int) -> bool:
             rest = t.shape[len(before) : t.dim() - len(after)]
             sizes["..."] = batch_size if any(n % batch_size == 0 for n in rest) else 1
         of_data.append({name for name, size in sizes.items() if size and size % batch_size == 0})
+        leads = letters[:1] if letters[:1] in of_data[-1] and not is_turned(t) else ""
     if len(of_data) < 2:  # with a constant: the samples are gone, each of what comes out has some of all
-        return any(mine and not mine.intersection(out) for mine in of_data)
+        return any(mine and not mine.intersection(out) for mine in of_data) or bool(leads and leads not in out)
     kept = {name for mine in of_data for name in mine if name in out}
     shared = of_data[0].intersection(*of_data[1:])
     if kept & shared:

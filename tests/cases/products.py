@@ -313,3 +313,14 @@ functional(
     lambda m, x: m.head((x[:, :5] + x.new_ones(5, 3) @ m.w).tanh().flatten(1)),
     sequences,
 )
+for _name, _expanded in (
+    ("product", lambda m: m.v[:, None].expand(10, 20) @ m.w),
+    ("linear layer", lambda m: F.linear(m.v[:, None].expand(10, 20), m.w)),
+    ("vector", lambda m: m.v[:, None] * (m.v[0].expand(20) @ m.w)),
+):
+    functional(
+        f"a weight expanded along the sum of a {_name}",
+        lambda: {"v": weight(10), "w": weight(20, 20)},
+        lambda m, x, expanded=_expanded: F.linear(x, expanded(m)),
+        vectors,
+    )

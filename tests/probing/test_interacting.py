@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import cape
 from cape.errors import ModelError
 from cape.probing.reference import per_sample_norms_reference
+from tests.cases.base import Functional
 
 SIZE = 9
 
@@ -316,7 +317,7 @@ def test_a_scalar_that_lies_among_the_samples_and_couples_them_is_refused(
 class _Gated(nn.Module):
     """A branch in which samples meet, behind a gate that is closed."""
 
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self, branch: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.branch, self.gate = branch, nn.Parameter(torch.zeros(8))
 
@@ -324,26 +325,35 @@ class _Gated(nn.Module):
         return h + self.gate * self.branch(h)
 
 
-class _Attention(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return (h @ h.T).softmax(1) @ h
+def _ones(h: Tensor) -> Tensor:
+    return h.new_ones(len(h), len(h)) @ h
+
+
+GATED: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "batch norm": lambda: nn.BatchNorm1d(8, track_running_stats=False),
+    "batch norm without weights": lambda: nn.BatchNorm1d(8, affine=False, track_running_stats=False),
+    "products of samples": lambda: lambda h: (h @ h.T).softmax(1) @ h,
+    "a constant product": lambda: _ones,
+    "softmax": lambda: lambda h: h.softmax(0),
+    "softmax, transposed": lambda: lambda h: h.T.log_softmax(1).T,
+    "normalize": lambda: lambda h: F.normalize(h, dim=0),
+    "layer norm": lambda: lambda h: F.layer_norm(h.T, (len(h),)).T,
+    "pooling": lambda: lambda h: F.avg_pool1d(h.T[None], 3, 1, 1)[0].T,
+    "fft": lambda: lambda h: torch.fft.fft(h, dim=0).real,
+    "pad": lambda: lambda h: F.pad(h, (0, 0, 1, -1)),
+    "attention": lambda: lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+    "convolution": lambda: Functional(lambda m, h: m.body(h.T[None])[0].T, body=nn.Conv1d(8, 8, 3, padding=1)),
+    "lstm": lambda: Functional(lambda m, h: m.body(h[:, None])[0][:, 0], body=nn.LSTM(8, 8)),
+}
 
 
 @pytest.mark.parametrize("size", [2, 5, SIZE])
-@pytest.mark.parametrize(
-    "branch",
-    [
-        nn.BatchNorm1d(8, track_running_stats=False),
-        nn.BatchNorm1d(8, affine=False, track_running_stats=False),
-        _Attention(),
-    ],
-    ids=["batch norm", "batch norm without weights", "attention"],
-)
-def test_samples_that_meet_behind_a_gate_of_zero_are_refused(branch: nn.Module, size: int) -> None:
+@pytest.mark.parametrize("name", GATED)
+def test_samples_that_meet_behind_a_gate_of_zero_are_refused(name: str, size: int) -> None:
     torch.manual_seed(0)
     x, y = _batch()
     with pytest.raises(ModelError, match="influence each other"):
-        cape.per_sample_norms(Model(_Gated(branch)), (x[:size], y[:size]))
+        cape.per_sample_norms(Model(_Gated(GATED[name]())).double(), (x[:size].double(), y[:size]))
 
 
 def test_a_gate_of_zero_before_a_branch_of_each_sample_is_taken() -> None:
