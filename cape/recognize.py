@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _ATTENTION = re.compile(r"attention|attn|transformer", re.IGNORECASE)
 _NOT_ATTENTION = re.compile(r"channel|spatial|squeeze", re.IGNORECASE)  # gates of convolutional networks
+_PROJECTIONS = {"qkv", "qkv_proj", "to_qkv", "wqkv", "c_attn"}  # of an attention that has no class of its own
+_QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"to_q", "to_k"}, {"wq", "wk"}, {"query", "key"})
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _BETTER = 2.5
@@ -30,12 +32,16 @@ _BETTER = 2.5
 def infer_family(model: nn.Module) -> str | None:
     """Return the family that a model looks like, from the layers it holds.
 
-    Attention (``nn.MultiheadAttention``, or a class named so) makes it a ``transformer``, with or without convolutions
-    before it (patch embeddings are convolutions); recurrent layers an ``rnn``; convolutions a ``cnn``; anything else
-    an ``mlp``. Recurrent layers beside attention or convolutions are mixed: None.
+    Attention (``nn.MultiheadAttention``, a class named so, or projections named as an attention's) makes it a
+    ``transformer``, with or without convolutions before it (patch embeddings are convolutions); recurrent layers an
+    ``rnn``; convolutions a ``cnn``; anything else an ``mlp``. Recurrent layers beside attention or convolutions are
+    mixed: None.
     """
     modules = list(model.modules())
-    attention = any(isinstance(m, nn.MultiheadAttention) or _named_attention(type(m).__name__) for m in modules)
+    attention = any(
+        isinstance(m, nn.MultiheadAttention) or _named_attention(type(m).__name__) or _has_projections(m)
+        for m in modules
+    )
     recurrent = any(isinstance(m, _RECURRENT) for m in modules)
     convolution = any(isinstance(m, _CONVOLUTIONS) for m in modules)
     if recurrent:
@@ -47,6 +53,12 @@ def infer_family(model: nn.Module) -> str | None:
 
 def _named_attention(name: str) -> bool:
     return bool(_ATTENTION.search(name)) and not _NOT_ATTENTION.search(name)
+
+
+def _has_projections(module: nn.Module) -> bool:
+    """Whether a module's own layers or parameters are named as those of an attention."""
+    names = {name.lower() for name in (*module._modules, *module._parameters)}
+    return bool(names & _PROJECTIONS) or any(pair <= names for pair in _QUERY_AND_KEY)
 
 
 def read_by(x: Inputs, y: Tensor) -> str:

@@ -306,9 +306,20 @@ class ChannelAttention(nn.Module):
         self.squeeze = nn.Conv2d(4, 4, 1)
 
 
+def _block(**parts: nn.Module) -> nn.Module:
+    """A module of no telling class, with parts of these names, in a network."""
+    block = nn.Module()
+    for name, part in parts.items():
+        block.add_module(name, part)
+    return nn.Sequential(nn.Linear(4, 4), block)
+
+
 @pytest.mark.parametrize(
     ("build", "family"),
     [
+        (lambda: _block(qkv=nn.Linear(4, 12)), "transformer"),
+        (lambda: _block(q_proj=nn.Linear(4, 4), k_proj=nn.Linear(4, 4)), "transformer"),
+        (lambda: _block(query=nn.Linear(4, 4), document=nn.Linear(4, 4)), "mlp"),  # two towers
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), "mlp"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), "cnn"),
         (lambda: nn.LSTM(4, 4), "rnn"),
