@@ -357,6 +357,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def as_real(t: Tensor) -> Tensor:
+    """Return a view of complex numbers as AdamW sees them: each as two real ones, in one dimension more."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def ordinary_tensor(t: Tensor) -> Tensor:
     """Return a tensor of no graph that a graph may hold: of one made in inference mode, which must be off, a copy."""
     return t.clone() if t.is_inference() else t.detach()

@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 from cape.probing import operators
 from cape.probing.operators import is_marked, mark_data, tensors_in, watched_backward, watched_grad, written_by
 from cape.probing.separation import hardness
-from cape.probing.signals import as_real, log_ratio
+from cape.probing.signals import log_ratio
 from cape.probing.uses import wide
-from cape.state import map_tensors
+from cape.state import as_real, map_tensors
 
 _CHANNELS_FIRST = {function for _, *functions in operators.CONVOLUTIONS for function in functions}
 

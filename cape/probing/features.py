@@ -18,12 +18,13 @@ from cape.probing.operators import mark_data
 from cape.probing.ops import size_sums, use_backend
 from cape.probing.per_sample import all_norms
 from cape.probing.separation import separation
-from cape.probing.signals import LayerSignals, as_real, draw_noise, layer_signals, output_spread, own_decrease, spread
+from cape.probing.signals import LayerSignals, draw_noise, layer_signals, output_spread, own_decrease, spread
 from cape.probing.wanted import Norms
 from cape.samples import Samples
 from cape.state import (
     Inputs,
     Untouched,
+    as_real,
     call,
     eagerly,
     ordinary_tensor,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cape.samples import Samples
-from cape.state import tensors_of
+from cape.state import as_real, tensors_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def two_samples(samples: Samples, kinds: str = "fib") -> tuple[Samples, Samples]
         other = base.clone()
         if value.is_floating_point() or value.is_complex():
             if "f" in kinds:
-                real = torch.view_as_real(base) if value.is_complex() else base
+                real = as_real(base)
                 scale = real.float().nan_to_num(0.0, 0.0, 0.0).std(correction=0).item() or 1.0
                 noise = torch.randn(real.shape[1:], generator=generator) * scale
                 other[0] = base[1] + (torch.view_as_complex(noise) if value.is_complex() else noise).to(base)
@@ -301,7 +301,7 @@ def _rows_at(t: Tensor, layout: Layout, samples: Sequence[int], last: bool = Fal
         rows = t.numpy()[picked].reshape(len(samples), -1)
         return Glimpse(torch.from_numpy(_picked(rows).astype(np.float64)), rows.shape[1])
     t = t[(slice(None),) * layout.dim + (picked,)]
-    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    t = as_real(t)
     t = (t.movedim(layout.dim, 0) if layout.dim else t).reshape(len(samples), -1)
     return Glimpse(_picked(t).to(torch.float64, copy=True), t.shape[1])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from cape.config import check_precision
 from cape.errors import DependencyError, SpecError
 from cape.native import native_module
+from cape.state import as_real
 
 # Largest number of elements of a transient that holds several samples' unfolded inputs or gradients.
 MATERIALIZE_ELEMENTS = 1 << 22
@@ -83,7 +84,7 @@ def sq_norms(x: Tensor, leading: int = 1) -> Tensor:
     lead = x.shape[:leading]
     rows = x.reshape(lead.numel(), x.shape[leading:].numel())
     if rows.is_complex():
-        rows = torch.view_as_real(rows.resolve_conj()).flatten(1)
+        rows = as_real(rows).flatten(1)
     return (torch.ops.cape.sq_norms(rows) if native(rows) else sq_norms_torch(rows)).view(lead)
 
 

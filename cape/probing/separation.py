@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cape.samples import Samples
-from cape.state import Inputs
+from cape.state import Inputs, as_real
 
 MOST = 512
 """Samples that are looked at, the first ones: the work grows with their cube."""
@@ -83,9 +83,7 @@ def hardness(values: Tensor, y: Tensor) -> float:
 
 def _squares(values: Tensor) -> Tensor:
     """Return the squared distances between samples [B, ...], float64 [B, B]; of integers, how many differ."""
-    flat = values.detach().reshape(len(values), -1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).flatten(1)
+    flat = as_real(values.detach().reshape(len(values), -1)).flatten(1)
     width = max(1, _PIECE // len(flat))
     if not flat.is_floating_point():
         width = max(1, width // len(flat))

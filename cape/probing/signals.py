@@ -111,11 +111,6 @@ def _movement(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(a == b, 0.0, b - a)
 
 
-def as_real(t: Tensor) -> Tensor:
-    """Return a view of complex numbers as AdamW sees them: each as two real ones, in one dimension more."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
 def log_ratio(part: float, whole: float) -> float:
     """Return log(part / whole), no less than the logarithm of ``FLOOR`` and no more than its negative."""
     if not whole > 0.0:
